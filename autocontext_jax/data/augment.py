@@ -1,0 +1,190 @@
+"""Spatial and intensity augmentation of a batch of pyramid patches, jitted on the device.
+
+One smooth field moves all levels of a patch: it is a function of the position about the patch's centre, evaluated on each
+level's own grid, so the levels stay aligned. Positions are voxels of the finest level until a level's crop is read.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from autocontext_jax.geometry import SpatialLimits, Triple
+
+
+@dataclasses.dataclass(frozen=True)
+class IntensityLimits:
+    """How far the intensity augmentation may go; zeros leave the image as it is.
+
+    Attributes:
+      noise: largest standard deviation of white noise, HU.
+      shift: largest shift of all intensities, HU.
+      scale: largest relative change of contrast about 0 HU.
+    """
+
+    noise: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+
+
+Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
+
+
+def make_augment(
+    edge: int, margins: tuple[Triple, ...], spatial: SpatialLimits | None, intensity: IntensityLimits
+) -> Augment:
+    """The augmentation of a batch as a jitted function.
+
+    Args:
+      edge: N.
+      margins: of each level's crops, `geometry.crop_margins` of the same limits; coarsest first.
+      spatial: None only cuts the margins off.
+      intensity: see there.
+
+    Returns:
+      augment(key, numbers, spacing, images, labels) -> (images, labels), where
+        key is a typed key;
+        numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on its
+          place in the batch or on the device;
+        spacing [B, 3] is the finest level's, mm;
+        images and labels hold for each level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
+      and the result holds for each level [B, N, N, N] float32 HU and uint8.
+    """
+
+    def augment_sample(key, spacing, images, labels):
+        spatial_key, intensity_key = jax.random.split(key)
+        if spatial is not None:
+            field = _draw_field(spatial_key, spatial, edge, len(images))
+        image_out, label_out = [], []
+        for level, (image, label, margin) in enumerate(zip(images, labels, margins, strict=True), start=1):
+            if spatial is None:
+                moved = tuple(_centre(array, edge, margin) for array in (image, label))
+            else:
+                scale = 2 ** (len(images) - level)
+                position = field(spacing, scale)
+                moved = _resample(image, label, [along / scale for along in position])
+            image_out.append(moved[0].astype(jnp.float32))
+            label_out.append(moved[1])
+        return _change_intensity(intensity_key, image_out, intensity), tuple(label_out)
+
+    def augment(key, numbers, spacing, images, labels):
+        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+        return jax.vmap(augment_sample)(keys, spacing, images, labels)
+
+    return jax.jit(augment)
+
+
+def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int):
+    """A random field as a function (spacing, scale) -> source positions on the grid of voxels `scale` finest voxels wide.
+
+    Positions and their result are voxels of the finest level about the centre, three arrays [N, N, N].
+    """
+    turn_key, shift_key, elastic_key = jax.random.split(key, 3)
+    angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation)
+    shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * limits.translation
+    # The control grid spans the coarsest patch; a cubic spline needs one point before and two after the last interval.
+    reach = edge * 2 ** (levels - 1) / 2
+    points = int(np.ceil(2 * reach / limits.elastic_spacing)) + 3
+    control = limits.elastic_sigma * jax.random.normal(elastic_key, (3, points, points, points))
+
+    def field(spacing: jax.Array, scale: int):
+        offsets = (np.arange(edge) + 0.5 - edge / 2) * scale
+        weights = spline_weights((offsets + reach) / limits.elastic_spacing, points)
+        elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, weights, weights, weights, optimize=True)
+        elastic = jnp.clip(elastic, -limits.elastic_limit, limits.elastic_limit)
+        # Rotate in millimetres: voxels need not be cubes.
+        turn = _rotation(angles) * spacing / spacing[:, None]
+        z, y, x = offsets[:, None, None], offsets[:, None], offsets
+        return [turn[i, 0] * z + turn[i, 1] * y + turn[i, 2] * x + shift[i] + elastic[i] for i in range(3)]
+
+    return field
+
+
+def spline_weights(positions: np.ndarray, points: int) -> np.ndarray:
+    """Uniform cubic B-spline basis (the standard four polynomials).
+
+    Args:
+      positions: [n], in control intervals; 0 lies at control point 1, so that position t is moved by points
+        floor(t) ... floor(t) + 3.
+      points: number of control points.
+
+    Returns:
+      [n, points], rows sum to 1.
+    """
+    first = np.clip(np.floor(positions).astype(int), 0, points - 4)
+    t = positions - first
+    basis = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
+    weights = np.zeros((len(positions), points), np.float32)
+    for tap in range(4):
+        weights[np.arange(len(positions)), first + tap] = basis[tap]
+    return weights
+
+
+def _rotation(angles: jax.Array) -> jax.Array:
+    """`geometry.rotation_matrix` of traced angles: about z, then y, then x."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    one, zero = jnp.ones(()), jnp.zeros(())
+    about_z = jnp.array([[one, zero, zero], [zero, cos[0], -sin[0]], [zero, sin[0], cos[0]]])
+    about_y = jnp.array([[cos[1], zero, -sin[1]], [zero, one, zero], [sin[1], zero, cos[1]]])
+    about_x = jnp.array([[cos[2], -sin[2], zero], [sin[2], cos[2], zero], [zero, zero, one]])
+    return about_x @ about_y @ about_z
+
+
+def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Reads a level's crop at `position`: the image linearly, the label at the nearest voxel.
+
+    Args:
+      image: [D, H, W], int16.
+      label: [D, H, W], uint8.
+      position: three arrays [N, N, N], voxels of this level about the crop's centre.
+
+    Returns:
+      image [N, N, N] float32, label [N, N, N] uint8.
+    """
+    shape = image.shape
+    base, fraction, nearest = [], [], []
+    for along, size in zip(position, shape, strict=True):
+        index = jnp.clip(along + (size - 1) / 2, 0, size - 1)
+        low = jnp.minimum(jnp.floor(index), size - 2)
+        base.append(low.astype(jnp.int32))
+        fraction.append(index - low)
+        nearest.append(jnp.round(index).astype(jnp.int32))
+    strides = (shape[1] * shape[2], shape[2], 1)
+
+    def flat(indices):
+        return sum(index * stride for index, stride in zip(indices, strides, strict=True))
+
+    voxels, corner = image.ravel(), flat(base)
+
+    def corner_value(dz: int, dy: int, dx: int) -> jax.Array:
+        offset = dz * strides[0] + dy * strides[1] + dx
+        return voxels.at[corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
+
+    def lerp(low, high, weight):
+        return low + weight * (high - low)
+
+    rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in (0, 1)]
+    planes = [lerp(row[0], row[1], fraction[1]) for row in rows]
+    labels = label.ravel().at[flat(nearest)].get(mode="promise_in_bounds")
+    return lerp(planes[0], planes[1], fraction[0]), labels
+
+
+def _centre(array: jax.Array, edge: int, margin: Triple) -> jax.Array:
+    return lax.slice(array, margin, tuple(m + edge for m in margin))
+
+
+def _change_intensity(key: jax.Array, images: list[jax.Array], limits: IntensityLimits) -> tuple[jax.Array, ...]:
+    """The same shift and contrast for all levels of a sample; noise of the same strength, but independent."""
+    if limits == IntensityLimits():
+        return tuple(images)
+    scale_key, shift_key, strength_key, noise_key = jax.random.split(key, 4)
+    scale = 1 + limits.scale * jax.random.uniform(scale_key, minval=-1, maxval=1)
+    shift = limits.shift * jax.random.uniform(shift_key, minval=-1, maxval=1)
+    strength = limits.noise * jax.random.uniform(strength_key)
+    return tuple(
+        image * scale + shift + strength * jax.random.normal(level_key, image.shape)
+        for level_key, image in zip(jax.random.split(noise_key, len(images)), images, strict=True)
+    )

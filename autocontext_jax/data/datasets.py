@@ -1,0 +1,255 @@
+"""Folder layouts -> lists of cases: nnU-Net v2 and the Medical Segmentation Decathlon (MSD).
+
+Nothing here opens a scan, and nothing is unpickled: a layout is its `dataset.json` and the names beside it.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autocontext_jax.data.scans import FORMATS, scan_name
+from autocontext_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One patient's scan, and its label map where there is one."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A folder of cases.
+
+    Attributes:
+      root: the folder that holds `dataset.json`.
+      labels: K names in the order of their values, "background" (0) first.
+      training: every case with its label, by name.
+      test: cases kept apart, by name; with labels where `labelsTs` has them.
+    """
+
+    root: Path
+    labels: tuple[str, ...]
+    training: tuple[Case, ...]
+    test: tuple[Case, ...]
+
+
+def read_dataset(root: str | os.PathLike) -> Dataset:
+    """Lists the cases of a folder in the nnU-Net v2 or the MSD layout, told apart by the keys of its `dataset.json`.
+
+    Raises:
+      UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not 0..K-1 with
+        background at 0; there are several channels; an image lacks its label or a label its image; a case is named
+        twice; a path leads out of the folder; there is no training case.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: wanted a data set in the nnU-Net v2 or the MSD layout")
+    path = root / "dataset.json"
+    if not path.is_file():
+        raise UserError(f"{root} has no dataset.json: wanted a data set in the nnU-Net v2 or the MSD layout")
+    description = _read_json(path)
+    if not isinstance(description, dict):
+        raise UserError(f"{path} holds a {type(description).__name__}: wanted an object with the data set's keys")
+    if "channel_names" in description:
+        _one_channel(path, "channel_names", description)
+        labels = _labels(path, _get(path, description, "labels", dict))
+        training, test = _nnunet_cases(root, _get(path, description, "file_ending", str))
+    elif "training" in description:
+        _one_channel(path, "modality", description)
+        labels = _labels(path, {str(name): value for value, name in _get(path, description, "labels", dict).items()})
+        training = _msd_cases(root, _get(path, description, "training", list), None)
+        test = _msd_cases(root, _get(path, description, "test", list) if "test" in description else [], "labelsTs")
+    else:
+        raise UserError(
+            f'{path} has neither the key "channel_names" (nnU-Net v2) nor "training" (MSD): found '
+            f"{', '.join(description) or 'no key'}"
+        )
+    names = [case.name for case in (*training, *test)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{root} names the case {twice[0]} more than once: wanted each case once, in training or test")
+    for case in training:
+        if case.label is None:
+            raise UserError(f"case {case.name}: {case.image} has no label: add it or move it away")
+    if not training:
+        raise UserError(f"{root} has no training case: wanted images in imagesTr and their labels in labelsTr")
+    return Dataset(root, labels, training, test)
+
+
+def split(cases: Iterable[Case], *, fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Draws a validation set: the same for the same names, fraction and seed, in whatever order the cases come.
+
+    Args:
+      cases: with distinct names.
+      fraction: the share to validate on, between 0 and 1, rounded to whole cases but at least one on either side; a
+        single case is for training.
+      seed: of the draw.
+
+    Returns:
+      (training, validation), each by name.
+
+    Raises:
+      UserError: the fraction is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the validation fraction is {fraction}: wanted more than 0 and less than 1")
+    ordered = sorted(cases, key=lambda case: case.name)
+    count = max(0, min(max(1, round(fraction * len(ordered))), len(ordered) - 1))
+    drawn = set(np.random.default_rng(seed).permutation(len(ordered))[:count].tolist())
+    training = tuple(case for index, case in enumerate(ordered) if index not in drawn)
+    return training, tuple(ordered[index] for index in sorted(drawn))
+
+
+def split_from_file(
+    cases: Iterable[Case], path: str | os.PathLike, fold: int
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Takes one fold of nnU-Net's `splits_final.json`: a list of {"train": [names], "val": [names]}.
+
+    Cases that the fold does not name are left out.
+
+    Returns:
+      (training, validation), each by name.
+
+    Raises:
+      UserError: the file is missing or of another form; there is no such fold; it names an unknown case, puts one on
+        both sides, or leaves nothing to train on.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: wanted nnU-Net's splits_final.json")
+    folds = _read_json(path)
+    if not isinstance(folds, list) or not all(isinstance(entry, dict) for entry in folds):
+        raise UserError(f'{path} is not a list of folds: wanted [{{"train": [names], "val": [names]}}, ...]')
+    if not 0 <= fold < len(folds):
+        raise UserError(f"{path} has no fold {fold}: wanted one of its {len(folds)}, counted from 0")
+    known = {case.name: case for case in cases}
+    sides = [list(map(str, _get(path, folds[fold], side, list))) for side in ("train", "val")]
+    if unknown := [name for side in sides for name in side if name not in known]:
+        raise UserError(
+            f"{path}, fold {fold}: {len(unknown)} of its cases are not in the data set, the first {unknown[0]!r}: "
+            "wanted the names of its training cases"
+        )
+    if both := sorted(set(sides[0]) & set(sides[1])):
+        raise UserError(f"{path}, fold {fold}: case {both[0]} is in both train and val: wanted it in one")
+    if not sides[0]:
+        raise UserError(f"{path}, fold {fold}: train names no case: wanted one or more")
+    training, validation = (tuple(known[name] for name in sorted(set(side))) for side in sides)
+    return training, validation
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text: wanted JSON in UTF-8") from None
+
+
+def _get(path: Path, description: Mapping[str, Any], key: str, kind: type) -> Any:
+    if key not in description:
+        raise UserError(f'{path} lacks the key "{key}": found {", ".join(description) or "none"}')
+    if not isinstance(value := description[key], kind):
+        raise UserError(f'{path}: "{key}" is a {type(value).__name__}: wanted a {kind.__name__}')
+    return value
+
+
+def _one_channel(path: Path, key: str, description: Mapping[str, Any]) -> None:
+    channels = _get(path, description, key, dict)
+    if len(channels) != 1:
+        found = ", ".join(map(str, channels.values())) or "none"
+        raise UserError(f'{path}: "{key}" has {len(channels)} channels ({found}): wanted one, the CT')
+
+
+def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names in the order of their values, from name -> value; MSD writes the values as strings."""
+    names: dict[int, str] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            raise UserError(f'{path}: label "{name}" is the region {value}: wanted one value a label; regions overlap')
+        if name == "ignore":
+            raise UserError(f'{path}: label "ignore" ({value}) is not supported: wanted every voxel labelled')
+        if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)):
+            raise UserError(f'{path}: label "{name}" has the value {value!r}: wanted a whole number from 0')
+        names[int(value)] = name
+    if sorted(names) != list(range(len(values))) or not 2 <= len(values) <= 256:
+        found = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise UserError(f"{path}: labels are {found or 'none'}: wanted the values 0, 1, 2, ... once each, up to 255")
+    if names[0].lower() != "background":
+        raise UserError(f'{path}: label 0 is "{names[0]}": wanted "background"')
+    return ("background", *(names[value] for value in range(1, len(names))))
+
+
+def _nnunet_cases(root: Path, ending: str) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Pairs imagesTr/<case>_0000<ending> with labelsTr/<case><ending>, and the same of Ts."""
+    if ending not in FORMATS:
+        raise UserError(f'{root / "dataset.json"}: "file_ending" is "{ending}": wanted one of {", ".join(FORMATS)}')
+    for folder in ("imagesTr", "labelsTr"):
+        if not (root / folder).is_dir():
+            raise UserError(f"{root} has no folder {folder}: wanted the training cases' images and labels there")
+    training = _nnunet_pairs(root / "imagesTr", root / "labelsTr", ending)
+    return training, _nnunet_pairs(root / "imagesTs", root / "labelsTs", ending)
+
+
+def _nnunet_pairs(images: Path, labels: Path, ending: str) -> tuple[Case, ...]:
+    found = {}
+    for path in _visible(images, ending):
+        name, _, channel = path.name.removesuffix(ending).rpartition("_")
+        if not name or not re.fullmatch(r"\d{4}", channel):
+            raise UserError(f"{path} is not named as nnU-Net's images: wanted <case>_0000{ending}")
+        if channel != "0000":
+            raise UserError(f"case {name}: {path} is a further channel: wanted one, the CT (_0000)")
+        found[name] = path
+    truth = {path.name.removesuffix(ending): path for path in _visible(labels, ending)}
+    if orphans := sorted(truth.keys() - found.keys()):
+        raise UserError(
+            f"case {orphans[0]}: {truth[orphans[0]]} has no image: wanted {images / orphans[0]}_0000{ending}, or no "
+            "label"
+        )
+    return tuple(Case(name, found[name], truth.get(name)) for name in sorted(found))
+
+
+def _visible(folder: Path, ending: str) -> list[Path]:
+    """Files by their ending, but for hidden ones: macOS leaves "._" files that are no scans."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
+
+
+def _msd_cases(root: Path, entries: Sequence[Any], labels: str | None) -> tuple[Case, ...]:
+    """Cases of one of MSD's lists: {"image": path, "label": path}, or a path, whose label may lie in `labels`."""
+    cases = []
+    for entry in entries:
+        parts = entry if isinstance(entry, dict) else {"image": entry}
+        image = _inside(root, _get(root / "dataset.json", parts, "image", str))
+        if image.name.startswith("."):
+            continue
+        name = scan_name(image)
+        if not image.is_file():
+            raise UserError(f"case {name}: {image} does not exist: add the image or take it out of dataset.json")
+        label = None
+        if "label" in parts:
+            label = _inside(root, parts["label"])
+            if not label.is_file():
+                raise UserError(f"case {name}: its label {label} does not exist: add it or take the case out")
+        elif labels and (root / labels / image.name).is_file():
+            label = root / labels / image.name
+        cases.append(Case(name, image, label))
+    return tuple(sorted(cases, key=lambda case: case.name))
+
+
+def _inside(root: Path, relative: Any) -> Path:
+    """A path of dataset.json, kept inside the folder; by its words, so that imagesTr may be a link to another disk."""
+    path = os.path.normpath(str(relative))
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+        raise UserError(f'{root / "dataset.json"} names "{relative}": wanted a path inside {root}')
+    return root / path

@@ -1,0 +1,373 @@
+"""Generated labelled CT scans of an upper abdomen: the embedded default data.
+
+The anatomy is a table of parts, each a tube of varying radius about a smooth curve, and one painter lays them over each
+other in the table's order. It is measured in mm in the body's frame, whose origin lies in front of the first lumbar
+vertebra; z grows to the head, y to the back, x to the patient's left. The scan's grid only samples it.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from autocontext_jax.data import scans
+from autocontext_jax.errors import UserError
+
+ORGANS = ("artery", "portal_vein", "liver", "spleen", "stomach", "gallbladder", "pancreas")
+
+_AIR, _FAT, _MUSCLE = -1000.0, -100.0, 50.0  # HU
+_CAVITY = (78.0, 126.0)  # mm, semi-axes (y, x) of what the abdominal wall encloses
+_CAVITY_AXIS = np.array([-1e4, 0, 0, 1]), np.array([1e4, 0, 0, 1]), np.array([1, *_CAVITY])  # as for `_distance`
+_WALL = 14.0  # mm of muscle around it; fat and skin follow
+_REACH = 112.0  # mm that a scan must show above and below the origin
+_SLAB = 4_000_000  # voxels painted at once: memory for them is some 100 bytes each
+_EARLY = {"artery": 35, "heart": 20, "portal_vein": -15, "vein": -15, "liver": -8}  # HU, more in an early scan
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tube of varying radius about a smooth curve: a vessel, an organ, a bone.
+
+    Attributes:
+      name: parts of one name move and enhance together; it gives the label where it stands in `ORGANS`.
+      hu: mean intensity.
+      curve: [points, 4], rows (z, y, x, radius) in mm.
+      flat: reach along (z, y, x) for each mm of radius; an ellipsoid is a short tube with unequal ones.
+      wall: (thickness in mm, HU) of the outermost layer.
+      gas: mm that air reaches back from the most anterior point of the content.
+      rind: mm of fat that keep it apart from the parts before it.
+      loose: how freely it varies; 0 for the body's frame, which alone may reach beyond the cavity.
+    """
+
+    name: str
+    hu: float
+    curve: np.ndarray
+    flat: tuple[float, float, float] = (1, 1, 1)
+    wall: tuple[float, float] = (0, 0)
+    gas: float = 0
+    rind: float = 0
+    loose: float = 1
+
+
+def _part(name: str, hu: float, *rows: tuple[float, ...], **rest) -> Part:
+    return Part(name, hu, np.array(rows, float), **rest)
+
+
+def _both(name: str, hu: float, *rows: tuple[float, ...], **rest) -> list[Part]:
+    """A part on the patient's left and its mirror image on the right."""
+    sides = {"left": 1, "right": -1}.items()
+    return [_part(f"{side} {name}", hu, *((z, y, sign * x, r) for z, y, x, r in rows), **rest) for side, sign in sides]
+
+
+def _tree(name: str, hu: float, *curves: list[tuple[float, ...]]) -> list[Part]:
+    """Vessels that meet where their curves end; they vary little, lest they leave what they feed."""
+    return [_part(name, hu, *curve, loose=0.35) for curve in curves]
+
+
+def _vertebra(z: float) -> list[Part]:
+    """Body, arch and processes; from the thorax up a pair of ribs, which run forwards and down in the wall."""
+    bone = {"loose": 0, "wall": (2, 380)}
+    turns = np.radians(np.arange(-75, 0.55 * z - 20, 8)) if z > 0 else []
+    rib = [(z - 32 * (t + 1.3), -85 * np.sin(t), 133 * np.cos(t), 4.5) for t in turns]
+    return [
+        _part("bone", 190, (z - 7, 38, 0, 22), (z + 7, 38, 0, 22), flat=(0.3, 0.8, 1), **bone),
+        _part("bone", 300, (z, 66, 0, 16), flat=(0.8, 0.8, 1), **bone),
+        _part("bone", 250, (z - 2, 76, 0, 5), (z - 14, 96, 0, 4), **bone),
+        *_both("bone", 250, (z, 62, 12, 5), (z, 68, 38, 4), **bone),
+        *(_both("bone", 220, *rib, **bone) if rib else []),
+    ]
+
+
+def _small_bowel(rng: np.random.Generator) -> Iterator[Part]:
+    """Loops at random below the organs; inside and wall look like the stomach's or the gallbladder's."""
+    for _ in range(8):
+        centres = rng.uniform((-175, -62, -75), (-40, 8, 100), (6, 3))
+        radius = np.full((6, 1), rng.uniform(8, 13))
+        yield Part(
+            "bowel", rng.uniform(5, 45), np.hstack([centres, radius]), wall=(2.5, 95), gas=rng.choice([0, 0, 14])
+        )
+
+
+def _anatomy(rng: np.random.Generator) -> list[Part]:
+    """Every part of one patient before it varies; a later one lies over an earlier one."""
+    stomach, bladder = rng.uniform(0.8, 1.2), rng.uniform(0.9, 1.35)  # how full
+    dome = {"flat": (1, 1.1, 1), "wall": (3, _MUSCLE), "loose": 0.5}
+    # fmt: off
+    return [
+        # chest; the mesentery's fat ends the domes below
+        *_both("lung", -850, (20, 45, 72, 18), (70, 8, 70, 55), (220, 5, 68, 60), flat=(1, 1.25, 1), loose=0.5),
+        _part("heart", 150, (104, -28, 38, 38), (140, -22, 8, 42), rind=4, wall=(9, 110)),
+        _part("mediastinum", _MUSCLE, (60, 8, 12, 6), (110, 14, 8, 9), (220, 10, 0, 20), loose=0.3),
+        _part("right diaphragm", _FAT, (-60, -8, -72, 60), (24, -8, -70, 66), **dome),
+        _part("left diaphragm", _FAT, (-60, -8, 72, 60), (18, -8, 70, 64), **dome),
+        _part("mesentery", _FAT, (-300, 0, 0, 50), (0, 0, 0, 50), flat=(0.1, 1.8, 2.8), loose=0.3),
+        # bowel
+        *_small_bowel(rng),
+        _part("colon", 20, (-175, 22, -98, 22), (-90, 25, -102, 20), (-58, 0, -98, 19), wall=(3, 80), gas=12),
+        _part("colon", 0, (-58, 0, -98, 18), (-72, -48, -55, 17), (-84, -58, 0, 16), (-58, -48, 60, 16),
+              (5, 20, 112, 15), wall=(3, 80), gas=16),
+        _part("colon", 30, (5, 20, 112, 14), (-60, 35, 110, 13), (-175, 25, 98, 14), wall=(3, 80)),
+        # organs; the veins in the liver are the hepatic ones, told from the portal vein by where they go
+        _part("liver", 110, (-50, 12, -98, 22), (-8, 8, -88, 48), (30, 4, -76, 60), (46, -18, -34, 42),
+              (48, -42, 12, 25), (46, -52, 52, 12), flat=(1.05, 1.1, 1), loose=0.8),
+        *_tree("vein", 175, [(82, 8, -22, 5), (66, 10, -58, 4), (38, 18, -90, 2.5)],
+               [(82, 6, -22, 5), (64, -16, -48, 4), (38, -30, -72, 2.5)],
+               [(82, 4, -20, 5), (62, -26, -12, 3.5), (52, -44, 12, 2.5)]),
+        _part("spleen", 120, (60, 44, 64, 17), (46, 40, 84, 28), (20, 32, 92, 27), (-2, 24, 97, 15),
+              flat=(1.1, 1.2, 0.9), rind=3, loose=0.8),
+        _part("stomach", 40, (54, 16, 58, 24 * stomach), (22, -20, 76, 27 * stomach), (-18, -42, 62, 24 * stomach),
+              (-34, -54, 20, 18 * stomach), (-20, -44, -16, 11), wall=(4, 75), gas=14 * stomach, rind=3, loose=0.8),
+        *_both("kidney", 185, (4, 47, 52, 19), (-27, 46, 60, 25), (-60, 40, 64, 19), wall=(7, 205), rind=5),
+        *_both("kidney", -60, (-6, 42, 48, 6), (-27, 38, 46, 9), (-45, 36, 52, 6)),
+        _part("duodenum", 30, (-20, -44, -16, 9), (-18, -26, -48, 13), (-40, -4, -56, 12), (-66, 0, -40, 11),
+              (-66, 0, 0, 10), (-40, -16, 34, 11), wall=(3, 90), loose=0.6),
+        _part("gallbladder", 10, (-40, -52, -64, 13 * bladder), (-22, -38, -58, 11 * bladder), (0, -22, -48, 4),
+              wall=(1.5, 60), rind=1),
+        _part("pancreas", 92, (-36, -6, -34, 9), (-20, -14, -28, 14), (-6, -27, -4, 9), (10, -20, 26, 10.5),
+              (20, 8, 56, 9), (26, 27, 80, 6), flat=(1.1, 1, 1), rind=2, loose=0.6),
+        # spine, and the muscles along it: psoas, crura of the diaphragm, erector spinae
+        _part("disc", 85, (-250, 38, 0, 20), (250, 38, 0, 20), flat=(1, 0.8, 1), loose=0),
+        *_both("muscle", 55, (20, 36, 26, 7), (-50, 38, 38, 16), (-180, 30, 58, 24), loose=0),
+        *_both("muscle", 55, (90, 14, 14, 5), (30, 20, 20, 6), (-30, 24, 16, 3), loose=0),
+        *_both("muscle", 52, (-250, 78, 32, 25), (250, 78, 30, 21), flat=(1, 0.7, 1), loose=0),
+        *(part for level in range(-6, 7) for part in _vertebra(34 * level)),
+        _part("canal", 30, (-250, 62, 0, 8), (250, 62, 0, 8), loose=0),
+        # vessels
+        *_tree("cava", 140, [(-180, 14, -22, 9), (0, 10, -24, 10), (60, 4, -26, 11), (88, 2, -24, 12)]),
+        *_tree("portal_vein", 185,
+               [(-120, -30, -2, 3), (-50, -18, -10, 5), (-8, -11, -8, 6.5), (8, -10, -22, 6.5), (28, -10, -46, 6.5)],
+               [(-8, -11, -8, 6), (8, -7, 24, 4.5), (16, 18, 56, 4), (26, 36, 82, 2.5)],  # splenic vein
+               [(28, -10, -46, 6.5), (32, 2, -70, 4.5), (14, 14, -96, 2)],  # right branch, behind and in front
+               [(32, 2, -70, 4.5), (48, 2, -88, 3), (58, 10, -104, 2)],
+               [(28, -10, -46, 6), (40, -26, -26, 4.5), (46, -42, -4, 3), (48, -44, 16, 2)]),  # left branch
+        *_tree("artery", 210,
+               [(250, 12, 16, 12), (60, 9, 10, 11), (-105, 8, 6, 8.5)],  # aorta, iliac arteries
+               [(-105, 8, 6, 7), (-180, 14, -30, 5)], [(-105, 8, 6, 7), (-180, 14, 38, 5)],
+               [(20, 8, 9, 4), (20, -12, 8, 3.5)],  # celiac trunk, to hepatic and splenic
+               [(20, -12, 8, 3), (16, -20, -14, 2.5), (30, -18, -46, 2), (44, -14, -62, 1.5)],
+               [(20, -12, 8, 3), (26, -12, 28, 2.5), (22, 6, 48, 2.5), (34, 20, 66, 2), (32, 38, 84, 1.5)],
+               [(4, 8, 9, 4), (-8, -12, 7, 3.5), (-50, -22, 6, 3), (-120, -34, 14, 1.7)],  # superior mesenteric
+               [(-8, 8, 8, 3.5), (-14, 16, 28, 2.5), (-26, 38, 44, 2)],  # renal
+               [(-8, 8, 8, 3.5), (-14, 18, -12, 2.5), (-26, 38, -44, 2)]),
+    ]
+    # fmt: on
+
+
+def _smooth(curve: np.ndarray, step: float = 8) -> np.ndarray:
+    """Catmull-Rom: a finer polyline through the same points, about `step` mm apart; [points, 4] to [more points, 4]."""
+    if len(curve) < 3:
+        return curve
+    pieces = round(np.linalg.norm(np.diff(curve[:, :3], axis=0), axis=1).max() / step)
+    ends = 2 * curve[[0, -1]] - curve[[1, -2]]
+    knots = np.vstack([ends[:1], curve, ends[1:]])
+    t = np.linspace(0, 1, pieces, endpoint=False)
+    basis = 0.5 * np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
+    spans = np.stack([knots[i : len(knots) - 3 + i] for i in range(4)], 1)
+    return np.vstack([(basis @ spans).reshape(-1, 4), curve[-1:]])
+
+
+def _turn(rng: np.random.Generator, degrees: float) -> np.ndarray:
+    """Random small rotation, [3, 3]: Cayley's map of a skew matrix."""
+    a, b, c = np.radians(degrees) / 2 * rng.standard_normal(3)
+    skew = np.array([[0, a, b], [-a, 0, c], [-b, -c, 0]])
+    return np.linalg.solve(np.eye(3) - skew, np.eye(3) + skew)
+
+
+def _individual(rng: np.random.Generator) -> list[Part]:
+    """One patient's anatomy: each name's parts moved, turned, grown and enhanced together, each curve bent a little."""
+    early, poses, parts = rng.uniform(-1, 1), {}, []
+    for part in _anatomy(rng):
+        if part.name not in poses:
+            turn, shift = _turn(rng, 6 * part.loose), 4 * part.loose * rng.standard_normal(3)
+            growth = np.exp(0.08 * part.loose * rng.standard_normal())
+            hu = early * _EARLY.get(part.name, 0) + 6 * part.loose * rng.standard_normal()
+            poses[part.name] = growth * turn, part.curve[:, :3].mean(0), shift, growth, hu
+        affine, pivot, shift, growth, hu = poses[part.name]
+        centres = (part.curve[:, :3] - pivot) @ affine.T + pivot + shift
+        bend = 2.5 * min(1, 2 * part.loose)
+        centres[1:-1] += bend * rng.standard_normal(centres[1:-1].shape)  # not the ends, where vessels meet
+        curve = _smooth(np.hstack([centres, growth * part.curve[:, 3:]]))
+        parts.append(dataclasses.replace(part, curve=curve, hu=float(part.hu + hu)))
+    return parts
+
+
+class _Waves:
+    """A smooth random field of `channels` values: a sum of plane waves with wavelengths of `mm`."""
+
+    def __init__(self, rng: np.random.Generator, channels: int, mm: tuple[float, float], rms: float, count: int = 12):
+        wave = rng.standard_normal((3, count))
+        self.wave = wave / np.linalg.norm(wave, axis=0) * 2 * np.pi / rng.uniform(*mm, count)
+        self.phase = rng.uniform(0, 2 * np.pi, count)
+        self.weight = rms * np.sqrt(2 / count) * rng.standard_normal((channels, 1, count))
+
+    def __call__(self, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """[channels, D, H, W] float32 on the grid of mm along each axis.
+
+        cos(a + b) = cos a cos b - sin a sin b with a along z and b in the plane makes it one matrix product.
+        """
+        along = np.outer(z, self.wave[0]) + self.phase
+        plane = self.wave[1, :, None, None] * y[:, None] + self.wave[2, :, None, None] * x
+        left = np.concatenate([self.weight * np.cos(along), -self.weight * np.sin(along)], -1, dtype=np.float32)
+        right = np.concatenate([np.cos(plane), np.sin(plane)], dtype=np.float32)
+        return (left @ right.reshape(len(right), -1)).reshape(-1, len(z), len(y), len(x))
+
+
+def _distance(p: np.ndarray, start: np.ndarray, end: np.ndarray, flat: np.ndarray) -> np.ndarray:
+    """Signed distance in mm, negative inside, of points [3, ...] to a tapering tube between rows (z, y, x, radius)."""
+    flat = flat.reshape(3, *(1,) * (p.ndim - 1)).astype(np.float32)
+    axis, taper = ((end - start)[:3] / flat.ravel()).astype(np.float32), np.float32(end[3] - start[3])
+    offset = (p - start[:3].reshape(flat.shape).astype(np.float32)) / flat
+    along = np.clip(np.tensordot(axis / max(axis @ axis, 1e-6), offset, 1), 0, 1)
+    offset -= axis.reshape(flat.shape) * along
+    length = np.sqrt(np.sum(offset**2, 0)) + np.float32(1e-3)
+    slope = np.sqrt(np.sum((offset / flat) ** 2, 0)) + np.float32(1e-3)  # of `length` against mm: equal where flat is 1
+    return (length - np.float32(start[3]) - along * taper) * length / slope
+
+
+def _paint(
+    image: np.ndarray, label: np.ndarray, p: np.ndarray, parts: list[Part], edge: float, thinnest: float
+) -> None:
+    """Lays parts over image and label [D, H, W], in place, in the order they come.
+
+    Args:
+      image: HU, float32; blurred over `edge` mm at each surface, as by a scanner.
+      label: uint8.
+      p: [3, D, H, W] float32, where each voxel lies in the body.
+      parts: with smooth curves.
+      edge: mm.
+      thinnest: mm, the least radius: a vessel thinner than the grid shows must not break up.
+    """
+    axes = [tuple(other for other in range(3) if other != axis) for axis in range(3)]
+    lowest, highest = ([pick(p[axis], axes[axis]) for axis in range(3)] for pick in (np.min, np.max))
+
+    def box(rows: np.ndarray, flat: np.ndarray, margin: float) -> tuple[slice, ...]:
+        """The slices, lines and columns that come near the rows: all voxels within `margin` and some more."""
+        reach = rows[:, 3:] * flat + margin
+        low, high = (rows[:, :3] - reach).min(0), (rows[:, :3] + reach).max(0)
+        near = [np.flatnonzero((highest[i] > low[i]) & (lowest[i] < high[i])) for i in range(3)]
+        return tuple(slice(hits[0], hits[-1] + 1) if hits.size else slice(0) for hits in near)
+
+    cavity = _distance(p, *_CAVITY_AXIS)
+    distance = np.full_like(cavity, np.inf)
+    for part in parts:
+        flat = np.array(part.flat, float)
+        rows = np.column_stack([part.curve[:, :3], np.maximum(part.curve[:, 3], thinnest)])
+        here = box(rows, flat, part.rind + edge)
+        if not distance[here].size:
+            continue
+        for pair in itertools.pairwise(rows) if len(rows) > 1 else [(rows[0], rows[0])]:
+            near = box(np.array(pair), flat, part.rind + edge)
+            distance[near] = np.minimum(distance[near], _distance(p[:, *near], *pair, flat))
+        outer = distance[here].copy()
+        distance[here] = np.inf
+        if part.loose:
+            outer = np.maximum(outer, cavity[here])  # flush with the wall
+        thickness, hu = part.wall
+        inner = outer + thickness
+        level = float(np.min(rows[:, 1] - rows[:, 3] * flat[1])) + thickness + part.gas
+        for inside, value in (
+            *([(np.maximum(outer - part.rind, cavity[here]), _FAT)] if part.rind else []),
+            *([(outer, hu)] if thickness else []),
+            (inner, part.hu),
+            *([(np.maximum(inner, p[1][here] - level), _AIR)] if part.gas else []),
+        ):
+            image[here] += np.clip(0.5 - inside / edge, 0, 1) * (value - image[here])
+        label[here][outer < part.rind] = 0
+        label[here][outer < 0] = ORGANS.index(part.name) + 1 if part.name in ORGANS else 0
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Unit noise [D, H, W], correlated within slices, which a scanner reconstructs one by one."""
+    noise = rng.standard_normal((shape[0], shape[1] + 1, shape[2] + 1), np.float32)
+    return (noise[:, 1:, 1:] + noise[:, :-1, 1:] + noise[:, 1:, :-1] + noise[:, :-1, :-1]) / 2
+
+
+def make_phantom(
+    rng: np.random.Generator, *, size: tuple[int, int, int], spacing: tuple[float, float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One patient's scan. The same draws give the same patient on any grid; a grid too small for the body shrinks it.
+
+    Args:
+      rng: decides the anatomy, then the pose, the contrast and the noise.
+      size: voxels, (z, y, x).
+      spacing: mm, (z, y, x).
+
+    Returns:
+      Image [D, H, W] int16 in HU and label [D, H, W] uint8, the place in `ORGANS` counted from 1 or 0 for background.
+      z grows to the head, y to the back, x to the patient's left.
+    """
+    parts = _individual(rng)
+    warp = _Waves(rng, 3, mm=(110, 300), rms=4)
+    texture = _Waves(rng, 1, mm=(15, 50), rms=5)
+    fat, sigma = rng.uniform(8, 30), rng.uniform(8, 20)
+    stretch, turn, shift = np.exp(0.04 * rng.standard_normal(3)), _turn(rng, 2.5), 5 * rng.standard_normal(3)
+
+    around = _WALL + fat + 8
+    shown = 2 * stretch * [_REACH, _CAVITY[0] + around, _CAVITY[1] + around]
+    fit = min(1, np.min(np.multiply(size, spacing) / shown))
+    stretch, shift = fit * stretch, fit * shift
+    grid = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(size, spacing, strict=True)]
+    into = turn / stretch[:, None]  # mm in the scan to mm in the body
+    edge, thinnest = max(float(np.mean(spacing)), 1.5), 0.75 * max(spacing) / float(stretch.min())
+    wall = np.array([-1, 0, 4, 5, 6, 9, 10, 11, _WALL, _WALL + 1, *(_WALL + fat + np.array([0, 1, 2, 4]))])
+    tissue = [_FAT, *(_MUSCLE, _MUSCLE, 15, _MUSCLE, _MUSCLE, 15, _MUSCLE, _MUSCLE), _FAT, _FAT, 20, 20, _AIR]
+
+    image, label = np.empty(size, np.int16), np.zeros(size, np.uint8)
+    slab = max(1, _SLAB // (size[1] * size[2]))
+    for first in range(0, size[0], slab):
+        z, y, x = grid[0][first : first + slab], grid[1], grid[2]
+        p = warp(z, y, x)
+        for along, mm in enumerate((z[:, None, None], y[:, None], x)):
+            p += (into[:, along, None, None, None] * (mm - shift[along])).astype(np.float32)
+        hu = np.interp(_distance(p, *_CAVITY_AXIS), wall, tissue).astype(np.float32)
+        _paint(hu, label[first : first + slab], p, parts, edge, thinnest)
+        hu += texture(z, y, x)[0] * (hu > -500)
+        hu += sigma * _noise(rng, hu.shape)
+        image[first : first + slab] = np.clip(np.rint(hu), -1024, 3071)
+    return image, label
+
+
+def write_dataset(
+    root: Path,
+    *,
+    training: int,
+    test: int,
+    size: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    seed: int,
+) -> None:
+    """An nnU-Net v2 folder of phantoms; returns at once where the same one stands already.
+
+    A case depends on the seed and its number alone. `dataset.json` is written last: without it a folder is unfinished.
+    """
+    wanted = {"training": training, "test": test, "size": list(size), "spacing": list(spacing), "seed": seed}
+    index = root / "dataset.json"
+    if index.exists():
+        found = json.loads(index.read_text()).get("phantom")
+        if found != wanted:
+            raise UserError(f"{index}: made with {found}, wanted {wanted}; choose another folder or remove this one")
+        return
+    for unfinished in root.glob("*T[rs]/phantom_*.nii.gz"):  # perhaps of other parameters
+        unfinished.unlink()
+    for number in range(training + test):
+        image, label = make_phantom(np.random.default_rng([seed, number]), size=size, spacing=spacing)
+        split, name = "Tr" if number < training else "Ts", f"phantom_{number:03d}"
+        for path, voxels in ((f"images{split}/{name}_0000.nii.gz", image), (f"labels{split}/{name}.nii.gz", label)):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            scans.write_scan(root / path, voxels, spacing, origin=(0.0, 0.0, 0.0))
+    description = {
+        "name": "Phantom",
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0} | {organ: value for value, organ in enumerate(ORGANS, 1)},
+        "numTraining": training,
+        "file_ending": ".nii.gz",
+        "phantom": wanted,
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    partial = index.with_suffix(".json.partial")
+    partial.write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(partial, index)

@@ -1,0 +1,145 @@
+"""The feed: grain samples, reads and batches crops on the host; the device augments them."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from autocontext_jax.data.augment import Augment, IntensityLimits, make_augment
+from autocontext_jax.data.sampling import case_batches, draw_entry
+from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.geometry import SpatialLimits, Triple, crop_margins, pyramid_starts
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedConfig:
+    """What a batch is made of.
+
+    Attributes:
+      batch: B, pyramid patches over all processes.
+      edge: N, a multiple of 4.
+      centre: see `sampling.draw_entry`.
+      spatial: limits of the spatial augmentation; None for none.
+      intensity: limits of the intensity augmentation.
+      threads: that read ahead; TensorStore decodes in threads of its own.
+      ahead: batches read ahead.
+    """
+
+    batch: int
+    edge: int
+    centre: str = "foreground"
+    spatial: SpatialLimits | None = None
+    intensity: IntensityLimits = IntensityLimits()
+    threads: int = 2
+    ahead: int = 4
+
+
+class Feed:
+    """An endless iterator over augmented batches on the device.
+
+    Its state is the position in a fixed random sequence: two feeds of the same cases, configuration and seed that stand at
+    the same position give the same batches, whatever the number of processes.
+
+    Args:
+      cases: the prepared cases to draw from, the same list in the same order in every process.
+      config: see there.
+      seed: of the whole sequence.
+      sharding: of the batch axis over devices.
+    """
+
+    def __init__(
+        self, cases: Sequence[PreparedCase], config: FeedConfig, *, seed: int, sharding: jax.sharding.NamedSharding
+    ):
+        spacings = [case.spacing for case in cases]
+        margins = crop_margins(config.edge, len(cases[0].shapes), spacings, config.spatial)
+        self._key = jax.random.key(seed)
+        self._augment: Augment = make_augment(config.edge, margins, config.spatial, config.intensity)
+        self._sharding = sharding
+        self._host = host_batches(
+            cases, config, margins, seed=seed, process=jax.process_index(), processes=jax.process_count()
+        )
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """(images, labels), each a level's [B, N, N, N], coarsest first; float32 HU and uint8."""
+        local = next(self._host)
+        batch = jax.tree.map(lambda array: jax.make_array_from_process_local_data(self._sharding, array), local)
+        return self._augment(self._key, batch["numbers"], batch["spacing"], batch["images"], batch["labels"])
+
+    def get_state(self) -> dict[str, Any]:
+        """Position of the next batch, as JSON."""
+        return self._host.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a position that `get_state` gave."""
+        self._host.set_state(state)
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._host.close()
+
+
+def host_batches(
+    cases: Sequence[PreparedCase],
+    config: FeedConfig,
+    margins: tuple[Triple, ...],
+    *,
+    seed: int,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.DatasetIterator:
+    """This process's share of every batch, as numpy arrays.
+
+    Each element is a dict of
+      numbers: [b] uint32, the samples' places in the whole run's sequence;
+      spacing: [b, 3] float32, the finest level's, mm;
+      images, labels: for each level [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8.
+    """
+    share = config.batch // processes
+    mine = slice(process * share, (process + 1) * share)
+
+    def draw(numbers: np.ndarray, rng: np.random.Generator) -> list[tuple[PreparedCase, Triple]]:
+        # Every process draws for the whole batch, so that the sequence does not depend on how many there are.
+        entries = [draw_entry(cases[number].foreground_offsets, rng, centre=config.centre) for number in numbers]
+        chosen = list(zip(numbers, entries, strict=True))[mine]
+        return [(cases[number], cases[number].foreground_voxel(entry)) for number, entry in chosen]
+
+    def read(index: int, centres: list[tuple[PreparedCase, Triple]]) -> dict[str, Any]:
+        first = index * config.batch + process * share
+        return {
+            "numbers": np.arange(first, first + share, dtype=np.uint32),
+            **read_batch(centres, config.edge, margins),
+        }
+
+    # Seeds are given to each stage, so that adding a stage does not change the others.
+    sequence = case_batches(len(cases), config.batch, seed=seed).random_map(draw, seed=seed + 1).map_with_index(read)
+    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.ahead)
+    return iter(sequence.to_iter_dataset(options))
+
+
+def read_batch(
+    centres: Sequence[tuple[PreparedCase, Triple]], edge: int, margins: tuple[Triple, ...]
+) -> dict[str, Any]:
+    """Crops of the pyramid patches around given centres; `host_batches` says of what shape.
+
+    All reads are under way together: levels and samples wait for the disk once, not one after another.
+    """
+    pending = []
+    for case, centre in centres:
+        starts = pyramid_starts(centre, edge, len(margins))
+        for level, (start, margin) in enumerate(zip(starts, margins, strict=True), start=1):
+            first = tuple(s - m for s, m in zip(start, margin, strict=True))
+            size = tuple(edge + 2 * m for m in margin)
+            pending.append(case.read(level, first, size))
+    crops = [read.result() for read in pending]
+    by_level = [crops[level :: len(margins)] for level in range(len(margins))]
+    return {
+        "spacing": np.array([case.spacing for case, _ in centres], np.float32),
+        "images": tuple(np.stack([image for image, _ in level]) for level in by_level),
+        "labels": tuple(np.stack([label for _, label in level]) for level in by_level),
+    }

@@ -1,0 +1,40 @@
+"""Which case, which centre: the random sequence of a run, the same for any number of processes."""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+CENTRES = ("foreground", "classes")
+
+
+def case_batches(cases: int, batch: int, seed: int) -> grain.MapDataset:
+    """An endless sequence of batches of case numbers, each batch of distinct cases (as in the paper).
+
+    Every epoch visits the cases in a new order; the few that do not fill a last batch wait for the next epoch. With fewer
+    cases than the batch holds, distinct cases are impossible and each case stands in the order several times.
+    """
+    copies = -(-batch // cases)
+    order = grain.MapDataset.source(np.tile(np.arange(cases), copies))
+    return order.shuffle(seed=seed).batch(batch, drop_remainder=True).repeat()
+
+
+def draw_entry(offsets: Sequence[int], rng: np.random.Generator, *, centre: str) -> int:
+    """Number of a random entry of a case's foreground list.
+
+    Args:
+      offsets: [K], where class k's entries are offsets[k - 1] ... offsets[k] - 1.
+      rng: always gives two numbers, whatever the case, so that other draws do not depend on this case's contents.
+      centre: `foreground`: uniform over all foreground voxels (the paper). `classes`: uniform over the classes present,
+        then over the class's voxels, so that small organs are seen as often as large ones.
+
+    Returns:
+      A number in [0, offsets[-1]).
+    """
+    which, where = rng.random(2)
+    sizes = np.diff(offsets)
+    if centre == "foreground":
+        return int(where * offsets[-1])
+    present = np.flatnonzero(sizes)
+    chosen = present[int(which * len(present))]
+    return int(offsets[chosen] + int(where * sizes[chosen]))

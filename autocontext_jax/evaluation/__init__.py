@@ -1,0 +1,1 @@
+"""Scores per organ, their statistics and the table."""

@@ -1,0 +1,92 @@
+"""A scan with masks laid over it, as pixels and as a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+# Told apart by colour-blind readers too: Okabe and Ito's palette, then lighter shades. Row k is class k + 1.
+PALETTE = np.array(
+    [
+        (213, 94, 0), (0, 114, 178), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167),
+        (255, 150, 120), (130, 160, 255), (120, 220, 190),
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, *, window: tuple[float, float] = (-160.0, 240.0)) -> np.ndarray:
+    """A slice in grey with its mask's outline in full and its inside in faint colour.
+
+    Args:
+      image: [H, W] HU.
+      mask: [H, W] integers, 0 is background.
+      window: HU of black and white.
+
+    Returns:
+      [H, W, 3] uint8.
+    """
+    low, high = window
+    grey = np.clip((image.astype(np.float32) - low) / (high - low), 0, 1)[..., None] * np.full(3, 255, np.float32)
+    colour = PALETTE[(mask.astype(int) - 1) % len(PALETTE)]
+    padded = np.pad(mask, 1, mode="edge")
+    inner = (
+        (padded[:-2, 1:-1] == mask)
+        & (padded[2:, 1:-1] == mask)
+        & (padded[1:-1, :-2] == mask)
+        & (padded[1:-1, 2:] == mask)
+    )
+    strength = np.where(mask == 0, 0.0, np.where(inner, 0.3, 1.0))[..., None]
+    return np.round(grey * (1 - strength) + colour * strength).astype(np.uint8)
+
+
+def side_by_side(pictures: Sequence[np.ndarray], *, gap: int = 2) -> np.ndarray:
+    """Pictures [H, W, 3] of equal height in one row with a white gap: [H, sum of widths and gaps, 3]."""
+    white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
+    row = [part for picture in pictures for part in (picture, white)]
+    return np.concatenate(row[:-1], axis=1)
+
+
+def figure(
+    path: Path,
+    image: np.ndarray,
+    masks: Mapping[str, np.ndarray],
+    organs: Sequence[str],
+    spacing: tuple[float, float, float],
+    *,
+    title: str = "",
+) -> None:
+    """Writes a PNG: a row for each plane (axial, coronal, sagittal), a column for each mask, a legend of the organs.
+
+    The slices are those through the centre of the first mask's foreground, seen as a radiologist sees them.
+
+    Args:
+      path: of the PNG.
+      image: [D, H, W] HU, canonical.
+      masks: {column's name: [D, H, W] integers}.
+      organs: names; class k is organs[k - 1].
+      spacing: mm, (z, y, x).
+      title: above all.
+    """
+    truth = next(iter(masks.values()))
+    foreground = np.nonzero(truth) if truth.any() else np.nonzero(np.ones_like(truth))
+    centre = [int(np.median(along)) for along in foreground]
+    rows, columns = 3, len(masks)
+    canvas = Figure(figsize=(3 * columns, 9), layout="constrained", facecolor="white")
+    axes = canvas.subplots(rows, columns, squeeze=False)
+    for column, (name, mask) in enumerate(masks.items()):
+        for axis, plane in enumerate(("axial", "coronal", "sagittal")):
+            image_slice, mask_slice = (np.take(volume, centre[axis], axis=axis) for volume in (image, mask))
+            # Canonical z grows towards the head, a picture's rows downwards.
+            picture = overlay(image_slice, mask_slice) if axis == 0 else overlay(image_slice, mask_slice)[::-1]
+            height, width = [mm for i, mm in enumerate(spacing) if i != axis]
+            axes[axis, column].imshow(picture, aspect=height / width, interpolation="nearest")
+            axes[axis, column].set(xticks=[], yticks=[], title=name if axis == 0 else "")
+            if column == 0:
+                axes[axis, column].set_ylabel(plane)
+    handles = [Patch(color=PALETTE[k % len(PALETTE)] / 255, label=organ) for k, organ in enumerate(organs)]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    canvas.suptitle(title)
+    canvas.savefig(path, dpi=100)

@@ -1,0 +1,212 @@
+"""Every key of a run with its default, and the checks that a run makes before it starts.
+
+The sections are the dataclasses that the code takes, so each key is explained where it acts: `levels` in
+`data/store.py`, `feed` in `data/pipeline.py`, `spatial` in `geometry.py`, `intensity` in `data/augment.py`, `model` in
+`models/unet.py`, `pyramid` in `models/pyramid.py`, `loss` and `optimizer` in `training/`, `predict` in
+`inference/predictor.py`.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from autocontext_jax.data.augment import IntensityLimits
+from autocontext_jax.data.pipeline import FeedConfig
+from autocontext_jax.data.sampling import CENTRES
+from autocontext_jax.data.store import Settings
+from autocontext_jax.errors import UserError
+from autocontext_jax.geometry import SpatialLimits
+from autocontext_jax.inference.predictor import PredictorConfig
+from autocontext_jax.models.pyramid import CONTEXTS, PyramidConfig
+from autocontext_jax.models.unet import UNetConfig
+from autocontext_jax.training.losses import LossConfig
+from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig
+
+# Keys that may differ between a work directory's checkpoint and the run that goes on from it: they change neither the
+# parameters' shapes nor the sequence of batches.
+FREE = ("data.root", "data.prepared", "data.workers", "data.cache_mib", "feed.threads", "feed.ahead", "predict.",
+        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep")  # fmt: skip
+
+
+def default_config() -> ConfigDict:
+    """A complete configuration; an experiment's file changes what it needs."""
+    config = ConfigDict()
+    config.seed = 0
+    config.data = ConfigDict()
+    # The data set's folder (nnU-Net v2 or Medical Segmentation Decathlon).
+    config.data.root = ""
+    # Where prepared cases go; "" is `prepared/` in the work directory. Runs of equal `levels` can share one.
+    config.data.prepared = ""
+    # Share of the training cases held out for validation, or a file of folds (nnU-Net's splits_final.json).
+    config.data.validation_fraction = 0.1
+    config.data.splits = ""
+    config.data.fold = 0
+    # Scans prepared at the same time; 0 is one a core.
+    config.data.workers = 0
+    # Decoded chunks kept in memory by the feed.
+    config.data.cache_mib = 1024
+    # Class names, background first; filled in from the data set.
+    config.data.labels = ()
+    # Phantoms to generate into `data.root` (in the work directory if that is ""); 0 uses what is there.
+    config.phantom = ConfigDict(dict(training=0, test=0, size=(96, 96, 96), spacing=(3.5, 3.5, 3.5)))
+    # `finest_spacing` in mm, or () for factors of each scan's own grid.
+    config.levels = ConfigDict(dict(factors=(4, 2), finest_spacing=()))
+    config.feed = _section(FeedConfig(batch=3, edge=64), without=("spatial", "intensity"))
+    config.spatial = _section(SpatialLimits())
+    config.intensity = _section(IntensityLimits())
+    config.model = _section(UNetConfig())
+    config.pyramid = _section(PyramidConfig(levels=2, classes=2), without=("levels", "classes"))
+    config.loss = _section(LossConfig())
+    config.optimizer = _section(OptimizerConfig())
+    config.train = ConfigDict()
+    config.train.steps = 20_000
+    config.train.log_every = 10
+    # Validation and checkpoint together; the newest `keep` checkpoints and the best are kept.
+    config.train.checkpoint_every = 500
+    config.train.keep = 2
+    # Held-out patches scored at every checkpoint.
+    config.train.validation_patches = 24
+    config.predict = _section(PredictorConfig())
+    # `best` by validation or `latest`.
+    config.predict.checkpoint = "best"
+    return config
+
+
+def _section(defaults: Any, without: tuple[str, ...] = ()) -> ConfigDict:
+    return ConfigDict({key: value for key, value in vars(defaults).items() if key not in without})
+
+
+def dataclass_of(kind: type, section: ConfigDict, **more: Any) -> Any:
+    """The dataclass that a section of the configuration describes."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in section.items() if key in names}, **more)
+
+
+def settings(config: ConfigDict) -> Settings:
+    """What the prepared data set depends on."""
+    finest_spacing = tuple(config.levels.finest_spacing) or None
+    return Settings(factors=tuple(config.levels.factors), finest_spacing=finest_spacing)
+
+
+def feed(config: ConfigDict) -> FeedConfig:
+    """The training feed."""
+    spatial = dataclass_of(SpatialLimits, config.spatial)
+    moves = spatial.rotation or spatial.translation or spatial.elastic_sigma
+    intensity = dataclass_of(IntensityLimits, config.intensity)
+    return dataclass_of(FeedConfig, config.feed, spatial=spatial if moves else None, intensity=intensity)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what cannot run.
+
+    Raises:
+      UserError: names the key, the value found and the value wanted.
+    """
+    divisor = 2 ** (config.model.depth - 1)
+    for key, edge in (("feed.edge", config.feed.edge), ("predict.tile", config.predict.tile)):
+        wanted = max(4, divisor)
+        if edge <= 0 or edge % wanted:
+            raise UserError(
+                f"config key {key} is {edge}; wanted a positive multiple of {wanted}, since a network of model.depth "
+                f"{config.model.depth} halves it {config.model.depth - 1} times: choose {wanted * max(1, edge // wanted)}"
+            )
+    factors = tuple(config.levels.factors)
+    if not factors or factors[-1] <= 0 or any(a != 2 * b for a, b in zip(factors, factors[1:], strict=False)):
+        raise UserError(
+            f"config key levels.factors is {factors}; wanted downsample factors that halve from level to level, coarsest "
+            "first, such as (4, 2)"
+        )
+    if config.levels.finest_spacing and len(config.levels.finest_spacing) != 3:
+        raise UserError(
+            f"config key levels.finest_spacing is {config.levels.finest_spacing}; wanted (z, y, x) in mm, or ()"
+        )
+    weights = config.loss.level_weights
+    if weights and len(weights) != len(factors):
+        raise UserError(
+            f"config key loss.level_weights is {weights}; wanted {len(factors)} numbers, one a level, or ()"
+        )
+    choices: dict[str, tuple[str, ...]] = {
+        "feed.centre": CENTRES,
+        "pyramid.context": CONTEXTS,
+        "model.norm": ("batch", "none"),
+        "model.dtype": ("float32", "bfloat16"),
+        "optimizer.schedule": SCHEDULES,
+        "predict.checkpoint": ("best", "latest"),
+    }
+    for key, allowed in choices.items():
+        value = _get(config, key)
+        if value not in allowed:
+            raise UserError(f"config key {key} is {value!r}; wanted one of {', '.join(allowed)}")
+    for key in ("feed.batch", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "model.width",
+                "model.depth", "train.validation_patches"):  # fmt: skip
+        if _get(config, key) < 1:
+            raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
+    if not 0 <= config.predict.overlap < 1:
+        raise UserError(f"config key predict.overlap is {config.predict.overlap}; wanted a fraction in [0, 1)")
+    if not 0 < config.data.validation_fraction < 1:
+        raise UserError(
+            f"config key data.validation_fraction is {config.data.validation_fraction}; wanted a fraction in (0, 1)"
+        )
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `config.json`, whole or not at all."""
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    os.replace(partial, workdir / "config.json")
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """The configuration that a work directory was made with; None if it is new.
+
+    Raises:
+      UserError: the file is there but is not JSON.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not JSON ({error}); wanted the file that a run wrote: choose another --workdir"
+        ) from None
+
+
+def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
+    """Refuses to go on with a checkpoint that another configuration made.
+
+    Raises:
+      UserError: lists the keys that differ, with both values.
+    """
+    now, before = _flat(json.loads(json.dumps(config.to_dict()))), _flat(saved)
+    differing = [
+        f"{key} (there {before.get(key, 'absent')}, here {now.get(key, 'absent')})"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key) and not key.startswith(FREE)
+    ]
+    if differing:
+        raise UserError(
+            f"work directory {workdir} belongs to another config; keys that differ: {', '.join(differing)}: use another "
+            "--workdir or set them back"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

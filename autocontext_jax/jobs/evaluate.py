@@ -1,0 +1,77 @@
+"""--mode evaluate: predict held-out whole scans and score every level on the scans' own grids."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from autocontext_jax.data import scans
+from autocontext_jax.data.datasets import Case
+from autocontext_jax.errors import UserError
+from autocontext_jax.evaluation import pictures, report
+from autocontext_jax.evaluation.metrics import dice_scores
+from autocontext_jax.jobs.config import settings
+from autocontext_jax.jobs.prepare import Data
+from autocontext_jax.jobs.restore import restore_predictor
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: ConfigDict, workdir: Path, data: Data) -> None:
+    """Writes predictions, pictures, `evaluation.json` and `table.md`, and prints the table.
+
+    The scans are the data set's labelled test cases; without any, its validation cases.
+
+    Raises:
+      UserError: nothing to evaluate, a scan or label that cannot be read, no checkpoint.
+    """
+    predictor, labels = restore_predictor(config, workdir)
+    organs = labels[1:]
+    if labels != data.dataset.labels:
+        raise UserError(
+            f"the data set {data.dataset.root} has labels {data.dataset.labels}; the checkpoint knows {tuple(labels)}"
+        )
+    levels = len(config.levels.factors)
+    every_level = tuple(range(1, levels + 1))
+    for folder in ("predictions", "pictures"):
+        (workdir / folder).mkdir(exist_ok=True)
+
+    results = {}
+    for case in tqdm(held_out(data), desc="evaluate", unit="scan"):
+        assert case.label is not None
+        scan = scans.read_scan(case.image)
+        truth = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
+        started = time.monotonic()
+        masks = predictor.masks(scan.voxels, settings(config).level_factors(scan.spacing), levels=every_level)
+        log.info("%s: %.1f s", case.name, time.monotonic() - started)
+        scans.write_mask(workdir / "predictions" / f"{case.name}.nii.gz", masks[levels], scan.grid)
+        results[case.name] = {
+            f"level_{level}": {organ: {"dice": dice} for organ, dice in dice_scores(mask, truth, organs).items()}
+            for level, mask in masks.items()
+        }
+        columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
+        path = workdir / "pictures" / f"{case.name}.png"
+        pictures.figure(path, scan.voxels, columns, organs, scan.spacing, title=case.name)
+
+    result = report.evaluation(results, organs)
+    report.write(result, workdir)
+    print(report.table(result))
+
+
+def held_out(data: Data) -> Sequence[Case]:
+    """The cases to score.
+
+    Raises:
+      UserError: there is neither a labelled test case nor a validation case.
+    """
+    labelled = [case for case in data.dataset.test if case.label is not None]
+    cases = labelled or list(data.validation)
+    if not cases:
+        raise UserError(
+            f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan that "
+            "was not trained on: add imagesTs and labelsTs, or more training cases"
+        )
+    return cases

@@ -1,0 +1,75 @@
+"""--mode predict: masks of scans that have no labels."""
+
+import collections
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from autocontext_jax.data import scans
+from autocontext_jax.errors import UserError
+from autocontext_jax.jobs.config import settings
+from autocontext_jax.jobs.restore import restore_predictor
+
+log = logging.getLogger(__name__)
+
+
+def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bool:
+    """Writes the finest level's mask of one scan, a DICOM folder or each scan of a folder.
+
+    Args:
+      config: that the work directory was trained with.
+      workdir: holds the checkpoints.
+      source: a scan or a folder.
+      target: for one scan a file to write, or a folder; for a folder of scans a folder, where each mask is named as its
+        scan. Missing folders are made.
+
+    Returns:
+      False if scans of a folder could not be predicted: they are named at the end, the others are done.
+
+    Raises:
+      UserError: as `scans` and `restore` say.
+    """
+    inputs = scans.find_scans(source)
+    many = source.is_dir() and inputs != [source]
+    outputs = [_output(path, target, many) for path in inputs]
+    twice = [path for path, count in collections.Counter(outputs).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{source} has several scans whose mask would be {twice[0]}; wanted different names: rename one"
+        )
+    overwritten = set(outputs) & {path.resolve() for path in inputs}
+    if overwritten:
+        raise UserError(f"--output {target} would overwrite the input {overwritten.pop()}: choose another folder")
+
+    predictor, labels = restore_predictor(config, workdir)
+    bad: list[str] = []
+    bar = tqdm(zip(inputs, outputs, strict=True), total=len(inputs), desc="predict", unit="scan")
+    for path, output in bar:
+        try:
+            scan = scans.read_scan(path)
+            if not scans.looks_like_ct(scan.voxels):
+                log.warning("%s does not look like CT in HU: its values are %d to %d",
+                                path, scan.voxels.min(), scan.voxels.max())  # fmt: skip
+            factors = settings(config).level_factors(scan.spacing)
+            mask = predictor.masks(scan.voxels, factors)[len(factors)]
+            scans.write_mask(output, mask, scan.grid)
+        except UserError as error:
+            if not many:
+                raise
+            bad.append(str(error))
+    if not many:
+        print(f"{outputs[0]}: {', '.join(labels[1:])} = 1 to {len(labels) - 1}")
+    for message in bad:
+        log.error("%s", message)
+    if bad:
+        log.error("%d of %d scans could not be predicted", len(bad), len(inputs))
+    return not bad
+
+
+def _output(path: Path, target: Path, many: bool) -> Path:
+    """Where a scan's mask goes: the target itself if it names a scan file, else a NIfTI file in it."""
+    if not many and any(target.name.endswith(suffix) for suffix in scans.FORMATS):
+        return target.resolve()
+    return (target / f"{scans.scan_name(path)}.nii.gz").resolve()

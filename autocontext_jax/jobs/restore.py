@@ -1,0 +1,58 @@
+"""From a configuration to its model, and from a work directory to a trained predictor."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from autocontext_jax.errors import UserError
+from autocontext_jax.inference.predictor import Predictor, PredictorConfig
+from autocontext_jax.jobs.config import check_same_run, dataclass_of, read_config
+from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
+from autocontext_jax.models.unet import UNet, UNetConfig
+from autocontext_jax.training.checkpoints import Checkpoints
+from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
+from autocontext_jax.training.sharding import data_mesh, replicated
+from autocontext_jax.training.state import create_state, inference_model
+
+log = logging.getLogger(__name__)
+
+
+def make_model(config: ConfigDict, classes: int) -> Pyramid:
+    """The pyramid with fresh parameters drawn from `config.seed`."""
+    network = dataclass_of(UNetConfig, config.model)
+    pyramid = dataclass_of(PyramidConfig, config.pyramid, levels=len(config.levels.factors), classes=classes)
+    return Pyramid(pyramid, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(config.seed))
+
+
+def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Sequence[str]]:
+    """The trained predictor of a work directory and its K class names, background first.
+
+    Raises:
+      UserError: there is no checkpoint, or it belongs to another configuration.
+    """
+    saved = read_config(workdir)
+    if saved is None:
+        raise UserError(f"work directory {workdir} has no config.json: train there first (--mode train)")
+    labels = tuple(saved["data"]["labels"])
+    config.data.labels = labels
+    check_same_run(config, saved, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
+    if step is None:
+        raise UserError(f"work directory {workdir} has no checkpoint: train there first (--mode train)")
+    optimizer = make_optimizer(dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
+    # Restored to this process's devices, whatever mesh it was trained on.
+    fresh = jax.jit(
+        lambda: create_state(make_model(config, len(labels)), optimizer)[1], out_shardings=replicated(data_mesh())
+    )
+    graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, len(labels))), optimizer)
+    state, _ = checkpoints.restore(step, jax.eval_shape(fresh))
+    checkpoints.close()
+    log.info("restored step %d of %s", step, workdir)
+    model = inference_model(graph, state.params, state.statistics)
+    align = dataclass_of(UNetConfig, config.model).divisor
+    return Predictor(model, dataclass_of(PredictorConfig, config.predict), align=align), labels

@@ -1,0 +1,222 @@
+"""--mode train: from the prepared data set to checkpoints."""
+
+import collections
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from autocontext_jax.data.pipeline import Feed, read_batch
+from autocontext_jax.data.sampling import draw_entry
+from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.errors import UserError
+from autocontext_jax.evaluation import pictures
+from autocontext_jax.jobs import config as configuration
+from autocontext_jax.jobs.prepare import Data
+from autocontext_jax.jobs.restore import make_model
+from autocontext_jax.training.checkpoints import Checkpoints
+from autocontext_jax.training.logging import MetricsLog
+from autocontext_jax.training.losses import LossConfig, mean_dice
+from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
+from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
+from autocontext_jax.training.state import Batch, Metrics, create_state, make_train_step, make_validation_step
+
+log = logging.getLogger(__name__)
+
+# Steps that may be under way on the device while the host prepares the next: enough that it never waits.
+IN_FLIGHT = 2
+
+
+def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
+    """Trains to the end, going on from the work directory's newest checkpoint.
+
+    Returns:
+      False if a signal (SIGTERM, Ctrl-C) ended it early; what was done is saved.
+
+    Raises:
+      UserError: the checkpoint belongs to another configuration; the batch does not divide over the devices; the loss is
+        not finite.
+    """
+    # ---- the configuration, as resolved
+    config.data.labels = data.dataset.labels
+    saved = configuration.read_config(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    if saved is not None and checkpoints.latest is not None:
+        configuration.check_same_run(config, saved, workdir)
+    configuration.write_config(config, workdir)
+    mesh = data_mesh()
+    if config.feed.batch % mesh.size:
+        raise UserError(
+            f"config key feed.batch is {config.feed.batch}; wanted a multiple of the {mesh.size} devices here: choose "
+            f"{mesh.size * max(1, config.feed.batch // mesh.size)}"
+        )
+
+    # ---- data
+    cache_bytes = config.data.cache_mib * 2**20 // (len(data.training) + len(data.validation))
+    training, validation = (
+        [PreparedCase.open(data.store, case.name, cache_bytes) for case in cases]
+        for cases in (data.training, data.validation)
+    )
+    feed_config = configuration.feed(config)
+    feed = Feed(training, feed_config, seed=config.seed, sharding=batch_sharding(mesh))
+    held_out = validation_batches(validation, config, len(config.levels.factors))
+
+    # ---- model, optimiser, steps
+    classes = len(data.dataset.labels)
+    optimizer = make_optimizer(configuration.dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
+    loss = configuration.dataclass_of(LossConfig, config.loss)
+    graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, classes)), optimizer)
+    fresh = jax.jit(lambda: create_state(make_model(config, classes), optimizer)[1], out_shardings=replicated(mesh))
+    train_step = make_train_step(graph, optimizer, loss)
+    validation_step = make_validation_step(graph, loss)
+
+    # ---- restore
+    first = checkpoints.latest or 0
+    if first:
+        state, position = checkpoints.restore(first, jax.eval_shape(fresh))
+        feed.set_state(position)
+    else:
+        state = fresh()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    log.info(
+        "%d training and %d validation cases, %d parameters, %d %s device(s), from step %d",
+        len(training), len(validation), parameters, mesh.size, jax.default_backend(), first,
+    )  # fmt: skip
+
+    # ---- loop
+    metrics_log = MetricsLog(workdir, step=first)
+    stop = _StopSignal()
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    waiting: tuple[int, Metrics, float] | None = None  # a logged step whose numbers are still on the device
+    since, since_step = time.monotonic(), first
+    bar = tqdm(initial=first, total=config.train.steps, desc="train", unit="step", mininterval=1)
+
+    def write(row: tuple[int, Metrics, float], validated: dict[str, float]) -> None:
+        step, metrics, speed = row
+        values = _values(jax.device_get(metrics))
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss at step {step} is {values['loss']}; wanted a finite number: lower optimizer.learning_rate or set "
+                "optimizer.clip, and start again from the last checkpoint"
+            )
+        metrics_log.scalars(step, {**values, "pairs_per_second": speed, **validated})
+        shown = {key: f"{value:.3f}" for key, value in values.items() if key == "loss" or key.startswith("dice")}
+        bar.set_postfix({**shown, "pairs/s": f"{speed:.1f}"}, refresh=False)
+
+    try:
+        for step in range(first + 1, config.train.steps + 1):
+            images, labels = next(feed)
+            state, metrics = train_step(state, Batch(images, labels))
+            in_flight.append(metrics.loss)
+            if len(in_flight) > IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+            bar.update()
+
+            last = step == config.train.steps or stop.requested
+            checkpoint = last or step % config.train.checkpoint_every == 0
+            if step % config.train.log_every == 0 or checkpoint:
+                if waiting is not None:
+                    write(waiting, {})
+                now = time.monotonic()
+                speed = config.feed.batch * (step - since_step) / (now - since)
+                waiting, since, since_step = (step, metrics, speed), now, step
+            if checkpoint:
+                assert waiting is not None
+                validated: dict[str, float] = {}
+                if held_out and not stop.requested:
+                    validated, picture = validate(validation_step, state, held_out, batch_sharding(mesh))
+                    metrics_log.image(step, "validation", picture)
+                write(waiting, validated)
+                waiting = None
+                finest = validated.get(f"validation_dice_level_{len(config.levels.factors)}")
+                # The feed stands before the next batch: state and position belong together.
+                checkpoints.save(step, state, feed.get_state(), dice=finest)
+                since = time.monotonic()  # validation is not training speed
+            if stop.requested:
+                break
+    finally:
+        bar.close()
+        stop.restore()
+        checkpoints.close()
+        metrics_log.close()
+        feed.close()
+    if stop.requested:
+        log.info("stopped by a signal at step %d, saved; the same command goes on from there", step)
+    return not stop.requested
+
+
+def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, levels: int) -> list[dict[str, Any]]:
+    """Fixed patches of held-out cases, as `pipeline.read_batch` gives them; the organs are drawn equally often."""
+    if not cases:
+        return []
+    rng = np.random.default_rng([config.seed, 1])
+    batch = config.feed.batch
+    count = -(-config.train.validation_patches // batch) * batch
+    centres = []
+    for number in range(count):
+        case = cases[number % len(cases)]
+        centres.append((case, case.foreground_voxel(draw_entry(case.foreground_offsets, rng, centre="classes"))))
+    no_margins = ((0, 0, 0),) * levels
+    return [
+        read_batch(centres[start : start + batch], config.feed.edge, no_margins) for start in range(0, count, batch)
+    ]
+
+
+def validate(step, state, batches: Sequence[dict[str, Any]], sharding) -> tuple[dict[str, float], np.ndarray]:
+    """Loss and Dice over all held-out patches, and a picture of the first: truth beside prediction, a row a level."""
+    results = []
+    for batch in batches:
+        images, labels = (jax.device_put(batch[key], sharding) for key in ("images", "labels"))
+        results.append(step(state, Batch(images, labels)))
+    metrics, slices = zip(*jax.device_get(results), strict=True)
+    total = Metrics(
+        np.mean([m.loss for m in metrics]),
+        np.mean([m.losses for m in metrics], axis=0),
+        np.sum([m.counts for m in metrics], axis=0),
+    )
+    middle = batches[0]["images"][0].shape[1] // 2
+    rows = []
+    for image, truth, predicted in zip(batches[0]["images"], batches[0]["labels"], slices[0], strict=True):
+        masks = (np.zeros_like(predicted[0]), truth[0, middle], predicted[0])
+        rows.append(pictures.side_by_side([pictures.overlay(image[0, middle], mask) for mask in masks]))
+    return {f"validation_{key}": value for key, value in _values(total).items()}, np.concatenate(rows)
+
+
+def _values(metrics: Metrics) -> dict[str, float]:
+    """Metrics on the host as named numbers."""
+    values = {"loss": float(metrics.loss)}
+    for level, (loss, dice) in enumerate(zip(metrics.losses, mean_dice(metrics.counts), strict=True), start=1):
+        values[f"loss_level_{level}"] = float(loss)
+        if np.isfinite(dice):  # no organ in prediction or truth: no Dice
+            values[f"dice_level_{level}"] = float(dice)
+    return values
+
+
+@dataclasses.dataclass
+class _StopSignal:
+    """Turns SIGTERM and Ctrl-C into a request that the loop answers after the step in hand; a second one ends at once."""
+
+    requested: bool = False
+
+    def __post_init__(self):
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _request(self, number, frame):
+        del number, frame
+        self.requested = True
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

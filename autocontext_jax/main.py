@@ -1,0 +1,82 @@
+"""The command line: flags -> one job.
+
+python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/quickstart
+    [--mode all|prepare|train|evaluate|predict] [--input SCAN_OR_FOLDER --output PATH] [--config.key=value ...]
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from autocontext_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, predictions, tables.")
+MODE = flags.DEFINE_enum("mode", "all", ["all", "prepare", "train", "evaluate", "predict"], "What to do.")
+INPUT = flags.DEFINE_string("input", None, "With --mode predict: a scan, a DICOM folder or a folder of scans.")
+OUTPUT = flags.DEFINE_string("output", None, "With --mode predict: the mask to write, or a folder for masks.")
+
+
+def run() -> bool:
+    """Runs the job that the flags name; False if some of many scans failed."""
+    # Worker processes import this module again; what follows is slow to import and is not theirs.
+    from autocontext_jax.jobs.config import check
+    from autocontext_jax.jobs.evaluate import evaluate
+    from autocontext_jax.jobs.predict import predict
+    from autocontext_jax.jobs.prepare import describe, prepare
+    from autocontext_jax.jobs.train import train
+
+    config, workdir, mode = CONFIG.value, Path(WORKDIR.value).expanduser(), MODE.value
+    check(config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}): choose another folder") from None
+    if mode == "predict":
+        return predict(config, workdir, Path(INPUT.value), Path(OUTPUT.value))
+    data = describe(config, workdir) if mode == "evaluate" else prepare(config, workdir)
+    finished = mode not in ("all", "train") or train(config, workdir, data)
+    if finished and mode in ("all", "evaluate"):
+        evaluate(config, workdir, data)
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line and runs; returns the exit status: 0, 1 (some scans failed) or 2 (the user's mistake)."""
+    try:
+        _parse(argv)
+        _log_plainly()
+        return 0 if run() else 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _log_plainly() -> None:
+    """Our own lines on standard error; the libraries' only from warnings up (orbax tells every step of a save)."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    ours = logging.getLogger("autocontext_jax")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.addHandler(logging.StreamHandler(sys.stderr))
+
+
+def _parse(argv: list[str]) -> None:
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; wanted only --flags")
+        if CONFIG.value is None or WORKDIR.value is None:
+            raise UserError("--config FILE and --workdir FOLDER are both wanted")
+        if MODE.value == "predict" and None in (INPUT.value, OUTPUT.value):
+            raise UserError("--mode predict wants --input SCAN_OR_FOLDER and --output PATH")
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"command line: {' '.join(str(error).split())}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

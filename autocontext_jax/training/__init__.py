@@ -1,0 +1,1 @@
+"""Loss, optimiser, step, sharding, checkpoints and logs."""

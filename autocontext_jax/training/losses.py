@@ -1,0 +1,114 @@
+"""The total loss of a pyramid and the Dice scores shown while it trains."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is minimised at every level.
+
+    Attributes:
+      dice: weight of the Dice loss; 1 in the paper.
+      cross_entropy: weight of the mean voxelwise cross-entropy (nats); 0 in the paper.
+      per_sample: False sums overlaps over the batch before dividing, True averages each sample's own Dice.
+      background: whether class 0 counts in the Dice loss, as in equation 1.
+      level_weights: factor of each level's loss in the total, coarsest first; () means 1 each, as in the paper.
+    """
+
+    dice: float = 1.0
+    cross_entropy: float = 0.0
+    per_sample: bool = False
+    background: bool = True
+    level_weights: tuple[float, ...] = ()
+
+
+def dice_loss(
+    logits: jax.Array, labels: jax.Array, *, per_sample: bool = False, background: bool = True, eps: float = 1e-5
+) -> jax.Array:
+    """Mean soft Dice over classes, negated: equation 1 of Roth et al. (2018).
+
+        L = -1/K sum_k  2 sum_i p_ik l_ik / (sum_i p_ik + sum_i l_ik)
+
+    Args:
+      logits: [B, D, H, W, K], any float type; the softmax runs in float32.
+      labels: [B, D, H, W], integers in [0, K).
+      per_sample: see `LossConfig`. If False, sums run over every voxel of the batch, so the value does not depend on how
+        the batch is laid out over devices.
+      background: see `LossConfig`.
+      eps: added above and below, so that a class absent from labels and prediction scores 1, not 0/0.
+
+    Returns:
+      Scalar in [-1, 0].
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+    truth = jax.nn.one_hot(labels, logits.shape[-1])
+    voxels = (1, 2, 3) if per_sample else (0, 1, 2, 3)
+    overlap = jnp.sum(probabilities * truth, voxels)
+    total = jnp.sum(probabilities, voxels) + jnp.sum(truth, voxels)
+    scores = (2 * overlap + eps) / (total + eps)
+    return -jnp.mean(scores if background else scores[..., 1:])
+
+
+def cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over voxels of -log p of the true class, nats; shapes as `dice_loss`."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.mean(jnp.sum(log_probabilities * jax.nn.one_hot(labels, logits.shape[-1]), axis=-1))
+
+
+def total_loss(
+    logits: Sequence[jax.Array], labels: Sequence[jax.Array], config: LossConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Loss of a pyramid: the sum of its levels' losses (section 2.2).
+
+    Args:
+      logits: for each level [B, N, N, N, K].
+      labels: for each level [B, N, N, N].
+      config: see there.
+
+    Returns:
+      The scalar total and the levels' own losses [S], before their weights.
+    """
+    losses = []
+    for level_logits, level_labels in zip(logits, labels, strict=True):
+        loss = jnp.zeros(())
+        if config.dice:
+            loss += config.dice * dice_loss(
+                level_logits, level_labels, per_sample=config.per_sample, background=config.background
+            )
+        if config.cross_entropy:
+            loss += config.cross_entropy * cross_entropy_loss(level_logits, level_labels)
+        losses.append(loss)
+    stacked = jnp.stack(losses)
+    weights = jnp.asarray(config.level_weights or [1.0] * len(losses))
+    return jnp.sum(weights * stacked), stacked
+
+
+def overlap_counts(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """What the Dice of hard masks is made of: voxels of 2·(prediction ∧ truth) and of prediction + truth.
+
+    Counts of several batches add up; `mean_dice` turns their sum into a score.
+
+    Args:
+      logits: [B, N, N, N, K].
+      labels: [B, N, N, N].
+
+    Returns:
+      [2, K], float32 (exact up to 2^24 voxels a class and batch).
+    """
+    classes = logits.shape[-1]
+    predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
+    truth = jax.nn.one_hot(labels, classes)
+    voxels = (0, 1, 2, 3)
+    return jnp.stack([2 * jnp.sum(predicted * truth, voxels), jnp.sum(predicted, voxels) + jnp.sum(truth, voxels)])
+
+
+def mean_dice(counts: jax.Array) -> jax.Array:
+    """Mean Dice over the foreground classes that occur in prediction or truth: [..., 2, K] -> [...]; NaN if none does."""
+    overlap, total = counts[..., 0, 1:], counts[..., 1, 1:]
+    present = total > 0
+    scores = jnp.where(present, overlap / jnp.where(present, total, 1), 0)
+    return jnp.sum(scores, axis=-1) / jnp.sum(present, axis=-1)

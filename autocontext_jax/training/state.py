@@ -1,0 +1,113 @@
+"""The training state and the jitted steps over it: one that trains, one that validates."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from autocontext_jax.models.pyramid import Pyramid
+from autocontext_jax.training.losses import LossConfig, overlap_counts, total_loss
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that training changes and a checkpoint holds.
+
+    Attributes:
+      step: steps done, int32 scalar.
+      params: the pyramid's parameters, an `nnx.State`.
+      statistics: running averages of the normalisation, an `nnx.State`.
+      optimizer: the optimiser's state.
+    """
+
+    step: jax.Array
+    params: Any
+    statistics: Any
+    optimizer: Any
+
+
+@struct.dataclass
+class Batch:
+    """A batch of pyramid patches on the device.
+
+    Attributes:
+      images: for each level, coarsest first, [B, N, N, N] in HU, float32.
+      labels: for each level [B, N, N, N], uint8.
+    """
+
+    images: tuple[jax.Array, ...]
+    labels: tuple[jax.Array, ...]
+
+
+@struct.dataclass
+class Metrics:
+    """What one step measured.
+
+    Attributes:
+      loss: the total, scalar.
+      losses: each level's own, [S].
+      counts: each level's `overlap_counts`, [S, 2, K].
+    """
+
+    loss: jax.Array
+    losses: jax.Array
+    counts: jax.Array
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def create_state(model: Pyramid, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
+    """Splits a new model into its static graph and the state of step 0."""
+    graph, params, statistics = nnx.split(model, nnx.Param, ...)
+    return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
+
+
+def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig) -> Step:
+    """The training step: forward, total loss, gradients, update. Its state argument is donated."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def objective(params):
+            model = nnx.merge(graph, params, state.statistics, copy=True)
+            logits = model(batch.images)
+            total, losses = total_loss(logits, batch.labels, loss)
+            _, _, statistics = nnx.split(model, nnx.Param, ...)
+            return total, (Metrics(total, losses, _counts(logits, batch)), statistics)
+
+        gradients, (metrics, statistics) = jax.grad(objective, has_aux=True)(state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, statistics, optimizer_state), metrics
+
+    return jax.jit(step, donate_argnames="state")
+
+
+def make_validation_step(
+    graph: nnx.GraphDef, loss: LossConfig
+) -> Callable[[TrainState, Batch], tuple[Metrics, tuple[jax.Array, ...]]]:
+    """Forward pass with the running averages; the state stays as it is.
+
+    Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[Metrics, tuple[jax.Array, ...]]:
+        logits = inference_model(graph, state.params, state.statistics)(batch.images)
+        total, losses = total_loss(logits, batch.labels, loss)
+        slices = tuple(jnp.argmax(level[:, level.shape[1] // 2], axis=-1).astype(jnp.uint8) for level in logits)
+        return Metrics(total, losses, _counts(logits, batch)), slices
+
+    return jax.jit(step)
+
+
+def inference_model(graph: nnx.GraphDef, params: Any, statistics: Any) -> Pyramid:
+    """The pyramid with its running averages in place of batch statistics."""
+    model = nnx.merge(graph, params, statistics, copy=True)
+    has_statistics = bool(jax.tree.leaves(statistics))
+    return nnx.view(model, use_running_average=True) if has_statistics else model
+
+
+def _counts(logits: tuple[jax.Array, ...], batch: Batch) -> jax.Array:
+    return jnp.stack([overlap_counts(*level) for level in zip(logits, batch.labels, strict=True)])

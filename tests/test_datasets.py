@@ -1,0 +1,290 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from autocontext_jax.data import datasets
+from autocontext_jax.data.datasets import Case
+from autocontext_jax.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def describe(root, description, **changes):
+    """Writes dataset.json; a change to None takes its key away."""
+    kept = {key: value for key, value in {**description, **changes}.items() if value is not None}
+    (root / "dataset.json").write_text(json.dumps(kept))
+
+
+NNUNET = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "vein": 2, "artery": 1},
+    "file_ending": ".nii.gz",
+    "numTraining": 2,
+}
+MSD = {
+    "modality": {"0": "CT"},
+    "labels": {"0": "background", "1": "artery", "2": "vein"},
+    "training": [
+        {"image": "./imagesTr/b.nii.gz", "label": "./labelsTr/b.nii.gz"},
+        {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"},
+        {"image": "./imagesTr/._a.nii.gz", "label": "./labelsTr/._a.nii.gz"},
+    ],
+    "test": ["./imagesTs/t.nii.gz", "./imagesTs/._t.nii.gz"],
+}
+
+
+@pytest.fixture
+def nnunet(tmp_path):
+    touch(tmp_path, "imagesTr/b_1_0000.nii.gz", "imagesTr/a_0000.nii.gz", "imagesTr/._a_0000.nii.gz", "imagesTr/note")
+    touch(tmp_path, "labelsTr/b_1.nii.gz", "labelsTr/a.nii.gz", "labelsTr/._a.nii.gz")
+    touch(tmp_path, "imagesTs/t_0000.nii.gz", "imagesTs/u_0000.nii.gz", "labelsTs/t.nii.gz")
+    describe(tmp_path, NNUNET)
+    return tmp_path
+
+
+@pytest.fixture
+def msd(tmp_path):
+    touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz", "labelsTr/b.nii.gz")
+    touch(tmp_path, "imagesTs/t.nii.gz", "imagesTr/._a.nii.gz", "labelsTr/._a.nii.gz")
+    describe(tmp_path, MSD)
+    return tmp_path
+
+
+def refused(call, *parts):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert str(part) in str(caught.value)
+
+
+def test_nnunet(nnunet):
+    dataset = datasets.read_dataset(str(nnunet))
+    assert dataset.root == nnunet
+    assert dataset.labels == ("background", "artery", "vein")
+    assert dataset.training == (
+        Case("a", nnunet / "imagesTr/a_0000.nii.gz", nnunet / "labelsTr/a.nii.gz"),
+        Case("b_1", nnunet / "imagesTr/b_1_0000.nii.gz", nnunet / "labelsTr/b_1.nii.gz"),
+    )
+    assert dataset.test == (
+        Case("t", nnunet / "imagesTs/t_0000.nii.gz", nnunet / "labelsTs/t.nii.gz"),
+        Case("u", nnunet / "imagesTs/u_0000.nii.gz", None),
+    )
+
+
+def test_msd(msd):
+    dataset = datasets.read_dataset(msd)
+    assert dataset.labels == ("background", "artery", "vein")
+    assert [case.name for case in dataset.training] == ["a", "b"]
+    assert dataset.training[0] == Case("a", msd / "imagesTr/a.nii.gz", msd / "labelsTr/a.nii.gz")
+    assert dataset.test == (Case("t", msd / "imagesTs/t.nii.gz", None),)
+    touch(msd, "labelsTs/t.nii.gz")
+    assert datasets.read_dataset(msd).test[0].label == msd / "labelsTs/t.nii.gz"
+
+
+def test_a_folder_of_links_to_another_disk_is_inside(msd, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk") / "images"
+    (msd / "imagesTr").rename(elsewhere)
+    (msd / "imagesTr").symlink_to(elsewhere)
+    assert len(datasets.read_dataset(msd).training) == 2
+
+
+def test_no_data_set(tmp_path):
+    refused(lambda: datasets.read_dataset(tmp_path / "gone"), tmp_path / "gone", "not a folder")
+    refused(lambda: datasets.read_dataset(tmp_path), tmp_path, "no dataset.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (b'{\n "labels": {},\n "x" 3}', ["dataset.json, line 3", "not JSON"]),
+        (b"\xff\xfe\x00", ["dataset.json is not text"]),
+        (b"[1]", ["list", "object"]),
+        (b'{"labels": {}}', ["channel_names", "training", "found labels"]),
+    ],
+)
+def test_a_bad_dataset_json(tmp_path, text, parts):
+    (tmp_path / "dataset.json").write_bytes(text)
+    refused(lambda: datasets.read_dataset(tmp_path), *parts)
+
+
+@pytest.mark.parametrize("key", ["labels", "file_ending"])
+def test_a_missing_key_of_nnunet(nnunet, key):
+    describe(nnunet, NNUNET, **{key: None})
+    refused(lambda: datasets.read_dataset(nnunet), "dataset.json", f'lacks the key "{key}"')
+
+
+@pytest.mark.parametrize("key", ["labels", "modality"])
+def test_a_missing_key_of_msd(msd, key):
+    describe(msd, MSD, **{key: None})
+    refused(lambda: datasets.read_dataset(msd), "dataset.json", f'lacks the key "{key}"')
+
+
+@pytest.mark.parametrize(
+    ("labels", "part"),
+    [
+        ({"background": 0, "artery": 1, "vein": 3}, "artery 1, vein 3"),
+        ({"background": 0, "artery": 1, "vein": 1}, "once each"),
+        ({"artery": 1, "vein": 2}, "artery 1, vein 2"),
+        ({"artery": 0, "background": 1}, 'label 0 is "artery"'),
+        ({"background": 0, "vessel": [1, 2]}, "region [1, 2]"),
+        ({"background": 0, "artery": 1, "ignore": 2}, "ignore"),
+        ({"background": 0, "artery": 1.5}, "1.5"),
+        ({"background": 0, "artery": True}, "True"),
+        ({"background": 0, "artery": -1}, "-1"),
+        ({"background": 0}, "background 0"),
+        (["background", "artery"], '"labels" is a list'),
+    ],
+)
+def test_bad_labels(nnunet, labels, part):
+    describe(nnunet, NNUNET, labels=labels)
+    refused(lambda: datasets.read_dataset(nnunet), "dataset.json", part)
+
+
+def test_bad_labels_of_msd(msd):
+    describe(msd, MSD, labels={"0": "background", "1": "artery", "2": "artery"})
+    refused(lambda: datasets.read_dataset(msd), "artery 2", "once each")
+    describe(msd, MSD, labels={"0": "background", "one": "artery"})
+    refused(lambda: datasets.read_dataset(msd), "'one'")
+
+
+def test_more_than_one_channel_of_nnunet(nnunet):
+    touch(nnunet, "imagesTr/a_0001.nii.gz")
+    refused(lambda: datasets.read_dataset(nnunet), "case a", "a_0001.nii.gz", "further channel")
+    describe(nnunet, NNUNET, channel_names={"0": "CT", "1": "PET"})
+    refused(lambda: datasets.read_dataset(nnunet), "2 channels (CT, PET)")
+
+
+def test_more_than_one_channel_of_msd(msd):
+    describe(msd, MSD, modality={"0": "T2", "1": "ADC"})
+    refused(lambda: datasets.read_dataset(msd), "2 channels (T2, ADC)")
+
+
+def test_nnunet_files_that_do_not_pair(nnunet):
+    (nnunet / "labelsTr/a.nii.gz").unlink()
+    refused(lambda: datasets.read_dataset(nnunet), "case a:", "no label")
+    touch(nnunet, "labelsTr/a.nii.gz", "labelsTr/c.nii.gz")
+    refused(lambda: datasets.read_dataset(nnunet), "case c:", "no image")
+    (nnunet / "labelsTr/c.nii.gz").unlink()
+    touch(nnunet, "imagesTr/plain.nii.gz")
+    refused(lambda: datasets.read_dataset(nnunet), "plain.nii.gz", "_0000")
+
+
+def test_nnunet_folders_and_ending(nnunet):
+    describe(nnunet, NNUNET, file_ending=".png")
+    refused(lambda: datasets.read_dataset(nnunet), "file_ending", ".png", ".nii.gz")
+    describe(nnunet, NNUNET, file_ending=".mha")
+    refused(lambda: datasets.read_dataset(nnunet), "no training case")
+    describe(nnunet, NNUNET)
+    (nnunet / "labelsTr").rename(nnunet / "labels")
+    refused(lambda: datasets.read_dataset(nnunet), "no folder labelsTr")
+
+
+def test_a_case_named_twice(nnunet):
+    touch(nnunet, "imagesTs/a_0000.nii.gz")
+    refused(lambda: datasets.read_dataset(nnunet), "case a more than once")
+
+
+def test_msd_lists(msd):
+    describe(msd, MSD, training=MSD["training"][:1] * 2)
+    refused(lambda: datasets.read_dataset(msd), "case b more than once")
+    describe(msd, MSD, training=[{"image": "imagesTr/a.nii.gz"}])
+    refused(lambda: datasets.read_dataset(msd), "case a:", "no label")
+    describe(msd, MSD, training=[{"label": "labelsTr/a.nii.gz"}])
+    refused(lambda: datasets.read_dataset(msd), 'lacks the key "image"')
+    describe(msd, MSD, training={"image": "imagesTr/a.nii.gz"})
+    refused(lambda: datasets.read_dataset(msd), '"training" is a dict')
+    describe(msd, MSD, training=[])
+    refused(lambda: datasets.read_dataset(msd), "no training case")
+    describe(msd, MSD)
+    (msd / "labelsTr/a.nii.gz").unlink()
+    refused(lambda: datasets.read_dataset(msd), "case a:", "label", "does not exist")
+    (msd / "imagesTr/a.nii.gz").unlink()
+    refused(lambda: datasets.read_dataset(msd), "case a:", "imagesTr/a.nii.gz does not exist")
+
+
+@pytest.mark.parametrize("path", ["../other/a.nii.gz", "imagesTr/../../a.nii.gz", "/etc/a.nii.gz"])
+def test_msd_paths_that_lead_out(msd, path):
+    describe(msd, MSD, training=[{"image": path, "label": "labelsTr/a.nii.gz"}])
+    refused(lambda: datasets.read_dataset(msd), path, "inside")
+    describe(msd, MSD, training=[{"image": "imagesTr/a.nii.gz", "label": path}])
+    refused(lambda: datasets.read_dataset(msd), path, "inside")
+
+
+def cases_of(count):
+    return [Case(f"c{index:02d}", Path(f"c{index:02d}.nii"), None) for index in range(count)]
+
+
+def test_split_is_a_partition_that_depends_on_the_seed_alone():
+    cases = cases_of(20)
+    training, validation = datasets.split(cases, fraction=0.25, seed=3)
+    assert (len(training), len(validation)) == (15, 5)
+    assert sorted((*training, *validation), key=lambda case: case.name) == cases
+    assert datasets.split(cases[::-1], fraction=0.25, seed=3) == (training, validation)
+    assert len({datasets.split(cases, fraction=0.25, seed=seed) for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "sizes"), [(0, 0.5, (0, 0)), (1, 0.9, (1, 0)), (2, 0.01, (1, 1)), (3, 0.99, (1, 2))]
+)
+def test_split_leaves_one_on_either_side(count, fraction, sizes):
+    assert tuple(map(len, datasets.split(cases_of(count), fraction=fraction, seed=0))) == sizes
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_split_refuses_what_is_no_fraction(fraction):
+    refused(lambda: datasets.split(cases_of(4), fraction=fraction, seed=0), fraction)
+
+
+def test_split_from_file(tmp_path):
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": [], "val": []}, {"train": ["c02", "c00"], "val": ["c01"]}]))
+    cases = cases_of(4)
+    assert datasets.split_from_file(cases, path, 1) == ((cases[0], cases[2]), (cases[1],))
+    refused(lambda: datasets.split_from_file(cases, path, 0), "fold 0", "no case")
+    for fold in (2, -1):
+        refused(lambda fold=fold: datasets.split_from_file(cases, path, fold), f"no fold {fold}", "its 2")
+    refused(lambda: datasets.split_from_file(cases[1:], path, 1), "'c00'", "fold 1")
+    refused(lambda: datasets.split_from_file(cases, tmp_path / "gone.json", 0), "gone.json does not exist")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('[{"train": ["c00"],\n}]', "line 2"),
+        ('{"train": ["c00"], "val": []}', "not a list of folds"),
+        ('[{"train": ["c00"]}]', 'lacks the key "val"'),
+        ('[{"train": "c00", "val": []}]', '"train" is a str'),
+        ('[{"train": ["c00", "c01"], "val": ["c01"]}]', "c01 is in both"),
+        ('[{"train": [["c00"]], "val": []}]', "not in the data set"),
+    ],
+)
+def test_bad_split_files(tmp_path, content, part):
+    path = tmp_path / "splits_final.json"
+    path.write_text(content)
+    refused(lambda: datasets.split_from_file(cases_of(3), path, 0), path, part)
+
+
+def test_a_pickled_split_is_not_opened(tmp_path):
+    path = tmp_path / "splits_final.pkl"
+    path.write_bytes(b"\x80\x04\x95cos\nsystem\n")
+    refused(lambda: datasets.split_from_file(cases_of(3), path, 0), path, "not text")
+
+
+def test_real_data_sets():
+    if not SHARED.exists():
+        pytest.skip(f"the shared scans {SHARED} are not on this machine")
+    dataset = datasets.read_dataset(SHARED / "openkbp")
+    assert (len(dataset.training), len(dataset.test), len(dataset.labels)) == (24, 6, 8)
+    assert all(re.fullmatch(r"pt_\d+", case.name) and case.label for case in (*dataset.training, *dataset.test))
+    assert dataset.labels[7] == "Mandible"
+    assert datasets.read_dataset(SHARED / "abdomen").test == ()

@@ -1,0 +1,315 @@
+"""The prepared data set: valid for others, exact for us, and never half of one."""
+
+import itertools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autocontext_jax.data import resampling, scans, store
+from autocontext_jax.data.datasets import Case
+from autocontext_jax.errors import UserError
+
+LABELS = ("background", "artery", "portal vein", "pancreas")
+SPACING, ORIGIN = (1.5, 0.75, 0.8125), (-100.0, 30.0, 5.5)  # exact in float32, as headers keep it
+SIZE = (70, 75, 81)  # no multiple of a chunk; level 2 has an odd size along x
+SETTINGS = store.Settings((4, 2))
+
+
+def write_case(folder: Path, name: str = "case 1", seed: int = 0, organs: bool = True) -> Case:
+    """A noisy scan with a box of each organ."""
+    rng = np.random.default_rng(seed)
+    voxels = rng.integers(-1000, 1000, SIZE, np.int16)
+    label = np.zeros(SIZE, np.uint8)
+    for number in range(1, len(LABELS)):
+        z, y, x = rng.integers(5, 40, 3)
+        label[z : z + 20, y : y + 15, x : x + 25] = number * organs
+    case = Case(name, folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz")
+    scans.write_scan(case.image, voxels, SPACING, ORIGIN)
+    scans.write_scan(case.label, label, SPACING, ORIGIN)
+    return case
+
+
+def wanted_levels(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Image and label of each level, coarsest first, straight from the files."""
+    scan = scans.read_scan(case.image)
+    label = scans.read_label(case.label, labels=range(len(LABELS)), like=scan.grid, case=case.name)
+    return [
+        (
+            resampling.downsample_image(scan.voxels, (f, f, f)),
+            resampling.downsample_label(label, (f, f, f), len(LABELS)),
+        )
+        for f in SETTINGS.factors
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> tuple[Case, str]:
+    """One prepared case that no test writes to."""
+    folder = tmp_path_factory.mktemp("prepared")
+    case = write_case(folder)
+    assert store.prepare_case(case, str(folder / "store"), SETTINGS, LABELS)
+    return case, str(folder / "store")
+
+
+@pytest.fixture
+def own(tmp_path) -> tuple[Case, str]:
+    """One prepared case to spoil."""
+    case = write_case(tmp_path)
+    assert store.prepare_case(case, str(tmp_path / "store"), SETTINGS, LABELS)
+    return case, str(tmp_path / "store")
+
+
+def test_others_read_what_was_written(prepared):
+    zarr = pytest.importorskip("zarr")
+    models = pytest.importorskip("ome_zarr_models")
+    case, root = prepared
+    group = zarr.open_group(f"{root}/{case.name}.ome.zarr", mode="r")
+    image = models.open_ome_zarr(group)
+    assert type(image) is models.v05.Image
+    assert image.labels.label_paths == ["organs"]
+    organs = models.v05.ImageLabel.from_zarr(group["labels/organs"])
+    properties = organs.ome_attributes.image_label.properties
+    assert [(entry.label_value, entry.name) for entry in properties] == list(enumerate(LABELS))[1:]
+
+    for described in (image, organs):
+        (multiscale,) = described.ome_attributes.multiscales
+        assert [(axis.name, axis.type, axis.unit) for axis in multiscale.axes] == [
+            (name, "space", "millimeter") for name in "zyx"
+        ]
+        assert [dataset.path for dataset in multiscale.datasets] == ["level_2", "level_1"]  # finest first
+        for dataset, factor in zip(multiscale.datasets, (2, 4), strict=True):
+            scale, translation = dataset.coordinateTransformations
+            np.testing.assert_allclose(scale.scale, np.multiply(SPACING, factor))
+            np.testing.assert_allclose(translation.translation, np.multiply(SPACING, (factor - 1) / 2))
+    for level, (voxels, label) in enumerate(wanted_levels(case), start=1):
+        for path, wanted in ((f"level_{level}", voxels), (f"labels/organs/level_{level}", label)):
+            assert group[path].dtype == wanted.dtype
+            assert group[path].metadata.dimension_names == ("z", "y", "x")
+            np.testing.assert_array_equal(group[path][:], wanted)
+
+    ours = group.attrs["autocontext_jax"]
+    assert ours["native"]["size"] == list(SIZE)
+    np.testing.assert_allclose(ours["native"]["spacing"], SPACING)
+    np.testing.assert_allclose(ours["native"]["origin"], ORIGIN)
+
+
+def test_description(prepared):
+    case, root = prepared
+    opened = store.PreparedCase.open(root, case.name)
+    assert (opened.name, opened.labels) == (case.name, LABELS)
+    assert opened.factors == ((4, 4, 4), (2, 2, 2))
+    assert opened.shapes == tuple(image.shape for image, _ in wanted_levels(case))
+    np.testing.assert_allclose(opened.spacing, np.multiply(SPACING, 2))
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**7])
+def test_crops_equal_a_padded_scan(prepared, cache_bytes):
+    case, root = prepared
+    opened = store.PreparedCase.open(root, case.name, cache_bytes)
+    margin = 60
+    size = (17, 8, 33)
+    for level, (image, label) in enumerate(wanted_levels(case), start=1):
+        padded = np.pad(image, margin, constant_values=-1024), np.pad(label, margin)
+        # Along each axis: beyond on either side, across either border, inside, and larger than the scan.
+        starts = [(-50, -16, -3, 0, 5, n - 4, n, n + 20) for n in image.shape]
+        crops = [(start, size, opened.read(level, start, size)) for start in itertools.product(*starts)]
+        whole = tuple(n + 20 for n in image.shape)
+        crops.append(((-10, -10, -10), whole, opened.read(level, (-10, -10, -10), whole)))
+        for start, edges, crop in crops:
+            box = tuple(slice(margin + first, margin + first + n) for first, n in zip(start, edges, strict=True))
+            for found, wanted in zip(crop.result(), padded, strict=True):
+                assert found.dtype == wanted.dtype
+                np.testing.assert_array_equal(found, wanted[box], err_msg=f"level {level} at {start}")
+
+
+def test_reads_from_threads_and_after_pickling(prepared):
+    case, root = prepared
+    opened = store.PreparedCase.open(root, case.name)
+    wanted, _ = wanted_levels(case)[1]
+    copy = pickle.loads(pickle.dumps(opened))
+    found: list[np.ndarray] = []
+    readers = [
+        threading.Thread(target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), wanted.shape).result()[0]))
+        for handle in (opened, copy) * 4
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert len(found) == 8
+    for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), wanted.shape).result()[0]]:
+        np.testing.assert_array_equal(image, wanted)
+
+
+def test_foreground_lists_each_class(prepared):
+    case, root = prepared
+    opened = store.PreparedCase.open(root, case.name)
+    _, label = wanted_levels(case)[-1]
+    assert len(opened.foreground_offsets) == len(LABELS)
+    assert opened.foreground_offsets[0] == 0
+    assert opened.foreground_offsets[-1] == np.count_nonzero(label)
+    for number in range(1, len(LABELS)):
+        entries = range(*opened.foreground_offsets[number - 1 : number + 1])
+        assert [list(opened.foreground_voxel(entry)) for entry in entries] == np.argwhere(label == number).tolist()
+
+
+def test_second_run_skips(own):
+    case, root = own
+    before = times(Path(root))
+    assert store.is_prepared(case, root, SETTINGS, LABELS)
+    assert not store.prepare_case(case, root, SETTINGS, LABELS)
+    assert not store.prepare_case(case, root, store.Settings((4.0, 2.0)), LABELS)  # the same numbers
+    assert times(Path(root)) == before
+
+
+@pytest.mark.parametrize("change", ["image", "label", "factors", "spacing", "names"])
+def test_a_change_prepares_again(own, tmp_path, change):
+    case, root = own
+    settings, labels = SETTINGS, LABELS
+    if change in ("image", "label"):
+        other = write_case(tmp_path, "other", seed=1)
+        os.replace(getattr(other, change), getattr(case, change))
+    elif change == "factors":
+        settings = store.Settings((2, 1))
+    elif change == "spacing":
+        settings = store.Settings((4, 2), (3.0, 1.5, 1.5))
+    else:
+        labels = ("background", "vessel", *LABELS[2:])
+    assert not store.is_prepared(case, root, settings, labels)
+    assert store.prepare_case(case, root, settings, labels)
+    store.prepare_case(case, str(tmp_path / "clean"), settings, labels)
+    assert contents(Path(root)) == contents(tmp_path / "clean")
+
+
+def test_without_its_mark_a_case_is_prepared_again(own):
+    case, root = own
+    clean = contents(Path(root))
+    (Path(root) / f"{case.name}.ome.zarr/zarr.json").unlink()
+    (Path(root) / f"{case.name}.ome.zarr/level_1/stray").write_text("left by someone else")
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete .*prepare the case again"):
+        store.PreparedCase.open(root, case.name)
+    assert store.prepare_case(case, root, SETTINGS, LABELS)
+    assert contents(Path(root)) == clean
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from autocontext_jax.data import store
+from autocontext_jax.data.datasets import Case
+
+real, calls = store.ts.open, 0
+
+def open_then_die(*args, **keywords):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **keywords)
+
+store.ts.open = open_then_die
+case = Case(sys.argv[1], Path(sys.argv[2] + ".nii.gz"), Path(sys.argv[2] + "_label.nii.gz"))
+store.prepare_case(case, sys.argv[3], store.Settings((4, 2)), {labels!r})
+"""
+
+
+@pytest.mark.parametrize("array", [2, 5])  # the first ones may be on the disk, are not all there
+def test_killed_while_writing_is_prepared_again(own, tmp_path, array):
+    case, root = own
+    clean = contents(Path(root))
+    changed = write_case(tmp_path, seed=3)  # the same name and files: now the prepared case is out of date
+    script = KILLED.replace("{labels!r}", repr(LABELS))
+    arguments = [case.name, str(tmp_path / case.name), root, str(array)]
+    process = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=60)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert not store.is_prepared(changed, root, SETTINGS, LABELS)
+    with pytest.raises(UserError, match="incomplete"):
+        store.PreparedCase.open(root, case.name)
+
+    write_case(tmp_path)  # the first content again: what the killed run left must not show
+    assert store.prepare_case(case, root, SETTINGS, LABELS)
+    assert contents(Path(root)) == clean
+
+
+def spoil(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "flip":
+        data[len(data) // 3] ^= 4
+        file.write_bytes(data)
+    elif how == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        file.unlink()
+
+
+def read_all(opened: store.PreparedCase) -> None:
+    opened.read(2, (0, 0, 0), opened.shapes[1]).result()
+    for number in range(opened.foreground_offsets[-1]):
+        opened.foreground_voxel(number)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "lose"])
+@pytest.mark.parametrize("array", ["level_2", "labels/organs/level_2", "foreground"])
+def test_damage_is_an_error_not_data(own, array, how):
+    case, root = own
+    (file,) = (path for path in (Path(root) / f"{case.name}.ome.zarr" / array / "c").rglob("*") if path.is_file())
+    spoil(file, how)
+    opened = store.PreparedCase.open(root, case.name)
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr cannot be read .*delete that folder") as caught:
+        read_all(opened)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_formats_and_no_store_are_named(own, monkeypatch):
+    case, root = own
+    with pytest.raises(UserError, match=r"nowhere/case 1\.ome\.zarr is missing"):
+        store.PreparedCase.open(f"{root}/nowhere", case.name)
+    with pytest.raises(UserError, match=r"gopher.*give a folder"):
+        store.PreparedCase.open("gopher://host", case.name)
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 1, wanted 2: delete that folder"):
+        store.PreparedCase.open(root, case.name)
+    assert store.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
+
+
+def test_finest_spacing_holds_for_every_scanner():
+    settings = store.Settings((4, 2), (1.0, 1.0, 1.0))
+    assert settings.level_factors((2.0, 0.5, 0.5)) == ((1.0, 4.0, 4.0), (0.5, 2.0, 2.0))
+    assert settings.level_factors((1.0, float(np.float32(0.8)), 1.0))[1] == (1.0, 1.25, 1.0)
+    assert store.Settings((4, 2)).level_factors((2.0, 0.5, 0.5)) == ((4, 4, 4), (2, 2, 2))
+
+
+def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
+    root = str(tmp_path / "store")
+    empty, good = write_case(tmp_path, "empty", organs=False), write_case(tmp_path, "good")
+    unlabelled, lost = Case("unlabelled", good.image, None), Case("lost", tmp_path / "lost.nii.gz", good.label)
+    done: list[str] = []
+    cases = [empty, unlabelled, good, lost]
+    bad = store.prepare(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)
+    assert sorted(done) == ["empty", "good", "lost", "unlabelled"]
+    assert [case for case, _ in bad] == [empty, unlabelled, lost]
+    for (case, message), wanted in zip(bad, ("none of the 0 labelled voxels", "no label", "lost.nii.gz"), strict=True):
+        assert message.startswith(f"case {case.name}: ")
+        assert wanted in message
+    assert store.is_prepared(good, root, SETTINGS, LABELS)
+    assert sorted(path.name for path in Path(root).iterdir()) == ["good.ome.zarr"]
+
+
+def test_workers_import_no_jax():
+    script = "import sys; import autocontext_jax.data.store; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
