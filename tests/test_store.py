@@ -207,7 +207,7 @@ def test_without_its_mark_a_case_is_prepared_again(own):
     assert contents(Path(root)) == clean
 
 
-KILLED = """
+KILLED = f"""
 import os, signal, sys
 from pathlib import Path
 from autocontext_jax.data import store
@@ -215,27 +215,29 @@ from autocontext_jax.data.datasets import Case
 
 real, calls = store.ts.open, 0
 
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def open_then_die(*args, **keywords):
     global calls
     calls += 1
-    if calls == int(sys.argv[4]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **keywords)
+    return die() if calls == int(sys.argv[4]) else real(*args, **keywords)
 
+if sys.argv[4] == "0":
+    store.ts.KvStore.KeyRange = die
 store.ts.open = open_then_die
 case = Case(sys.argv[1], Path(sys.argv[2] + ".nii.gz"), Path(sys.argv[2] + "_label.nii.gz"))
-store.prepare_case(case, sys.argv[3], store.Settings((4, 2)), {labels!r})
+store.prepare_case(case, sys.argv[3], store.Settings((4, 2)), {LABELS!r})
 """
 
 
-@pytest.mark.parametrize("array", [2, 5])  # the first ones may be on the disk, are not all there
-def test_killed_while_writing_is_prepared_again(own, tmp_path, array):
+@pytest.mark.parametrize("arrays", [0, 1, 2, 5])  # what it had begun to write; with 0 the old ones still stand
+def test_killed_while_writing_is_prepared_again(own, tmp_path, arrays):
     case, root = own
     clean = contents(Path(root))
     changed = write_case(tmp_path, seed=3)  # the same name and files: now the prepared case is out of date
-    script = KILLED.replace("{labels!r}", repr(LABELS))
-    arguments = [case.name, str(tmp_path / case.name), root, str(array)]
-    process = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=60)
+    arguments = [case.name, str(tmp_path / case.name), root, str(arrays)]
+    process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=60)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert not store.is_prepared(changed, root, SETTINGS, LABELS)
     with pytest.raises(UserError, match="incomplete"):

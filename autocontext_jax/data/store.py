@@ -247,7 +247,7 @@ class PreparedCase:
         """
         shape = self.shapes[level - 1]
         first = np.clip(start, 0, shape)
-        last = np.clip(np.add(start, size), first, shape)
+        last = np.clip(np.add(start, size), 0, shape)
         inside = tuple(slice(*edges) for edges in np.stack([first, last], 1) - np.array(start)[:, None])
         if (last <= first).any():
             return Crop(self, size, inside, ())

@@ -68,14 +68,12 @@ def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
         neighbours = [plane[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
         # Kernel plane 0 takes x[z] into output z + 1, plane 2 into output z - 1.
         seen_by = lax.dynamic_slice_in_dim(above_and_below, z, 3, axis=1)[:, ::-1]
-        return total + jnp.einsum(
-            "bhwc,bohw->co",
-            jnp.concatenate(neighbours, axis=-1),
-            seen_by.transpose(0, 1, 4, 2, 3).reshape(x.shape[0], 3 * outputs, height, width),
-        )
+        # The product wants its left side transposed: that is the smaller of the two.
+        left = seen_by.transpose(1, 4, 0, 2, 3).reshape(3 * outputs, -1)
+        return total + left @ jnp.concatenate(neighbours, axis=-1).reshape(-1, 9 * channels)
 
-    total = lax.fori_loop(0, depth, add_plane, jnp.zeros((9 * channels, 3 * outputs), x.dtype))
-    return total.reshape(3, 3, channels, 3, outputs).transpose(3, 0, 1, 2, 4)
+    total = lax.fori_loop(0, depth, add_plane, jnp.zeros((3 * outputs, 9 * channels), x.dtype))
+    return total.reshape(3, outputs, 3, 3, channels).transpose(0, 2, 3, 4, 1)
 
 
 @jax.custom_vjp
