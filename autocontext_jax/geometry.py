@@ -1,8 +1,8 @@
 """Grids, patches and tiles: where every voxel of every level lies.
 
-A level is counted from 1 = coarsest to S = finest; each level halves the voxel of the one before. Along one axis, voxel i
-of a level with downsample factor f covers native voxels [f i, f (i + 1)), so its centre lies at native coordinate
-f (i + 1/2) - 1/2. Tuples run (z, y, x). Everything here is plain Python and numpy.
+A level is counted from 1 = coarsest to S = finest; each level halves the voxel of the one before. Along one axis,
+voxel i of a level with downsample factor f covers native voxels [f i, f (i + 1)), so its centre lies at native
+coordinate f (i + 1/2) - 1/2. Tuples run (z, y, x). Everything here is plain Python and numpy.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ def level_shape(native_shape: Triple, factors: tuple[float, float, float]) -> Tr
 def pyramid_starts(centre: Triple, edge: int, levels: int) -> tuple[Triple, ...]:
     """First voxel of each level's patch, coarsest first, of the pyramid patch around a voxel of the finest level.
 
-    Level s + 1 starts at 2 (start of level s + N/4): the voxel grids nest exactly and all patches share one centre. Nesting
-    leaves the finest start a multiple of 2^(S-1) plus a constant; the nearest one is taken, so that with two levels
-    `centre` is always one of the 2^3 voxels around the patch's centre.
+    Level s + 1 starts at 2 (start of level s + N/4): the voxel grids nest exactly and all patches share one centre.
+    Nesting leaves the finest start a multiple of 2^(S-1) plus a constant; the nearest one is taken, so that with two
+    levels `centre` is always one of the 2^3 voxels around the patch's centre.
 
     Args:
       centre: a voxel of the finest level; may lie anywhere.

@@ -15,10 +15,10 @@ from ml_collections import config_flags
 from autocontext_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, predictions, tables.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, predictions, tables.")
 MODE = flags.DEFINE_enum("mode", "all", ["all", "prepare", "train", "evaluate", "predict"], "What to do.")
-INPUT = flags.DEFINE_string("input", None, "With --mode predict: a scan, a DICOM folder or a folder of scans.")
-OUTPUT = flags.DEFINE_string("output", None, "With --mode predict: the mask to write, or a folder for masks.")
+INPUT = flags.DEFINE_string("input", "", "With --mode predict: a scan, a DICOM folder or a folder of scans.")
+OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
 
 
 def run() -> bool:
@@ -70,9 +70,9 @@ def _parse(argv: list[str]) -> None:
         rest = flags.FLAGS(argv)[1:]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; wanted only --flags")
-        if CONFIG.value is None or WORKDIR.value is None:
+        if CONFIG.value is None or not WORKDIR.value:
             raise UserError("--config FILE and --workdir FOLDER are both wanted")
-        if MODE.value == "predict" and None in (INPUT.value, OUTPUT.value):
+        if MODE.value == "predict" and not (INPUT.value and OUTPUT.value):
             raise UserError("--mode predict wants --input SCAN_OR_FOLDER and --output PATH")
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UserError(f"command line: {' '.join(str(error).split())}") from error

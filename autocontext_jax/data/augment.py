@@ -1,7 +1,8 @@
 """Spatial and intensity augmentation of a batch of pyramid patches, jitted on the device.
 
-One smooth field moves all levels of a patch: it is a function of the position about the patch's centre, evaluated on each
-level's own grid, so the levels stay aligned. Positions are voxels of the finest level until a level's crop is read.
+One smooth field moves all levels of a patch: it is a function of the position about the patch's centre, evaluated on
+  each level's own grid, so the levels stay aligned. Positions are voxels of the finest level until a level's crop is
+  read.
 """
 
 import dataclasses
@@ -47,8 +48,8 @@ def make_augment(
     Returns:
       augment(key, numbers, spacing, images, labels) -> (images, labels), where
         key is a typed key;
-        numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on its
-          place in the batch or on the device;
+        numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on
+          its place in the batch or on the device;
         spacing [B, 3] is the finest level's, mm;
         images and labels hold for each level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
       and the result holds for each level [B, N, N, N] float32 HU and uint8.
@@ -78,7 +79,8 @@ def make_augment(
 
 
 def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int):
-    """A random field as a function (spacing, scale) -> source positions on the grid of voxels `scale` finest voxels wide.
+    """A random field as a function (spacing, scale) -> source positions on the grid of voxels `scale` finest voxels
+    wide.
 
     Positions and their result are voxels of the finest level about the centre, three arrays [N, N, N].
     """

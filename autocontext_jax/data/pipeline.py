@@ -32,7 +32,7 @@ class FeedConfig:
     edge: int
     centre: str = "foreground"
     spatial: SpatialLimits | None = None
-    intensity: IntensityLimits = IntensityLimits()
+    intensity: IntensityLimits = dataclasses.field(default_factory=IntensityLimits)
     threads: int = 2
     ahead: int = 4
 
@@ -40,8 +40,8 @@ class FeedConfig:
 class Feed:
     """An endless iterator over augmented batches on the device.
 
-    Its state is the position in a fixed random sequence: two feeds of the same cases, configuration and seed that stand at
-    the same position give the same batches, whatever the number of processes.
+    Its state is the position in a fixed random sequence: two feeds of the same cases, configuration and seed that
+      stand at the same position give the same batches, whatever the number of processes.
 
     Args:
       cases: the prepared cases to draw from, the same list in the same order in every process.
@@ -133,9 +133,9 @@ def read_batch(
     for case, centre in centres:
         starts = pyramid_starts(centre, edge, len(margins))
         for level, (start, margin) in enumerate(zip(starts, margins, strict=True), start=1):
-            first = tuple(s - m for s, m in zip(start, margin, strict=True))
-            size = tuple(edge + 2 * m for m in margin)
-            pending.append(case.read(level, first, size))
+            z, y, x = (s - m for s, m in zip(start, margin, strict=True))
+            depth, height, width = (edge + 2 * m for m in margin)
+            pending.append(case.read(level, (z, y, x), (depth, height, width)))
     crops = [read.result() for read in pending]
     by_level = [crops[level :: len(margins)] for level in range(len(margins))]
     return {

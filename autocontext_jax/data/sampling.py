@@ -11,8 +11,8 @@ CENTRES = ("foreground", "classes")
 def case_batches(cases: int, batch: int, seed: int) -> grain.MapDataset:
     """An endless sequence of batches of case numbers, each batch of distinct cases (as in the paper).
 
-    Every epoch visits the cases in a new order; the few that do not fill a last batch wait for the next epoch. With fewer
-    cases than the batch holds, distinct cases are impossible and each case stands in the order several times.
+    Every epoch visits the cases in a new order; the few that do not fill a last batch wait for the next epoch. With
+    fewer cases than the batch holds, distinct cases are impossible and each case stands in the order several times.
     """
     copies = -(-batch // cases)
     order = grain.MapDataset.source(np.tile(np.arange(cases), copies))

@@ -15,8 +15,8 @@ def dice_scores(prediction: np.ndarray, truth: np.ndarray, organs: Sequence[str]
       organs: names without the background.
 
     Returns:
-      For each organ a value in [0, 1]; NaN where neither mask holds the organ, which leaves the case out of that organ's
-      statistics.
+      For each organ a value in [0, 1]; NaN where neither mask holds the organ, which leaves the case out of that
+      organ's statistics.
     """
     classes = len(organs) + 1
     pairs = truth.ravel().astype(np.intp) * classes + prediction.ravel()

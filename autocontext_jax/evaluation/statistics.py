@@ -1,13 +1,18 @@
 """Scores of many cases in few numbers, as in the paper's Table 1."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 # {organ: {metric: value}}, and the same with a case's level before it.
 OrganScores = Mapping[str, Mapping[str, float]]
-STATISTICS = {"avg": np.mean, "std": np.std, "min": np.min, "max": np.max}
+STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
+    "avg": np.mean,
+    "std": np.std,
+    "min": np.min,
+    "max": np.max,
+}
 
 
 def summarise(cases: Mapping[str, OrganScores], organs: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
@@ -18,8 +23,8 @@ def summarise(cases: Mapping[str, OrganScores], organs: Sequence[str]) -> dict[s
       organs: in the order wanted.
 
     Returns:
-      {organ or "mean": {metric: {"avg": , "std": , "min": , "max": }}}; NaN where no case counts. The standard deviation is
-      the population's.
+      {organ or "mean": {metric: {"avg": , "std": , "min": , "max": }}}; NaN where no case counts. The standard
+      deviation is the population's.
     """
     metrics = list(next(iter(next(iter(cases.values())).values())))
     summary = {}

@@ -1,6 +1,7 @@
 """Masks of whole scans: tile by tile, level by level, through programs that are compiled once.
 
-A level is predicted in rows of tiles along z. The softmax maps of one row add up on the device in a canvas of fixed size;
+A level is predicted in rows of tiles along z. The softmax maps of one row add up on the device in a canvas of fixed
+size;
 planes that no later row touches leave it in chunks: as maps for the next level's context, or enlarged to the scan's own
 grid and reduced to a mask, a few planes at a time. Neither device nor host ever holds K volumes at full resolution.
 """
@@ -20,6 +21,7 @@ from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store import AIR
 from autocontext_jax.geometry import Triple, level_shape
 from autocontext_jax.inference.tiling import AxisTiles, Blend, gaussian, native_lookup, pyramid_tiles
+from autocontext_jax.models.pyramid import Pyramid
 
 LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]
 
@@ -54,7 +56,7 @@ class Predictor:
     # Native planes that are enlarged and reduced at a time.
     GROUP = 8
 
-    def __init__(self, model: nnx.Module, config: PredictorConfig, *, align: int, blend: Blend | None = None):
+    def __init__(self, model: Pyramid, config: PredictorConfig, *, align: int, blend: Blend | None = None):
         self.config = config
         self._blend = gaussian(config.tile) if blend is None else blend
         self._align = max(2, align)
@@ -116,7 +118,9 @@ class Predictor:
         jitted: list[Any] = [*self._add_tile, _shift, _as_half, _native_masks]
         return sum(program._cache_size() for program in jitted)
 
-    def _reserve(self, shape: Triple, plan: tuple[LevelTiles, ...], factors: tuple[tuple[float, ...], ...]) -> None:
+    def _reserve(
+        self, shape: Triple, plan: tuple[LevelTiles, ...], factors: tuple[tuple[float, float, float], ...]
+    ) -> None:
         """Makes the compiled sizes large enough for this scan: they only grow, so scans within `plane` share them."""
         plane = max(shape[1:])
         if plane > self._plane:
@@ -170,7 +174,7 @@ class Predictor:
 
         @functools.partial(jax.jit, donate_argnums=0)
         def add_tile(canvas, state, image, maps, weights, corner):
-            model = nnx.merge(graph, state, copy=True)
+            model: Pyramid = nnx.merge(graph, state, copy=True)
             logits = model.level(level, image[None], None if maps is None else maps[None])[0]
             z, y, x = (w.reshape([-1 if i == axis else 1 for i in range(4)]) for axis, w in enumerate(weights))
             blended = jax.nn.softmax(logits) * (z * y * x)
@@ -236,12 +240,8 @@ def _as_half(chunk: jax.Array) -> jax.Array:
 def _native_masks(planes, z_low, z_weight, y_low, y_weight, x_low, x_weight) -> jax.Array:
     """The class of the largest linearly interpolated map at each native voxel.
 
-    Args:
-      planes: [n, canvas y, canvas x, K].
-      z_low, z_weight: [GROUP] `tiling.native_lookup` into `planes`; the others [plane] into the canvas.
-
-    Returns:
-      [GROUP, plane, plane] uint8.
+    `planes` are [n, canvas y, canvas x, K]; the lookups are `tiling.native_lookup`'s: [GROUP] along z into `planes`,
+    [plane] along y and x into the canvas. The result is [GROUP, plane, plane] uint8.
     """
 
     def between(maps, low, weight, axis):

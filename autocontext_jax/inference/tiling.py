@@ -1,8 +1,8 @@
 """How tiles cover a scan at every level, and how their overlaps blend.
 
 Tiles of one level stand on a regular grid, so that blending weights are products of one axis's weights and so is their
-sum: divided by it beforehand, weighted maps simply add up to a partition of unity and no second array is needed. Positions
-are voxels of the level's grid and may be negative: tiles at a scan's edge reach into air.
+sum: divided by it beforehand, weighted maps simply add up to a partition of unity and no second array is needed.
+  Positions are voxels of the level's grid and may be negative: tiles at a scan's edge reach into air.
 """
 
 import dataclasses
@@ -56,7 +56,8 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
     """Covers [low, high) with as few tiles as the stride allows, centred.
 
     Args:
-      low, high: see `AxisTiles`.
+      low: the voxels [low, high) must be predicted.
+      high: see `low`.
       blend: weights of one tile.
       stride: between starts; a multiple of `align`, at most the tile less both borders.
       align: starts are multiples of it: pooling grids and the coarser level's voxels then coincide for all tiles.

@@ -7,6 +7,7 @@ The sections are the dataclasses that the code takes, so each key is explained w
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -52,9 +53,9 @@ def default_config() -> ConfigDict:
     # Class names, background first; filled in from the data set.
     config.data.labels = ()
     # Phantoms to generate into `data.root` (in the work directory if that is ""); 0 uses what is there.
-    config.phantom = ConfigDict(dict(training=0, test=0, size=(96, 96, 96), spacing=(3.5, 3.5, 3.5)))
+    config.phantom = ConfigDict({"training": 0, "test": 0, "size": (96, 96, 96), "spacing": (3.5, 3.5, 3.5)})
     # `finest_spacing` in mm, or () for factors of each scan's own grid.
-    config.levels = ConfigDict(dict(factors=(4, 2), finest_spacing=()))
+    config.levels = ConfigDict({"factors": (4, 2), "finest_spacing": ()})
     config.feed = _section(FeedConfig(batch=3, edge=64), without=("spatial", "intensity"))
     config.spatial = _section(SpatialLimits())
     config.intensity = _section(IntensityLimits())
@@ -111,14 +112,14 @@ def check(config: ConfigDict) -> None:
         wanted = max(4, divisor)
         if edge <= 0 or edge % wanted:
             raise UserError(
-                f"config key {key} is {edge}; wanted a positive multiple of {wanted}, since a network of model.depth "
-                f"{config.model.depth} halves it {config.model.depth - 1} times: choose {wanted * max(1, edge // wanted)}"
+                f"config key {key} is {edge}; wanted a positive multiple of {wanted}, since a network of "
+                f"model.depth {config.model.depth} halves it {config.model.depth - 1} times: choose {wanted * max(1, edge // wanted)}"
             )
     factors = tuple(config.levels.factors)
-    if not factors or factors[-1] <= 0 or any(a != 2 * b for a, b in zip(factors, factors[1:], strict=False)):
+    if not factors or factors[-1] <= 0 or any(a != 2 * b for a, b in itertools.pairwise(factors)):
         raise UserError(
-            f"config key levels.factors is {factors}; wanted downsample factors that halve from level to level, coarsest "
-            "first, such as (4, 2)"
+            f"config key levels.factors is {factors}; wanted factors that halve from level to level, coarsest first, "
+            "such as (4, 2)"
         )
     if config.levels.finest_spacing and len(config.levels.finest_spacing) != 3:
         raise UserError(
@@ -178,9 +179,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not JSON ({error}); wanted the file that a run wrote: choose another --workdir"
-        ) from None
+        raise UserError(f"{path} is not JSON ({error}); wanted what a run wrote: choose another --workdir") from None
 
 
 def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:
@@ -197,8 +196,8 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> 
     ]
     if differing:
         raise UserError(
-            f"work directory {workdir} belongs to another config; keys that differ: {', '.join(differing)}: use another "
-            "--workdir or set them back"
+            f"work directory {workdir} belongs to another config; keys that differ: {', '.join(differing)}: use "
+            "another --workdir or set them back"
         )
 
 

@@ -71,7 +71,7 @@ def held_out(data: Data) -> Sequence[Case]:
     cases = labelled or list(data.validation)
     if not cases:
         raise UserError(
-            f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan that "
-            "was not trained on: add imagesTs and labelsTs, or more training cases"
+            f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
+            "that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
     return cases

@@ -44,8 +44,8 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
       False if a signal (SIGTERM, Ctrl-C) ended it early; what was done is saved.
 
     Raises:
-      UserError: the checkpoint belongs to another configuration; the batch does not divide over the devices; the loss is
-        not finite.
+      UserError: the checkpoint belongs to another configuration; the batch does not divide over the devices; the loss
+        is not finite.
     """
     # ---- the configuration, as resolved
     config.data.labels = data.dataset.labels
@@ -106,8 +106,8 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
         values = _values(jax.device_get(metrics))
         if not math.isfinite(values["loss"]):
             raise UserError(
-                f"the loss at step {step} is {values['loss']}; wanted a finite number: lower optimizer.learning_rate or set "
-                "optimizer.clip, and start again from the last checkpoint"
+                f"the loss at step {step} is {values['loss']}; wanted a finite number: lower "
+                "optimizer.learning_rate or set optimizer.clip, and start again from the last checkpoint"
             )
         metrics_log.scalars(step, {**values, "pairs_per_second": speed, **validated})
         shown = {key: f"{value:.3f}" for key, value in values.items() if key == "loss" or key.startswith("dice")}
@@ -130,8 +130,7 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
                 now = time.monotonic()
                 speed = config.feed.batch * (step - since_step) / (now - since)
                 waiting, since, since_step = (step, metrics, speed), now, step
-            if checkpoint:
-                assert waiting is not None
+            if checkpoint and waiting is not None:
                 validated: dict[str, float] = {}
                 if held_out and not stop.requested:
                     validated, picture = validate(validation_step, state, held_out, batch_sharding(mesh))
@@ -204,7 +203,7 @@ def _values(metrics: Metrics) -> dict[str, float]:
 
 @dataclasses.dataclass
 class _StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop answers after the step in hand; a second one ends at once."""
+    """Turns SIGTERM and Ctrl-C into a request, answered after the step in hand; a second one ends at once."""
 
     requested: bool = False
 

@@ -48,8 +48,8 @@ def planar_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """Gradient of `planar_convolution` with respect to a 3x3x3 kernel: one matrix product a plane of the volume.
 
-    The 9 in-plane neighbours of one plane (a matrix that fits the cache) meet the gradients of the three planes that see
-    it. XLA's own rule builds the neighbours of the whole volume and is two to four times slower.
+    The 9 in-plane neighbours of one plane (a matrix that fits the cache) meet the gradients of the three planes that
+    see it. XLA's own rule builds the neighbours of the whole volume and is two to four times slower.
 
     Args:
       x: [B, D, H, W, C], the convolution's input.
@@ -123,8 +123,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 def upsample_by_two(x: jax.Array) -> jax.Array:
     """Doubles the grid by linear interpolation between voxel centres, consuming a halo of one voxel on each side.
 
-    A coarse voxel i covers fine voxels 2i and 2i + 1, whose centres lie a quarter of a coarse voxel before and after its
-    own. The halo makes the result exact up to the border, wherever the piece was cut from.
+    A coarse voxel i covers fine voxels 2i and 2i + 1, whose centres lie a quarter of a coarse voxel before and after
+    its own. The halo makes the result exact up to the border, wherever the piece was cut from.
 
     Args:
       x: [B, n + 2, n + 2, n + 2, C].
@@ -159,8 +159,8 @@ class Convolution(nnx.Module):
 class Deconvolution(nnx.Module):
     """A 2^3 transposed convolution of stride 2, without bias.
 
-    Kernel and stride are equal, so blocks of the output do not overlap: one matrix product to 8 values a voxel, laid out
-    in space. (Written as an input-dilated convolution its gradient is tens of times slower on some backends.)
+    Kernel and stride are equal, so blocks of the output do not overlap: one matrix product to 8 values a voxel, laid
+    out in space. (Written as an input-dilated convolution its gradient is tens of times slower on some backends.)
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):

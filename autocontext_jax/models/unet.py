@@ -43,6 +43,7 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, D, H, W, C] -> the layer's shape."""
         x = self.layer(x)
         return jax.nn.relu(x if self.norm is None else self.norm(x))
 
@@ -80,7 +81,7 @@ class UNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
-        shortcuts = []
+        shortcuts: list[jax.Array] = []
         for first, second in self.analysis:
             if shortcuts:
                 x = layers.max_pool(x)

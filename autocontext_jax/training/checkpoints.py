@@ -78,8 +78,8 @@ class Checkpoints:
         except (ValueError, OSError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be read ({reason}); wanted a whole checkpoint: delete "
-                "that folder to go on from the one before"
+                f"checkpoint {self._directory / str(step)} cannot be read ({reason}); wanted a whole checkpoint: "
+                "delete that folder to go on from the one before"
             ) from error
         return restored.state, restored.feed
 

@@ -36,8 +36,8 @@ def dice_loss(
     Args:
       logits: [B, D, H, W, K], any float type; the softmax runs in float32.
       labels: [B, D, H, W], integers in [0, K).
-      per_sample: see `LossConfig`. If False, sums run over every voxel of the batch, so the value does not depend on how
-        the batch is laid out over devices.
+      per_sample: see `LossConfig`. If False, sums run over every voxel of the batch, so the value does not depend on
+        how the batch is laid out over devices.
       background: see `LossConfig`.
       eps: added above and below, so that a class absent from labels and prediction scores 1, not 0/0.
 
@@ -107,7 +107,7 @@ def overlap_counts(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def mean_dice(counts: jax.Array) -> jax.Array:
-    """Mean Dice over the foreground classes that occur in prediction or truth: [..., 2, K] -> [...]; NaN if none does."""
+    """Mean Dice over the foreground classes in prediction or truth: [..., 2, K] -> [...]; NaN if there are none."""
     overlap, total = counts[..., 0, 1:], counts[..., 1, 1:]
     present = total > 0
     scores = jnp.where(present, overlap / jnp.where(present, total, 1), 0)

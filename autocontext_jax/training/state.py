@@ -62,7 +62,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 def create_state(model: Pyramid, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
     """Splits a new model into its static graph and the state of step 0."""
-    graph, params, statistics = nnx.split(model, nnx.Param, ...)
+    graph, params, statistics = _split(model)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
 
@@ -74,7 +74,7 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
             model = nnx.merge(graph, params, state.statistics, copy=True)
             logits = model(batch.images)
             total, losses = total_loss(logits, batch.labels, loss)
-            _, _, statistics = nnx.split(model, nnx.Param, ...)
+            _, _, statistics = _split(model)
             return total, (Metrics(total, losses, _counts(logits, batch)), statistics)
 
         gradients, (metrics, statistics) = jax.grad(objective, has_aux=True)(state.params)
@@ -107,6 +107,12 @@ def inference_model(graph: nnx.GraphDef, params: Any, statistics: Any) -> Pyrami
     model = nnx.merge(graph, params, statistics, copy=True)
     has_statistics = bool(jax.tree.leaves(statistics))
     return nnx.view(model, use_running_average=True) if has_statistics else model
+
+
+def _split(model: Pyramid) -> tuple[nnx.GraphDef, Any, Any]:
+    """Static graph, parameters, and all other state: the normalisation's running averages."""
+    graph, params, statistics = nnx.split(model, nnx.Param, ...)  # type: ignore[misc] # its stub hides their number
+    return graph, params, statistics
 
 
 def _counts(logits: tuple[jax.Array, ...], batch: Batch) -> jax.Array:

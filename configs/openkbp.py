@@ -1,0 +1,32 @@
+"""30 head-and-neck scans of OpenKBP in the nnU-Net v2 layout: seven organs at risk, 128^3 voxels of about 4x4x2.5 mm.
+
+    python -m autocontext_jax.main --config configs/openkbp.py --workdir runs/openkbp --config.data.root=FOLDER
+
+The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches
+are 32^3, organs are drawn equally often and cross-entropy joins the Dice loss. Right and left parotid rule out
+mirroring.
+"""
+
+from autocontext_jax.jobs.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.levels.factors = (2, 1)
+    config.feed.batch = 2
+    config.feed.edge = 32
+    config.feed.centre = "classes"
+    config.spatial.rotation = 10.0
+    config.intensity.noise = 10.0
+    config.intensity.shift = 10.0
+    config.intensity.scale = 0.1
+    config.model.width = 8
+    config.model.momentum = 0.95
+    config.loss.cross_entropy = 1.0
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"
+    config.train.steps = 3_000
+    config.train.checkpoint_every = 250
+    config.predict.tile = 64
+    config.predict.plane = 128
+    return config
