@@ -100,7 +100,10 @@ def crop_margins(
     if limits is None or limits == SpatialLimits(0.0, 0.0, 0.0, limits.elastic_spacing):
         return ((0, 0, 0),) * levels
     corners = np.array(list(itertools.product((-1, 1), repeat=3))) * edge / 2
-    angles = np.deg2rad(limits.rotation) * np.array(list(itertools.product((-1, 0, 1), repeat=3)))
+    # Past a right angle a corner comes no further out; up to 15 degrees the extremes are at the limits.
+    largest = min(limits.rotation, 90.0)
+    steps = np.linspace(-1, 1, 2 * math.ceil(largest / 15) + 1)
+    angles = np.deg2rad(largest) * np.array(list(itertools.product(steps, repeat=3)))
     turn = np.zeros(3)
     for spacing in sorted(set(spacings)):
         for angle in angles:

@@ -21,6 +21,6 @@ def get_config():
     config.optimizer.schedule = "cosine"
     config.train.steps = 300
     config.train.checkpoint_every = 100
-    config.predict.tile = 64
+    config.predict.tile = 96
     config.predict.plane = 96
     return config

@@ -20,7 +20,14 @@ from jax import lax
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store import AIR
 from autocontext_jax.geometry import Triple, level_shape
-from autocontext_jax.inference.tiling import AxisTiles, Blend, gaussian, native_lookup, pyramid_tiles
+from autocontext_jax.inference.tiling import (
+    AxisTiles,
+    Blend,
+    gaussian,
+    largest_extents,
+    native_lookup,
+    pyramid_tiles,
+)
 from autocontext_jax.models.pyramid import Pyramid
 
 LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]
@@ -65,7 +72,7 @@ class Predictor:
         self._graph, self._state = nnx.split(model)
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes
-        self._plane = 0
+        self._plane = config.plane
         self._canvas: list[tuple[int, int]] = [(0, 0)] * self._levels
         self._add_tile = [self._make_add_tile(level) for level in range(1, self._levels + 1)]
 
@@ -92,7 +99,7 @@ class Predictor:
         # Coarser grids are exact halves of the finest: a tile's context always lies on them.
         finest = level_shape(_shape(voxels), factors[-1])
         plan = pyramid_tiles(finest, self._levels, self._blend, stride=self._stride, align=self._align)
-        self._reserve(_shape(voxels), plan, factors)
+        self._reserve(_shape(voxels), factors[-1])
         tiles = [int(np.prod([len(axis.starts) for axis in level])) for level in plan]
         done = 0
         masks: dict[int, np.ndarray] = {}
@@ -118,20 +125,17 @@ class Predictor:
         jitted: list[Any] = [*self._add_tile, _shift, _as_half, _native_masks]
         return sum(program._cache_size() for program in jitted)
 
-    def _reserve(
-        self, shape: Triple, plan: tuple[LevelTiles, ...], factors: tuple[tuple[float, float, float], ...]
-    ) -> None:
+    def _reserve(self, shape: Triple, factors: tuple[float, float, float]) -> None:
         """Makes the compiled sizes large enough for this scan: they only grow, so scans within `plane` share them."""
         plane = max(shape[1:])
         if plane > self._plane:
-            self._plane = max(self.config.plane, -(-plane // 64) * 64)
-        for level, axes in enumerate(plan):
-            # What a scan of the full plane would take, from this scan's own factors.
-            full = [level_shape((1, self._plane, self._plane), factors[-1])[axis] for axis in (1, 2)]
-            sizes = pyramid_tiles(
-                (1, full[0], full[1]), self._levels, self._blend, stride=self._stride, align=self._align
-            )[level]
-            needed = [max(axis.extent, size.extent) for axis, size in zip(axes[1:], sizes[1:], strict=True)]
+            self._plane = -(-plane // 64) * 64
+        # What scans of the full plane may take, from this scan's own factors of the finest level.
+        _, *full = level_shape((1, self._plane, self._plane), factors)
+        extents = [
+            largest_extents(size, self._levels, self._blend, stride=self._stride, align=self._align) for size in full
+        ]
+        for level, needed in enumerate(zip(*extents, strict=True)):
             have = self._canvas[level]
             self._canvas[level] = (max(have[0], needed[0]), max(have[1], needed[1]))
 

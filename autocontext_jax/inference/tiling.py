@@ -69,10 +69,11 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
     useful = tile - 2 * border
     if not 0 < stride <= useful or stride % align:
         raise ValueError(f"stride {stride} must be a multiple of {align} and at most {useful}")
-    # The slack of `align` pays for rounding the first start down to the grid.
-    count = 1 + max(0, -(-(high - low + align - 1 - useful) // stride))
-    overhang = useful + stride * (count - 1) - (high - low)
-    first = (low - border - overhang // 2) // align * align
+    # The first start is a multiple of `align` in [lowest, highest]; later than that it misses `low`, earlier `high`.
+    highest = (low - border) // align * align
+    count = 1 + max(0, -(-(high - highest - border - useful) // stride))
+    lowest = -(-(high - border - useful - stride * (count - 1)) // align) * align
+    first = (lowest + highest) // (2 * align) * align
     starts = first + stride * np.arange(count)
     total = np.zeros(starts[-1] - first + tile)
     for start in starts:
@@ -104,6 +105,29 @@ def pyramid_tiles(
         # The region under the tiles in coarse voxels, with the halo of one that upsampling consumes.
         need = [(axis.starts[0] // 2 - 1, (axis.starts[0] + axis.extent) // 2 + 1) for axis in axes]
     return tuple(reversed(plan))
+
+
+def largest_extents(size: int, levels: int, blend: Blend, *, stride: int, align: int) -> tuple[int, ...]:
+    """The most voxels that the tiles of each level span along one axis of any scan within a size, coarsest first.
+
+    Args:
+      size: of the scan at the finest level, at most.
+      levels: as for `pyramid_tiles`, like the rest.
+      blend: see `levels`.
+      stride: see `levels`.
+      align: see `levels`.
+    """
+    tile, border = len(blend.weights), blend.border
+    # How far before the first useful voxel an aligned start may have to lie; finer tiles start at multiples of `align`.
+    finest_slack = -border % align
+    coarser_slack = max((-1 - border) % align, (align // 2 - 1 - border) % align)
+    extents: list[int] = []
+    for _ in range(levels):
+        slack = coarser_slack if extents else finest_slack
+        count = 1 + max(0, -(-(size + slack - (tile - 2 * border)) // stride))
+        extents.append(tile + stride * (count - 1))
+        size = extents[-1] // 2 + 2
+    return tuple(reversed(extents))
 
 
 def native_lookup(native: int, factor: float, level: int) -> tuple[np.ndarray, np.ndarray]:

@@ -112,8 +112,8 @@ def check(config: ConfigDict) -> None:
         wanted = max(4, divisor)
         if edge <= 0 or edge % wanted:
             raise UserError(
-                f"config key {key} is {edge}; wanted a positive multiple of {wanted}, since a network of "
-                f"model.depth {config.model.depth} halves it {config.model.depth - 1} times: choose {wanted * max(1, edge // wanted)}"
+                f"config key {key} is {edge}; wanted a positive multiple of {wanted}, as model.depth "
+                f"{config.model.depth} asks: choose {wanted * max(1, edge // wanted)}"
             )
     factors = tuple(config.levels.factors)
     if not factors or factors[-1] <= 0 or any(a != 2 * b for a, b in itertools.pairwise(factors)):

@@ -1,0 +1,186 @@
+"""The augmentation against SciPy, against itself elsewhere in a batch, and at its limits."""
+
+import jax
+import numpy as np
+import pytest
+from scipy.interpolate import BSpline
+from scipy.ndimage import map_coordinates
+
+from autocontext_jax.data import augment
+from autocontext_jax.data.augment import IntensityLimits, make_augment
+from autocontext_jax.geometry import SpatialLimits, crop_margins
+
+EDGE, LEVELS = 8, 2
+SPACING = (2.5, 0.8, 0.7)
+SPATIAL = SpatialLimits(rotation=8, translation=3, elastic_sigma=2, elastic_spacing=6)
+MARGINS = crop_margins(EDGE, LEVELS, [SPACING], SPATIAL)
+INTENSITY = IntensityLimits(noise=20, shift=50, scale=0.25)
+
+
+def crops(samples: int, margins=MARGINS, seed: int = 0):
+    """Random crops of every level: images, labels, spacing."""
+    rng = np.random.default_rng(seed)
+    shapes = [(samples, *(EDGE + 2 * m for m in margin)) for margin in margins]
+    images = tuple(rng.integers(-1024, 3000, shape).astype(np.int16) for shape in shapes)
+    labels = tuple(rng.integers(0, 5, shape).astype(np.uint8) for shape in shapes)
+    return images, labels, np.array([SPACING] * samples, np.float32)
+
+
+@pytest.fixture(scope="module")
+def full():
+    """(numbers, images, labels, spacing) -> augmented images, labels as numpy; compiled once a batch size."""
+    run, key = make_augment(EDGE, MARGINS, SPATIAL, INTENSITY), jax.random.key(7)
+
+    def apply(numbers, images, labels, spacing):
+        return jax.tree.map(np.array, run(key, np.array(numbers, np.uint32), spacing, images, labels))
+
+    return apply
+
+
+@pytest.mark.parametrize("spatial", [None, SpatialLimits(0, 0, 0)], ids=["none", "zero limits"])
+@pytest.mark.parametrize("margins", [((0, 0, 0),) * 2, ((1, 2, 3), (4, 3, 1))], ids=["no margin", "margin"])
+def test_zero_limits_are_the_identity(spatial, margins):
+    images, labels, spacing = crops(2, margins)
+    run = make_augment(EDGE, margins, spatial, IntensityLimits())
+    image_out, label_out = run(jax.random.key(0), np.arange(2, dtype=np.uint32), spacing, images, labels)
+    for before, after in zip(images + labels, image_out + label_out, strict=True):
+        margin = [(size - EDGE) // 2 for size in before.shape[1:]]
+        inner = before[(slice(None), *(slice(m, m + EDGE) for m in margin))]
+        assert after.dtype == (np.float32 if before.dtype == np.int16 else np.uint8)
+        np.testing.assert_array_equal(after, inner)
+
+
+@pytest.mark.parametrize("spacing", [1, 6, 7.5])
+def test_spline_weights_are_scipys(spacing):
+    reach = 24
+    points = int(np.ceil(2 * reach / spacing)) + 3
+    positions = np.concatenate([(np.arange(-reach, reach) + 0.5 + reach) / spacing, [0, 2 * reach / spacing]])
+    weights = augment.spline_weights(positions, points)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
+    assert (weights >= 0).all()
+    # Control point i is the centre of basis function i: position t lies at control point t + 1.
+    reference = BSpline.design_matrix(positions, np.arange(-3.0, points + 1), 3).toarray()
+    np.testing.assert_allclose(weights, reference, atol=1e-6)
+
+
+def test_resampling_is_scipys():
+    images, labels, _ = crops(1)
+    image, label = images[0][0], labels[0][0]
+    rng = np.random.default_rng(1)
+    centre = (np.array(image.shape) - 1) / 2
+    position = (rng.uniform(-0.7, 0.7, (3, EDGE, EDGE, EDGE)) * np.array(image.shape)[:, None, None, None]).astype("f4")
+    position[:, 0, 0, :2] = np.stack([-centre, centre], axis=1)  # the very corners
+    index = position.astype(np.float64) + centre[:, None, None, None]
+    assert (index < 0).any()  # some beyond the crop: its border goes on
+    moved, nearest = jax.jit(augment._resample)(image, label, list(position))
+    wanted = map_coordinates(image.astype(np.float64), index, order=1, mode="nearest")
+    np.testing.assert_allclose(moved, wanted, atol=0.1)  # float32 positions, steps of 4000 HU
+    inside = np.clip(np.rint(index), 0, np.array(image.shape)[:, None, None, None] - 1).astype(int)
+    np.testing.assert_array_equal(nearest, label[tuple(inside)])
+
+
+def test_a_batch_is_its_field_resampled(full):
+    """The whole function against SciPy on the positions of its own field."""
+    images, labels, spacing = crops(2)
+    plain = make_augment(EDGE, MARGINS, SPATIAL, IntensityLimits())
+    key, numbers = jax.random.key(7), np.array([4, 9], np.uint32)
+    image_out, label_out = plain(key, numbers, spacing, images, labels)
+    for sample, number in enumerate(numbers):
+        spatial_key, _ = jax.random.split(jax.random.fold_in(key, number))
+        field = augment._draw_field(spatial_key, SPATIAL, EDGE, LEVELS)
+        for level, scale in enumerate((2, 1)):
+            image, label = images[level][sample], labels[level][sample]
+            middle = (np.array(image.shape)[:, None, None, None] - 1) / 2
+            index = np.array(field(spacing[sample], scale), np.float64) / scale + middle
+            assert (index >= 0).all()
+            assert (index <= 2 * middle).all()
+            wanted = map_coordinates(image.astype(np.float64), index, order=1)
+            np.testing.assert_allclose(image_out[level][sample], wanted, atol=0.1)
+            tie = (np.abs(index % 1 - 0.5) < 1e-4).any(axis=0)
+            nearest = label[tuple(np.rint(index).astype(int))]
+            np.testing.assert_array_equal(np.array(label_out[level][sample])[~tie], nearest[~tie])
+    # The intensity augmentation does not change the field: labels are the same with it.
+    _, with_intensity = full(numbers, images, labels, spacing)
+    jax.tree.map(np.testing.assert_array_equal, with_intensity, tuple(np.array(label) for label in label_out))
+
+
+def test_a_sample_depends_on_key_and_number_alone(full):
+    images, labels, spacing = crops(3)
+    first = full([5, 6, 7], images, labels, spacing)
+    again = full([5, 6, 7], images, labels, spacing)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    order = [2, 0, 1]
+    turned = full([7, 5, 6], *jax.tree.map(lambda array: array[order], (images, labels, spacing)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), first, turned)
+    alone = full([6], *jax.tree.map(lambda array: array[1:2], (images, labels, spacing)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1:2], b, atol=0.01), first[0], alone[0])
+    # Another number moves the same crop elsewhere.
+    others = full([5, 8, 9], images, labels, spacing)
+    for level in range(LEVELS):
+        np.testing.assert_array_equal(first[0][level][0], others[0][level][0])
+        assert np.abs(first[0][level][1:] - others[0][level][1:]).mean() > 50
+        assert (first[1][level][1:] != others[1][level][1:]).mean() > 0.2
+
+
+def test_two_samples_of_one_crop_differ(full):
+    images, labels, spacing = jax.tree.map(lambda array: np.repeat(array, 3, axis=0), crops(1))
+    image_out, _ = full([0, 1, 2], images, labels, spacing)
+    for image in image_out:
+        assert np.abs(image[0] - image[1]).mean() > 50
+        assert np.abs(image[1] - image[2]).mean() > 50
+
+
+def test_outside_is_air_and_background():
+    """A crop half of which is air, as the store reads beyond a scan, stays air where the field reads that half."""
+    samples, edge_hu = 4, 500
+    images, labels, spacing = crops(samples)
+    for image, label in zip(images, labels, strict=True):
+        image[:], label[:] = edge_hu, 1
+        image[:, :, : image.shape[2] // 2] = -1024
+        label[:, :, : label.shape[2] // 2] = 0
+    run = make_augment(EDGE, MARGINS, SpatialLimits(5, 1, 0.5, 8), IntensityLimits())
+    image_out, label_out = run(jax.random.key(0), np.arange(samples, dtype=np.uint32), spacing, images, labels)
+    for image, label in zip(image_out, label_out, strict=True):
+        assert (image[:, :, :2] == -1024).all()
+        assert (label[:, :, :2] == 0).all()
+        assert (image[:, :, -2:] == edge_hu).all()
+        assert (label[:, :, -2:] == 1).all()
+        assert ((image >= -1024) & (image <= edge_hu)).all()
+
+
+def test_intensity_changes_are_the_same_for_all_levels_and_within_limits():
+    samples = 200
+    shape = (samples, EDGE, EDGE, EDGE)
+    image = np.zeros(shape, np.int16)
+    image[..., EDGE // 2 :] = 1000  # halves of 0 and 1000 HU
+    labels = (np.zeros(shape, np.uint8),) * 2
+    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityLimits(shift=50, scale=0.25))
+    numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
+    coarse, fine = run(jax.random.key(1), numbers, spacing, (image, image), labels)[0]
+    np.testing.assert_array_equal(coarse, fine)
+    shift = np.array(fine[:, 0, 0, 0])
+    scale = (np.array(fine[:, 0, 0, -1]) - shift) / 1000
+    np.testing.assert_allclose(fine, image * scale[:, None, None, None] + shift[:, None, None, None], atol=1e-3)
+    for values, low, high in ((shift, -50, 50), (scale, 0.75, 1.25)):
+        assert ((values >= low) & (values <= high)).all()
+        reached = (values.min() - low) / (high - low), (values.max() - low) / (high - low)
+        assert reached[0] < 0.05  # the whole range is drawn from
+        assert reached[1] > 0.95
+    assert abs(np.corrcoef(shift, scale)[0, 1]) < 0.3
+
+
+def test_noise_is_of_one_strength_and_independent():
+    samples = 60
+    shape = (samples, EDGE, EDGE, EDGE)
+    image, label = np.full(shape, 100, np.int16), np.zeros(shape, np.uint8)
+    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityLimits(noise=20))
+    numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
+    image_out, label_out = run(jax.random.key(1), numbers, spacing, (image, image), (label, label))
+    coarse, fine = (np.array(out) - 100 for out in image_out)
+    strength = np.stack([coarse, fine]).std(axis=(2, 3, 4))  # of 512 voxels: within 4 x 3 %
+    np.testing.assert_allclose(strength[0], strength[1], rtol=0.2)
+    assert strength.max() < 20 * 1.12
+    assert np.ptp(strength) > 15
+    assert abs(np.corrcoef(coarse.ravel(), fine.ravel())[0, 1]) < 0.03
+    assert not any(np.array(out).any() for out in label_out)

@@ -1,0 +1,96 @@
+"""The house's direction: who may import whom."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent / "autocontext_jax"
+
+# A file imports only files of groups above its own, or of its own group if that is a folder ("*").
+ORDER = [
+    "errors", "geometry", "data/scans", "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling",
+    "data/augment", "data/pipeline", "models/layers", "models/unet", "models/pyramid", "training/*", "inference/tiling",
+    "inference/predictor", "evaluation/*", "jobs/*", "main",
+]  # fmt: skip
+
+FILES = sorted(path.relative_to(HOUSE).with_suffix("").as_posix() for path in HOUSE.rglob("*.py"))
+MODULES = [name for name in FILES if not name.endswith("__init__")]
+
+
+def group(name: str) -> str:
+    folder = name.split("/")[0] + "/*"
+    return folder if folder in ORDER else name
+
+
+def imported(name: str) -> list[str]:
+    """Dotted names of everything that a file imports, wherever in the file; `from a import b` gives a.b."""
+    found = []
+    for node in ast.walk(ast.parse((HOUSE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def inside(name: str) -> set[str]:
+    """The house's files that a file imports."""
+    files = set()
+    for dotted in imported(name):
+        package, *parts = dotted.split(".")
+        if package == HOUSE.name:
+            # The last part is a name inside a module or the module itself.
+            candidates = ["/".join(parts), "/".join(parts[:-1])]
+            files.add(next(file for file in candidates if file in FILES))
+    return files
+
+
+def outside(name: str) -> set[str]:
+    return {dotted.split(".")[0] for dotted in imported(name)} - {HOUSE.name}
+
+
+def test_every_file_has_its_place():
+    assert [name for name in MODULES if group(name) not in ORDER] == []
+    assert [place for place in ORDER if place not in {group(name) for name in MODULES}] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_import_only_what_stands_above(name):
+    own = ORDER.index(group(name))
+    below = [
+        other
+        for other in inside(name)
+        if ORDER.index(group(other)) > own or (group(other) == group(name) and not group(name).endswith("*"))
+    ]
+    assert below == []
+
+
+def test_no_file_imports_itself_in_a_circle():
+    graphlib.TopologicalSorter({name: inside(name) for name in MODULES}).prepare()
+
+
+def test_packages_import_nothing():
+    assert [name for name in FILES if name.endswith("__init__") and imported(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("library", "places"), [("SimpleITK", {"data/scans"}), ("ml_collections", {"jobs/*", "main"}), ("absl", {"main"})]
+)
+def test_a_library_stays_in_its_place(library, places):
+    users = {group(name) for name in MODULES if library in outside(name)}
+    assert users
+    assert users <= places
+
+
+@pytest.mark.parametrize("name", ["geometry", "data/store", "inference/tiling"])
+def test_what_needs_no_device_is_free_of_jax(name):
+    """The store's worker processes would otherwise start a backend each."""
+    seen, waiting = set(), {name}
+    while waiting:
+        here = waiting.pop()
+        seen.add(here)
+        waiting |= inside(here) - seen
+    assert {file for file in seen if outside(file) & {"jax", "flax", "optax", "grain"}} == set()

@@ -1,0 +1,250 @@
+"""The real command line as a subprocess: the whole job, resuming, and the user's mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from autocontext_jax.data import phantom, scans
+
+ROOT = Path(__file__).parent.parent
+# The quick-start's own configuration, made small.
+SMALL = [
+    "--config.phantom.training=5",
+    "--config.phantom.test=2",
+    "--config.phantom.size=(40, 40, 40)",
+    "--config.phantom.spacing=(8.0, 8.0, 8.0)",
+    "--config.feed.edge=16",
+    "--config.feed.batch=2",
+    "--config.model.width=2",
+    "--config.model.depth=3",
+    "--config.train.steps=8",
+    "--config.train.checkpoint_every=4",
+    "--config.train.log_every=1",
+    "--config.train.validation_patches=4",
+    "--config.predict.tile=32",
+    "--config.predict.plane=40",
+]
+
+
+def command(*arguments: object, config: str = "configs/quickstart.py") -> list[str]:
+    return [sys.executable, "-m", "autocontext_jax.main", "--config", config, *map(str, arguments)]
+
+
+def run(*arguments: object, config: str = "configs/quickstart.py") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, config=config), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, tuple[float, float, float]]:
+    return {row["step"]: (row["loss"], row["loss_level_1"], row["loss_level_2"]) for row in metrics(workdir)}
+
+
+def one_line_error(result: subprocess.CompletedProcess) -> str:
+    """The line of a user's mistake: status 2, no traceback, one line that begins with "error: "."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole_job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    workdir = tmp_path_factory.mktemp("job")
+    result = run("--workdir", workdir, *SMALL)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_whole_job_leaves_everything(whole_job):
+    workdir, result = whole_job
+    rows = metrics(workdir)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all(np.isfinite(row["loss"]) and row["pairs_per_second"] > 0 for row in rows)
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 8]
+    assert json.loads((workdir / "config.json").read_text())["data"]["labels"] == ["background", *phantom.ORGANS]
+    assert list((workdir / "tensorboard").iterdir())
+
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    assert evaluation["labels"] == list(phantom.ORGANS)
+    assert sorted(evaluation["cases"]) == ["phantom_005", "phantom_006"]
+    for name, levels in evaluation["cases"].items():
+        truth = scans.read_grid(workdir / "phantoms" / "labelsTs" / f"{name}.nii.gz")
+        assert scans.read_grid(workdir / "predictions" / f"{name}.nii.gz") == truth
+        assert (workdir / "pictures" / f"{name}.png").stat().st_size > 10_000
+        assert levels.keys() == {"level_1", "level_2"}
+        assert 0 <= levels["level_2"]["liver"]["dice"] <= 1
+    mean = evaluation["summary"]["level_2"]["mean"]["dice"]
+    assert mean["min"] <= mean["avg"] <= mean["max"]
+    table = (workdir / "table.md").read_text()
+    assert table in result.stdout
+    assert f"| avg | {100 * evaluation['summary']['level_1']['artery']['dice']['avg']:.1f} |" in table
+
+
+def test_a_finished_run_only_evaluates_again(whole_job):
+    workdir, _ = whole_job
+    before = (workdir / "metrics.jsonl").read_text()
+    result = run("--workdir", workdir, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_killed_and_started_again_the_losses_are_the_same_to_the_bit(whole_job, tmp_path):
+    workdir, _ = whole_job
+    shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
+    arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL]
+    first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < deadline and first.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) >= 6:
+            break
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert (tmp_path / "checkpoints" / "4").exists(), "killed too early to be a test"
+
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "from step 0" not in result.stderr
+    assert losses(tmp_path) == losses(workdir)
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(whole_job, tmp_path):
+    workdir, _ = whole_job
+    shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
+    arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL, "--config.train.checkpoint_every=1000"]
+    first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < deadline and first.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.01)
+    first.terminate()
+    assert "stopped by a signal at step" in first.communicate()[1]
+    assert first.returncode == 0
+    stopped_at = metrics(tmp_path)[-1]["step"]
+    assert (tmp_path / "checkpoints" / str(stopped_at)).exists()
+    result = run(*arguments)
+    assert f"from step {stopped_at}" in result.stderr
+    assert losses(tmp_path) == losses(workdir)
+
+
+def test_predict_one_file_and_a_folder_with_a_bad_scan(whole_job, tmp_path):
+    workdir, _ = whole_job
+    good = workdir / "phantoms" / "imagesTs" / "phantom_005_0000.nii.gz"
+    target = tmp_path / "out" / "mask.nii.gz"
+    predict = ["--workdir", workdir, *SMALL, "--mode", "predict"]
+    result = run(*predict, "--input", good, "--output", target)
+    assert result.returncode == 0, result.stderr
+    assert scans.read_grid(target) == scans.read_grid(good)
+    predicted = sitk.GetArrayFromImage(sitk.ReadImage(target))
+    stored = sitk.GetArrayFromImage(sitk.ReadImage(workdir / "predictions" / "phantom_005.nii.gz"))
+    np.testing.assert_array_equal(predicted, stored)
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    flipped = sitk.PermuteAxes(sitk.Flip(sitk.ReadImage(good), [True, False, True]), [2, 0, 1])
+    sitk.WriteImage(flipped, folder / "a.nii.gz")
+    (folder / "b.nii.gz").write_bytes(good.read_bytes()[:5000])
+    sitk.WriteImage(sitk.ReadImage(good), folder / "c.mha")
+    result = run(*predict, "--input", folder, "--output", tmp_path / "masks")
+    assert result.returncode == 1, result.stderr
+    assert "b.nii.gz" in result.stderr
+    assert "1 of 3 scans could not be predicted" in result.stderr
+    # However a scan's axes are stored, the mask is the same in physical space.
+    again = sitk.ReadImage(tmp_path / "masks" / "a.nii.gz")
+    assert again.GetSize() == flipped.GetSize()
+    assert again.GetDirection() == pytest.approx(flipped.GetDirection())
+    back = sitk.Resample(again, sitk.ReadImage(target), sitk.Transform(), sitk.sitkNearestNeighbor)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(back), predicted)
+    other = sitk.ReadImage(tmp_path / "masks" / "c.nii.gz")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(other), predicted)
+
+
+def test_another_config_in_the_same_work_directory(whole_job):
+    workdir, _ = whole_job
+    message = one_line_error(run("--workdir", workdir, *SMALL, "--config.model.width=3"))
+    assert "model.width (there 2, here 3)" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--workdir"]),
+        (["--workdir", "W", "--config.model.widht=8"], ["widht"]),
+        (["--workdir", "W", "--config.model.width=wide"], ["width", "wide"]),
+        (["--workdir", "W", "--config.feed.edge=30"], ["feed.edge", "30", "multiple of 8"]),
+        (["--workdir", "W", "--mode", "fly"], ["mode", "fly"]),
+        (["--workdir", "W", "--mode", "predict"], ["--input"]),
+        (["--workdir", "W", "--mode", "evaluate"], ["config.json"]),
+        (["--workdir", "W", "--config.phantom.training=0"], ["data.root"]),
+        (["--workdir", "W", "--config.phantom.training=0", "--config.data.root=/no/such"], ["/no/such"]),
+        (["--workdir", "/proc/no", *SMALL], ["/proc/no"]),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, arguments, words):
+    message = one_line_error(run(*[str(tmp_path / "w") if word == "W" else word for word in arguments]))
+    assert all(word in message for word in words), message
+
+
+def test_bad_cases_are_all_named_and_the_good_ones_prepared(tmp_path):
+    root = tmp_path / "data"
+    phantom.write_dataset(root, training=4, test=0, size=(40, 40, 40), spacing=(8.0, 8.0, 8.0), seed=0)
+    labels = root / "labelsTr"
+    label = sitk.ReadImage(labels / "phantom_000.nii.gz")
+    sitk.WriteImage(label * 0, labels / "phantom_000.nii.gz")
+    label.SetSpacing((8.0, 8.0, 9.0))
+    sitk.WriteImage(label, labels / "phantom_001.nii.gz")
+    (labels / "phantom_002.nii.gz").write_bytes(b"")
+    result = run(
+        "--workdir", tmp_path, "--mode", "prepare", "--config.phantom.training=0", f"--config.data.root={root}"
+    )  # fmt: skip
+    message = one_line_error(result)
+    assert "3 of 4 cases" in message
+    everything = result.stderr
+    assert all(f"phantom_00{number}" in everything for number in (0, 1, 2))
+    assert "9" in everything
+    assert [path.name for path in (tmp_path / "prepared").glob("*/zarr.json")] == ["zarr.json"]
+
+
+@pytest.mark.skipif(not (ROOT / "../shared/data/abdomen").exists(), reason="the real scans are not beside the checkout")
+def test_real_scan_through_the_papers_config_made_small(tmp_path):
+    root = (ROOT / "../shared/data/abdomen").resolve()
+    small = [
+        "--config.model.width=2", "--config.model.depth=3", "--config.feed.edge=16", "--config.train.steps=2",
+        "--config.predict.tile=32", "--config.predict.plane=128", f"--config.data.root={root}",
+    ]  # fmt: skip
+    config = "configs/abdomen_ct.py"
+    result = run("--workdir", tmp_path, "--mode", "train", *small, config=config)
+    assert result.returncode == 0, result.stderr
+    scan = root / "imagesTr" / "abdomen_0000.nii.gz"
+    result = run(
+        "--workdir", tmp_path, "--mode", "predict", *small, "--input", scan, "--output", tmp_path / "mask.nii.gz",
+        config=config,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert scans.read_grid(tmp_path / "mask.nii.gz") == scans.read_grid(scan)
+
+
+def test_the_package_does_not_need_the_checkout(tmp_path):
+    """The module is found from another folder, and without arguments says what it wants."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-m", "autocontext_jax.main"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert "--config FILE" in one_line_error(result)

@@ -1,0 +1,75 @@
+"""Learning rates at chosen steps; Adam is optax's."""
+
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig, learning_rate, make_optimizer
+
+PARAMS = {"kernel": np.array([1.0, -2.0, 3.0], np.float32), "bias": np.array([0.5], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "share"),
+    [
+        ("constant", 0, 1),
+        ("constant", 99, 1),
+        ("cosine", 0, 1),
+        ("cosine", 50, 0.5),
+        ("cosine", 25, (1 + math.cos(math.pi / 4)) / 2),
+        ("cosine", 100, 0),
+        ("cosine", 200, 0),
+        ("polynomial", 0, 1),
+        ("polynomial", 40, 0.6**0.9),
+        ("polynomial", 100, 0),
+    ],
+)
+def test_schedules(schedule, step, share):
+    rate = learning_rate(OptimizerConfig(learning_rate=0.02, schedule=schedule), 100)
+    assert float(rate(step)) == pytest.approx(0.02 * share, abs=1e-8)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warmup_rises_from_zero_and_the_schedule_still_ends_at_the_runs_end(schedule):
+    rate = learning_rate(OptimizerConfig(learning_rate=0.02, schedule=schedule, warmup=20), 100)
+    plain = learning_rate(OptimizerConfig(learning_rate=0.02, schedule=schedule), 80)
+    assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 0.005, 0.01])
+    assert [float(rate(step)) for step in (20, 60, 100)] == pytest.approx(
+        [float(plain(s)) for s in (0, 40, 80)], abs=1e-8
+    )
+
+
+def test_a_run_no_longer_than_its_warmup():
+    rate = learning_rate(OptimizerConfig(schedule="cosine", warmup=10), 10)
+    assert [float(rate(step)) for step in (0, 10)] == pytest.approx([0, 1e-3])
+
+
+def walk(optimizer: optax.GradientTransformation, scale: float = 1.0) -> list:
+    params, state, path = PARAMS, optimizer.init(PARAMS), []
+    for _ in range(4):
+        gradients = jax.tree.map(lambda p: scale * 2 * p, params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(np.concatenate(jax.tree.leaves(params)))
+    return path
+
+
+def test_the_default_is_plain_adam():
+    np.testing.assert_allclose(walk(make_optimizer(OptimizerConfig(), 10)), walk(optax.adam(1e-3)), rtol=1e-7)
+
+
+def test_weight_decay_is_adamws():
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
+    np.testing.assert_allclose(walk(make_optimizer(config, 10)), walk(optax.adamw(0.1, weight_decay=0.5)), rtol=1e-7)
+
+
+def test_gradients_beyond_the_largest_norm_are_clipped():
+    optimizer = make_optimizer(OptimizerConfig(clip=1.0), 10)
+    state = optimizer.init(PARAMS)
+    _, state = optimizer.update(jax.tree.map(lambda p: 100 * p, PARAMS), state, PARAMS)
+    norm = math.sqrt(sum(float((p**2).sum()) for p in PARAMS.values()))
+    first_moment = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(first_moment["kernel"], 0.1 * PARAMS["kernel"] / norm, rtol=1e-5)

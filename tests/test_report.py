@@ -1,0 +1,108 @@
+"""What an evaluation writes: JSON, table, pictures."""
+
+import json
+import math
+
+import matplotlib.image
+import numpy as np
+
+from autocontext_jax.evaluation import pictures, report
+
+ORGANS = ("artery", "vein")
+CASES = {
+    "one": {"level_1": {"artery": {"dice": 0.5}, "vein": {"dice": math.nan}},
+            "level_2": {"artery": {"dice": 0.8125}, "vein": {"dice": math.nan}}},
+    "two": {"level_1": {"artery": {"dice": 0.6}, "vein": {"dice": math.nan}},
+            "level_2": {"artery": {"dice": 0.9}, "vein": {"dice": 1.0}}},
+}  # fmt: skip
+
+TABLE = """\
+| Level 1: Dice (%) | artery | vein | mean |
+| --- | ---: | ---: | ---: |
+| avg | 55.0 | – | 55.0 |
+| std | 5.0 | – | 5.0 |
+| min | 50.0 | – | 50.0 |
+| max | 60.0 | – | 60.0 |
+
+| Level 2: Dice (%) | artery | vein | mean |
+| --- | ---: | ---: | ---: |
+| avg | 85.6 | 100.0 | 88.1 |
+| std | 4.4 | 0.0 | 6.9 |
+| min | 81.2 | 100.0 | 81.2 |
+| max | 90.0 | 100.0 | 95.0 |
+
+2 scans, scored on their own grids.
+"""
+
+
+def test_table():
+    assert report.table(report.evaluation(CASES, ORGANS)) == TABLE
+
+
+def test_written_files(tmp_path):
+    result = report.evaluation(CASES, ORGANS)
+    report.write(result, tmp_path)
+    report.write(result, tmp_path)  # again, over the first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "table.md"]
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == TABLE
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    read = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
+    assert read["labels"] == ["artery", "vein"]
+    assert list(read["cases"]) == ["one", "two"]
+    assert read["cases"]["one"]["level_2"] == {"artery": {"dice": 0.8125}, "vein": {"dice": None}}
+    assert read["summary"]["level_1"]["vein"]["dice"] == {"avg": None, "std": None, "min": None, "max": None}
+    assert read["summary"]["level_2"]["mean"]["dice"]["max"] == 0.95
+
+
+def test_overlay_paints_outlines_in_full_and_insides_faintly():
+    image = np.full((9, 9), 40, np.int16)  # the middle of the window
+    image[0, 0], image[0, 1] = -1000, 3000
+    mask = np.zeros((9, 9), np.uint8)
+    mask[2:7, 2:7] = 1
+    picture = pictures.overlay(image, mask)
+    assert picture.shape == (9, 9, 3)
+    assert picture.dtype == np.uint8
+    assert picture[0, 0].tolist() == [0, 0, 0]
+    assert picture[0, 1].tolist() == [255, 255, 255]
+    assert picture[8, 8].tolist() == [128, 128, 128]
+    assert picture[2, 4].tolist() == pictures.PALETTE[0].tolist()
+    assert picture[4, 4].tolist() == np.round(0.7 * 127.5 + 0.3 * pictures.PALETTE[0]).tolist()
+    # A mask that leaves the picture has no outline there.
+    mask[2:7, 7:] = 1
+    assert pictures.overlay(image, mask)[4, 8].tolist() == picture[4, 4].tolist()
+
+
+def test_overlay_repeats_its_colours():
+    mask = np.array([[1, 1 + len(pictures.PALETTE), 255]], np.uint8)
+    picture = pictures.overlay(np.zeros((1, 3), np.int16), mask)
+    assert picture[0, 0].tolist() == picture[0, 1].tolist()
+
+
+def test_side_by_side():
+    row = pictures.side_by_side([np.zeros((4, 3, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)])
+    assert row.shape == (4, 10, 3)
+    assert row[0, :, 0].tolist() == [0, 0, 0, 255, 255, 0, 0, 0, 0, 0]
+
+
+def test_figure_is_a_picture_of_the_masks(tmp_path):
+    image = np.random.default_rng(0).normal(0, 100, (12, 20, 16)).astype(np.int16)
+    truth = np.zeros(image.shape, np.uint8)
+    truth[4:8, 5:15, 3:12] = 1
+    truth[9:11, 2:5, 2:6] = 2
+    masks = {"truth": truth, "level 1": np.zeros_like(truth), "level 2": truth}
+    path = tmp_path / "picture.png"
+    pictures.figure(path, image, masks, ORGANS, (3.0, 1.0, 1.0), title="case")
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape[:2] == (900, 900)
+    assert pixels[..., :3].std() > 0.05
+    orange = np.abs(pixels[..., :3] * 255 - pictures.PALETTE[0]).max(-1) < 2
+    thirds = orange[:780].reshape(780, 3, 300).sum((0, 2))
+    assert thirds[0] > 100
+    assert thirds[2] > 100
+    assert thirds[1] < thirds[0] / 10
+
+    pictures.figure(path, image, {"truth": np.zeros_like(truth)}, ORGANS, (3.0, 1.0, 1.0))  # nothing to centre on
+    assert matplotlib.image.imread(path).shape[:2] == (900, 300)

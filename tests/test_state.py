@@ -1,0 +1,111 @@
+"""The jitted steps on one tiny batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
+from autocontext_jax.models.unet import UNet, UNetConfig
+from autocontext_jax.training.losses import LossConfig, dice_loss
+from autocontext_jax.training.state import (
+    Batch,
+    create_state,
+    inference_model,
+    make_train_step,
+    make_validation_step,
+)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Bright balls in noise at two levels."""
+    rng = np.random.default_rng(0)
+    axis = np.arange(8) - 3.5
+    distance = np.sqrt(sum(a**2 for a in np.meshgrid(axis, axis, axis, indexing="ij")))
+    labels = [np.broadcast_to(distance < radius, (2, 8, 8, 8)).astype(np.uint8) for radius in (1.6, 3.2)]
+    images = [(300.0 * label + rng.normal(0, 50, label.shape)).astype(np.float32) for label in labels]
+    return Batch(tuple(map(jnp.asarray, images)), tuple(map(jnp.asarray, labels)))
+
+
+OPTIMIZER = optax.adam(1e-2)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Static graph and the compiled step: one compilation for all tests."""
+    graph, _ = new_state()
+    return graph, make_train_step(graph, OPTIMIZER, LossConfig())
+
+
+def new_state(norm: str = "batch"):
+    network = UNetConfig(width=2, depth=2, norm=norm, momentum=0.9)
+    model = Pyramid(
+        PyramidConfig(levels=2, classes=2),
+        lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),
+        rngs=nnx.Rngs(0),
+    )
+    return create_state(model, OPTIMIZER)
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_step_changes_everything_and_donates_its_state(made, batch):
+    _, step = made
+    _, state = new_state()
+    params, statistics = leaves(state.params), leaves(state.statistics)
+    after, metrics = step(state, batch)
+    assert int(after.step) == 1
+    assert after.step.dtype == jnp.int32
+    assert all((a != b).any() for a, b in zip(params, leaves(after.params), strict=True))
+    assert all((a != b).any() for a, b in zip(statistics, leaves(after.statistics), strict=True))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.optimizer)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
+    assert metrics.losses.shape == (2,)
+    assert metrics.counts.shape == (2, 2, 2)
+    assert float(metrics.loss) == pytest.approx(float(metrics.losses.sum()))
+    np.testing.assert_array_equal(metrics.counts[:, 1].sum(-1), [2 * 2 * 8**3] * 2)
+
+
+def test_steps_reduce_the_loss_and_compile_once(made, batch):
+    _, step = made
+    _, state = new_state()
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.3
+    assert int(state.step) == 30
+    assert step._cache_size() == 1
+
+
+def test_a_step_is_the_same_every_time(made, batch):
+    _, step = made
+    first, second = (step(new_state()[1], batch) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(leaves(first), leaves(second), strict=True))
+
+
+def test_validation_uses_the_running_averages_and_leaves_the_state(made, batch):
+    graph, step = made
+    state, _ = step(new_state()[1], batch)
+    before = leaves(state)
+    validate = make_validation_step(graph, LossConfig())
+    metrics, slices = validate(state, batch)
+    assert all((a == b).all() for a, b in zip(before, leaves(state), strict=True))
+    logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
+    wanted = [float(dice_loss(*pair)) for pair in zip(logits, batch.labels, strict=True)]
+    np.testing.assert_allclose(metrics.losses, wanted, rtol=1e-5)
+    for level, middle in zip(logits, slices, strict=True):
+        assert middle.dtype == jnp.uint8
+        np.testing.assert_array_equal(middle, level[:, 4].argmax(-1))
+
+
+def test_without_norm_there_are_no_statistics(batch):
+    graph, state = new_state(norm="none")
+    assert jax.tree.leaves(state.statistics) == []
+    logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
+    assert [level.shape for level in logits] == [(2, 8, 8, 8, 2)] * 2
