@@ -10,9 +10,15 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
-    "errors", "geometry", "data/scans", "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling",
-    "data/augment", "data/pipeline", "models/layers", "models/unet", "models/pyramid", "training/*", "inference/tiling",
-    "inference/predictor", "evaluation/*", "jobs/*", "main",
+    "errors", "geometry",
+    "data/scans", "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling", "data/augment",
+    "data/pipeline",
+    "models/layers", "models/unet", "models/pyramid",
+    "training/*",
+    "inference/tiling", "inference/predictor",
+    "evaluation/*",
+    "jobs/*",
+    "main",
 ]  # fmt: skip
 
 FILES = sorted(path.relative_to(HOUSE).with_suffix("").as_posix() for path in HOUSE.rglob("*.py"))

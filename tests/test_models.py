@@ -14,7 +14,7 @@ from autocontext_jax.models.unet import UNet, UNetConfig
 from autocontext_jax.training.losses import dice_loss
 from autocontext_jax.training.state import inference_model
 
-SMALL = UNetConfig(width=2, depth=2, norm="none")
+TINY = UNetConfig(width=2, depth=1, norm="none")
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -104,7 +104,9 @@ def test_upsampling_keeps_a_linear_ramp():
     coarse = np.arange(-1, n + 1) + 0.5  # centres in coarse voxels, with the halo
     fine = (np.arange(2 * n) + 0.5) / 2
     slopes = (1.0, -2.0, 0.5)
-    ramp, wanted = (sum(a * g for a, g in zip(slopes, np.meshgrid(c, c, c, indexing="ij"))) for c in (coarse, fine))
+    ramp, wanted = (
+        sum(a * g for a, g in zip(slopes, np.meshgrid(c, c, c, indexing="ij"), strict=True)) for c in (coarse, fine)
+    )
     value = layers.upsample_by_two(jnp.asarray(ramp, jnp.float32)[None, ..., None])
     np.testing.assert_array_equal(value[0, ..., 0], wanted)  # quarters are exact in binary
 
@@ -163,7 +165,7 @@ def test_bfloat16_logits_are_float32_and_near():
     x = normal(0, 2, 8, 8, 8, 1)
     logits = {}
     for dtype in ("float32", "bfloat16"):
-        model = UNet(1, 3, UNetConfig(width=4, depth=2, dtype=dtype), rngs=nnx.Rngs(0))
+        model = UNet(1, 3, UNetConfig(width=2, depth=2, dtype=dtype), rngs=nnx.Rngs(0))
         graph, state = nnx.split(model)
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
         logits[dtype], after = jax.jit(lambda s, x, graph=graph: run_training(graph, s, x))(state, x)
@@ -221,7 +223,7 @@ def test_running_averages_are_updated_in_training_and_used_in_inference():
 # ---- the pyramid ----
 
 
-def pyramid(levels: int, *, classes: int = 3, network: UNetConfig = SMALL, **config) -> Pyramid:
+def pyramid(levels: int, *, classes: int = 3, network: UNetConfig = TINY, **config) -> Pyramid:
     return Pyramid(
         PyramidConfig(levels=levels, classes=classes, **config),
         lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs),

@@ -1,5 +1,6 @@
 """The feed: the right crops, the same sequence for any number of processes, and an exact way on from any batch."""
 
+import functools
 import json
 import logging
 import threading
@@ -49,6 +50,14 @@ def cases(tmp_path_factory) -> list[store.PreparedCase]:
 def sharding() -> NamedSharding:
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Feeds of one configuration share the compiled augmentation: compiling is most of this file's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "make_augment", functools.cache(pipeline.make_augment))
+        yield
 
 
 def margins_of(cases) -> tuple:

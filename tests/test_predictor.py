@@ -46,8 +46,8 @@ def count_compilations():
 
 # ---- tiled equals whole ----
 
-# A U-Net of depth 2 sees 9 voxels to each side: two convolutions on the fine grid, two on the coarse, two on the fine, and
-# one voxel where the coarse grid begins before the voxel asked for. Tile edges, and so their zeros, are out of its sight.
+# A U-Net of depth 2 sees 9 voxels to each side: two convolutions on the fine grid, two on the coarse, two on the fine,
+# and one voxel where the coarse grid begins before the one asked for. Tile edges and their zeros are out of its sight.
 SIGHT = 9
 CLASSES = 3
 
@@ -62,9 +62,9 @@ def trained_pyramid(levels: int, *, width: int = 2, depth: int = 2, norm: str = 
     )
     rng = np.random.default_rng(7)
     graph, params, statistics = nnx.split(model, nnx.Param, ...)
-    statistics = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.2, 0.6, leaf.shape), jnp.float32), statistics)
+    statistics = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), jnp.float32), statistics)
     params = jax.tree.map(
-        lambda leaf: leaf if leaf.ndim > 1 else jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32), params
+        lambda leaf: leaf if leaf.ndim > 1 else jnp.asarray(rng.uniform(0.5, 1, leaf.shape), jnp.float32), params
     )
     return inference_model(graph, params, statistics)
 
@@ -101,12 +101,13 @@ class Recorder:
 def tiled_maps(predictor: Predictor, voxels, factors, monkeypatch, *, half: bool = False) -> list[np.ndarray]:
     """Every level's maps; the context between levels in single precision unless `half`, as it really is."""
     Recorder.levels = []
-    monkeypatch.setattr(predictor_module, "_MaskWriter", Recorder)
-    if not half:
-        monkeypatch.setattr(predictor_module, "_as_half", lambda chunk: chunk)
-        empty = predictor._empty_maps
-        monkeypatch.setattr(predictor, "_empty_maps", lambda axes: empty(axes).astype(np.float32))
-    predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor_module, "_MaskWriter", Recorder)
+        if not half:
+            empty = predictor._empty_maps
+            patch.setattr(predictor_module, "_as_half", lambda chunk: chunk)
+            patch.setattr(predictor, "_empty_maps", lambda axes: empty(axes).astype(np.float32))
+        predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
     return [level.maps() for level in Recorder.levels]
 
 
@@ -135,41 +136,30 @@ def whole_maps(model: Pyramid, voxels, factors, axes) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("factors", "overlap", "shape"),
-    [
-        (cubed(2), 0.0, (30, 52, 41)),
-        (cubed(1), 0.5, (17, 26, 33)),
-        (cubed(2, 1), 0.25, (19, 26, 33)),
-        (((3.0, 1.5, 2.2), (1.5, 0.75, 1.1)), 0.0, (30, 18, 33)),
-    ],
+    [(((1.5, 0.75, 1.1),), 0.5, (26, 17, 33)), (cubed(2, 1), 0.0, (15, 21, 30))],
+    ids=["one level", "pyramid"],
 )
 def test_tiled_prediction_equals_whole_scan_prediction(factors, overlap, shape, monkeypatch):
     levels = len(factors)
-    model = trained_pyramid(levels)
-    blend = unseen_border(32, SIGHT)
-    predictor = Predictor(model, PredictorConfig(32, overlap, plane=64), align=2, blend=blend)
-    voxels = scan(shape)
+    model, voxels = trained_pyramid(levels), scan(shape)
+    config, blend = PredictorConfig(32, overlap, plane=48), unseen_border(32, SIGHT)
+    predictor = Predictor(model, config, align=2, blend=blend)
     tiled = tiled_maps(predictor, voxels, factors, monkeypatch)
     axes = pyramid_tiles(level_shape(shape, factors[-1]), levels, blend, stride=predictor._stride, align=2)
     assert all(len(axis.starts) > 1 for axis in axes[-1])
     whole = whole_maps(model, voxels, factors, axes)
     for maps, wanted in zip(tiled, whole, strict=True):
         assert maps.shape == wanted.shape
-        assert wanted.std(axis=(0, 1, 2)).max() > 0.01  # there is something to see
-        np.testing.assert_allclose(maps, wanted, atol=1e-5)
+        assert wanted.std(axis=(0, 1, 2)).min() > 0.02  # there is something to see
+        np.testing.assert_allclose(maps, wanted, rtol=0, atol=1e-5)
     if levels > 1:
         # Maps cross from level to level in half precision: that is all that is lost.
         rounded = tiled_maps(predictor, voxels, factors, monkeypatch, half=True)
-        np.testing.assert_allclose(rounded[-1], whole[-1], atol=5e-3)
-
-
-def test_the_equality_is_not_for_free(monkeypatch):
-    """With a narrower border tile edges do show."""
-    model, voxels, factors = trained_pyramid(1), scan((17, 26, 33)), cubed(1)
-    results = [
-        tiled_maps(Predictor(model, PredictorConfig(32, 0.5, 64), align=2, blend=blend), voxels, factors, monkeypatch)
-        for blend in (unseen_border(32, SIGHT), unseen_border(32, 3))
-    ]
-    assert np.abs(results[0][0] - results[1][0]).max() > 1e-4
+        np.testing.assert_allclose(rounded[-1], whole[-1], rtol=0, atol=1e-3)
+    else:
+        # The equality is not for free: with a narrower border tile edges do show.
+        narrower = Predictor(model, config, align=2, blend=unseen_border(32, 3))
+        assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[0] - whole[0]).max() > 1e-3
 
 
 # ---- a model that looks at one voxel only ----
@@ -209,8 +199,11 @@ SCANS = {
 }
 
 
-@pytest.mark.parametrize("name", SCANS)
-@pytest.mark.parametrize("overlap", [0, 0.5, 0.75])
+@pytest.mark.parametrize(
+    ("name", "overlap"),
+    [("several tiles", 0), ("several tiles", 0.5), ("several tiles", 0.75), ("smaller than a tile", 0),
+     ("one slice", 0.5), ("long", 0), ("three levels", 0.5), ("anisotropic", 0.5), ("wider than the plane", 0)],
+)  # fmt: skip
 def test_masks_of_a_pointwise_model_are_exact(name, overlap):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
@@ -284,9 +277,8 @@ def test_context_lies_where_it_belongs(shape, overlap):
 
 @pytest.mark.parametrize("factors", [cubed(2, 1), cubed(4, 2), ((6.0, 2.6, 2.6), (3.0, 1.3, 1.3))])
 def test_scans_of_any_size_compile_nothing_after_the_first(factors):
-    model = trained_pyramid(2, width=1, depth=1)
-    predictor = Predictor(model, PredictorConfig(16, 0.5, plane=64), align=2)
-    shapes = [(30, 41, 52), (9, 64, 33), (71, 23, 64), (3, 5, 7), (30, 63, 59), (12, 64, 64)]
+    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(16, 0.5, plane=64), align=2)
+    shapes = [(30, 41, 52), (9, 64, 33), (71, 23, 40), (3, 5, 7), (10, 63, 59)]
     with count_compilations() as first:
         masks = predictor.masks(scan(shapes[0]), factors, levels=(1, 2))
     assert first  # the count does count
@@ -313,7 +305,8 @@ def test_a_larger_plane_costs_one_more_compilation_each():
 
 def test_without_norm_there_is_nothing_to_average():
     voxels = scan((9, 12, 10))
-    predictor = Predictor(trained_pyramid(1, width=1, norm="none"), PredictorConfig(16, 0.5, plane=16), align=2)
+    model = trained_pyramid(1, width=1, depth=1, norm="none")
+    predictor = Predictor(model, PredictorConfig(16, 0.5, plane=16), align=2)
     assert predictor.masks(voxels, cubed(1))[1].shape == voxels.shape
 
 
@@ -325,7 +318,9 @@ def test_crop_fills_what_lies_outside(start):
     volume = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
     size = (3, 9, 4)
     piece = crop(volume, start, size, AIR)
-    wanted = np.pad(volume, 20, constant_values=AIR)[tuple(slice(s + 20, s + 20 + n) for s, n in zip(start, size))]
+    wanted = np.pad(volume, 20, constant_values=AIR)[
+        tuple(slice(s + 20, s + 20 + n) for s, n in zip(start, size, strict=True))
+    ]
     np.testing.assert_array_equal(piece, wanted)
     piece[...] = 0
     assert volume[3, 4, 5] == 119

@@ -3,8 +3,6 @@
 Shapes are [B, D, H, W, C]. A layer computes in its input's type; parameters are float32.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,22 +25,20 @@ def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def planar_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The same function as a sum of 2D convolutions, one for each plane of the kernel.
 
-    XLA's CPU backend runs a 2D convolution two to four times as fast as a 3D one.
+    XLA's CPU backend runs a 2D convolution two to ten times as fast as a 3D one. Shifting the results along the depth,
+    not the input, lets all of them read the same array and the shifts melt into the sum.
     """
     batch, depth, height, width, channels = x.shape
     reach = kernel.shape[0] // 2
-    padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0)))
-    planes = [
-        lax.conv_general_dilated(
-            padded[:, shift : shift + depth].reshape(batch * depth, height, width, channels),
-            plane,
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        for shift, plane in enumerate(kernel)
-    ]
-    return functools.reduce(jnp.add, planes).reshape(batch, depth, height, width, -1)
+    planes = x.reshape(batch * depth, height, width, channels)
+    total = jnp.zeros((), x.dtype)
+    for number, plane in enumerate(kernel):
+        y = lax.conv_general_dilated(planes, plane, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        # This kernel plane takes x[z] into output z + reach - number; negative padding drops what falls outside.
+        shift = reach - number
+        shifted = ((0, 0, 0), (shift, -shift, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0))
+        total = total + lax.pad(y.reshape(batch, depth, height, width, -1), jnp.zeros((), x.dtype), shifted)
+    return total
 
 
 def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
