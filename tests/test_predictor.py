@@ -1,6 +1,7 @@
 """Tiled prediction of whole scans: equal to untiled prediction, exact for pointwise models, compiled once."""
 
 import contextlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,23 @@ def count_compilations():
 
 # ---- tiled equals whole ----
 
+
+def drawn(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
+    """The module that `make` makes, with numpy's numbers: XLA takes seconds to compile each initialiser.
+
+    Kernels are He-normal; scales, offsets and running averages lie between 0.5 and 1, so that all of them matter.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        fan_in = leaf.shape[0] if leaf.shape[1:4] == (2, 2, 2) else np.prod(leaf.shape[:-1])
+        values = rng.normal(0, np.sqrt(2 / fan_in), leaf.shape) if leaf.ndim > 1 else rng.uniform(0.5, 1, leaf.shape)
+        return jnp.asarray(values, leaf.dtype)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.tree.map(draw, state))
+
+
 # A U-Net of depth 2 sees 9 voxels to each side: two convolutions on the fine grid, two on the coarse, two on the fine,
 # and one voxel where the coarse grid begins before the one asked for. Tile edges and their zeros are out of its sight.
 SIGHT = 9
@@ -55,18 +73,15 @@ CLASSES = 3
 def trained_pyramid(levels: int, *, width: int = 2, depth: int = 2, norm: str = "batch") -> Pyramid:
     """As after training: running averages, scales and offsets differ from channel to channel."""
     config = UNetConfig(width=width, depth=depth, norm=norm)
-    model = Pyramid(
-        PyramidConfig(levels=levels, classes=CLASSES),
-        lambda inputs, rngs: UNet(inputs, CLASSES, config, rngs=rngs),
-        rngs=nnx.Rngs(3),
-    )
-    rng = np.random.default_rng(7)
-    graph, params, statistics = nnx.split(model, nnx.Param, ...)
-    statistics = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), jnp.float32), statistics)
-    params = jax.tree.map(
-        lambda leaf: leaf if leaf.ndim > 1 else jnp.asarray(rng.uniform(0.5, 1, leaf.shape), jnp.float32), params
-    )
-    return inference_model(graph, params, statistics)
+
+    def make() -> Pyramid:
+        return Pyramid(
+            PyramidConfig(levels=levels, classes=CLASSES),
+            lambda inputs, rngs: UNet(inputs, CLASSES, config, rngs=rngs),
+            rngs=nnx.Rngs(0),
+        )
+
+    return inference_model(*nnx.split(drawn(make, seed=3), nnx.Param, ...))
 
 
 def unseen_border(tile: int, border: int) -> Blend:

@@ -41,13 +41,21 @@ def made():
 
 
 def new_state(norm: str = "batch"):
-    network = UNetConfig(width=2, depth=2, norm=norm, momentum=0.9)
-    model = Pyramid(
-        PyramidConfig(levels=2, classes=2),
-        lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),
-        rngs=nnx.Rngs(0),
-    )
-    return create_state(model, OPTIMIZER)
+    """Graph and state of step 0, with numpy's numbers: XLA takes seconds to compile each initialiser."""
+
+    def make() -> Pyramid:
+        network = UNetConfig(width=2, depth=2, norm=norm, momentum=0.9)
+        return Pyramid(
+            PyramidConfig(levels=2, classes=2),
+            lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, params, statistics = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), jnp.float32), params)
+    statistics = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), statistics)
+    return create_state(nnx.merge(graph, params, statistics), OPTIMIZER)
 
 
 def leaves(tree) -> list[np.ndarray]:
