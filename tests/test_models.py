@@ -87,6 +87,21 @@ def test_convolution_equals_scipys_correlation(function, kernel):
     assert_close(jax.jit(function)(x, weights), wanted)
 
 
+def test_filter_gradient_of_bfloat16_adds_up_in_float32():
+    """Sums of one sign are where rounding at every plane would show."""
+    x, cotangent = (jnp.asarray(np.abs(normal(seed, 1, 64, 6, 6, 2)), jnp.bfloat16) for seed in (0, 1))
+    kernel = jnp.zeros((3, 3, 3, 2, 2), jnp.bfloat16)
+
+    @jax.jit
+    def gradient(x, kernel, cotangent):
+        return jax.vjp(layers.convolution, x, kernel)[1](cotangent)[1]
+
+    value = gradient(x, kernel, cotangent)
+    assert value.dtype == jnp.bfloat16
+    exact = gradient(*(array.astype(jnp.float32) for array in (x, kernel, cotangent)))
+    assert_close(value.astype(jnp.float32), exact, 2**-8)  # bfloat16's own rounding
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_convolution_module_adds_its_bias(size, bias):

@@ -165,7 +165,7 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, overlap, shape, 
     whole = whole_maps(model, voxels, factors, axes)
     for maps, wanted in zip(tiled, whole, strict=True):
         assert maps.shape == wanted.shape
-        assert wanted.std(axis=(0, 1, 2)).min() > 0.02  # there is something to see
+        assert wanted.std(axis=(0, 1, 2)).min() > 0.005  # there is something to see
         np.testing.assert_allclose(maps, wanted, rtol=0, atol=1e-5)
     if levels > 1:
         # Maps cross from level to level in half precision: that is all that is lost.

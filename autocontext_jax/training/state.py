@@ -57,17 +57,17 @@ class Metrics:
     counts: jax.Array
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
 def create_state(model: Pyramid, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
     """Splits a new model into its static graph and the state of step 0."""
     graph, params, statistics = _split(model)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
 
 
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig) -> Step:
-    """The training step: forward, total loss, gradients, update. Its state argument is donated."""
+def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig) -> Any:
+    """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
+
+    Its state argument is donated: use the returned one.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def objective(params):
