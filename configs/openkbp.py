@@ -2,9 +2,8 @@
 
     python -m autocontext_jax.main --config configs/openkbp.py --workdir runs/openkbp --config.data.root=FOLDER
 
-The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches
-are 32^3, organs are drawn equally often and cross-entropy joins the Dice loss. Right and left parotid rule out
-mirroring.
+The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches are
+32^3 and organs are drawn equally often. Right and left parotid rule out mirroring.
 """
 
 from autocontext_jax.jobs.config import default_config
@@ -22,8 +21,7 @@ def get_config():
     config.intensity.scale = 0.1
     config.model.width = 8
     config.model.momentum = 0.95
-    config.loss.cross_entropy = 1.0
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
     config.train.steps = 3_000
     config.train.checkpoint_every = 250
