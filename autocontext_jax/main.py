@@ -40,9 +40,7 @@ def run() -> bool:
         return predict(config, workdir, Path(INPUT.value), Path(OUTPUT.value))
     data = describe(config, workdir) if mode == "evaluate" else prepare(config, workdir)
     finished = mode not in ("all", "train") or train(config, workdir, data)
-    if finished and mode in ("all", "evaluate"):
-        evaluate(config, workdir, data)
-    return True
+    return evaluate(config, workdir, data) if finished and mode in ("all", "evaluate") else True
 
 
 def main(argv: list[str]) -> int:

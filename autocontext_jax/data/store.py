@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import urllib.parse
@@ -29,6 +30,8 @@ import tensorstore as ts
 from autocontext_jax.data import resampling, scans
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the store: raise it when what is written changes, and every case is prepared again
 AIR = -1024  # HU outside a scan
@@ -91,6 +94,8 @@ def prepare_case(case: Case, root: str, settings: Settings, labels: tuple[str, .
         return False
 
     scan = scans.read_scan(case.image)
+    if not scans.looks_like_ct(scan.voxels):
+        log.warning("case %s does not look like CT in HU: %d to %d", case.name, scan.voxels.min(), scan.voxels.max())
     label = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
     factors = settings.level_factors(scan.spacing)
     organs = [resampling.downsample_label(label, level, len(labels)) for level in factors]

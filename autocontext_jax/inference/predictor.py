@@ -90,7 +90,7 @@ class Predictor:
           voxels: [D, H, W] int16 HU, canonical.
           factors: for each level, coarsest first, native voxels per voxel along (z, y, x).
           levels: whose masks are wanted; () or None means the finest's.
-          progress: called with the tiles done and their total.
+          progress: called with the tiles done and their total, after each row of tiles.
 
         Returns:
           For each wanted level its mask [D, H, W] uint8 on the scan's grid.
@@ -102,6 +102,12 @@ class Predictor:
         self._reserve(_shape(voxels), factors[-1])
         tiles = [int(np.prod([len(axis.starts) for axis in level])) for level in plan]
         done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, sum(tiles))
+
         masks: dict[int, np.ndarray] = {}
         maps: np.ndarray | None = None
         for level, (axes, factor) in enumerate(zip(plan, factors, strict=True), start=1):
@@ -109,15 +115,13 @@ class Predictor:
             last = level == self._levels
             coarser, maps = maps, None if last else self._empty_maps(axes)
             writer = _MaskWriter(self, voxels.shape, image.shape, factor) if level in wanted else None
-            for z, chunk in self._chunks(level, image, axes, coarser, plan):
+            for z, chunk in self._chunks(level, image, axes, coarser, plan, advance):
                 if maps is not None:
                     _place(maps, np.asarray(_as_half(chunk)), z, axes)
                 if writer is not None:
                     writer.add(z, chunk, axes)
             if writer is not None:
                 masks[level] = writer.mask
-            done += tiles[level - 1]
-            progress(done, sum(tiles))
         return masks
 
     def compilations(self) -> int:
@@ -140,7 +144,13 @@ class Predictor:
             self._canvas[level] = (max(have[0], needed[0]), max(have[1], needed[1]))
 
     def _chunks(
-        self, level: int, image: np.ndarray, axes: LevelTiles, coarser: np.ndarray | None, plan: tuple[LevelTiles, ...]
+        self,
+        level: int,
+        image: np.ndarray,
+        axes: LevelTiles,
+        coarser: np.ndarray | None,
+        plan: tuple[LevelTiles, ...],
+        advance: Callable[[int], None] = lambda tiles: None,
     ) -> Iterator[tuple[int, jax.Array]]:
         """Finished maps of one level from top to bottom: (z of the first plane, [stride, canvas y, canvas x, K])."""
         tile, stride = self.config.tile, self._stride
@@ -162,6 +172,7 @@ class Predictor:
             for row in range(rows):
                 yield int(z_start) + row * stride, canvas[:stride]
                 canvas = _shift(canvas, stride)
+            advance(len(y_axis.starts) * len(x_axis.starts))
 
     def _context(self, maps: np.ndarray, start: Triple, coarser: LevelTiles) -> np.ndarray:
         """The coarser level's maps under a tile, with their halo of one voxel."""

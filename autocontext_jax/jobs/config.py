@@ -121,10 +121,9 @@ def check(config: ConfigDict) -> None:
             f"config key levels.factors is {factors}; wanted factors that halve from level to level, coarsest first, "
             "such as (4, 2)"
         )
-    if config.levels.finest_spacing and len(config.levels.finest_spacing) != 3:
-        raise UserError(
-            f"config key levels.finest_spacing is {config.levels.finest_spacing}; wanted (z, y, x) in mm, or ()"
-        )
+    spacing = tuple(config.levels.finest_spacing)
+    if spacing and (len(spacing) != 3 or min(spacing) <= 0):
+        raise UserError(f"config key levels.finest_spacing is {spacing}; wanted (z, y, x) in mm, or ()")
     weights = config.loss.level_weights
     if weights and len(weights) != len(factors):
         raise UserError(
@@ -142,8 +141,14 @@ def check(config: ConfigDict) -> None:
         value = _get(config, key)
         if value not in allowed:
             raise UserError(f"config key {key} is {value!r}; wanted one of {', '.join(allowed)}")
+    low, high = config.pyramid.window
+    if not low < high:
+        raise UserError(f"config key pyramid.window is ({low}, {high}); wanted (low, high) in HU with low < high")
+    for key in ("rotation", "translation", "elastic_sigma"):
+        if config.spatial[key] < 0:
+            raise UserError(f"config key spatial.{key} is {config.spatial[key]}; wanted 0 or more")
     for key in ("feed.batch", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "model.width",
-                "model.depth", "train.validation_patches"):  # fmt: skip
+                "model.depth", "train.validation_patches", "spatial.elastic_spacing"):  # fmt: skip
         if _get(config, key) < 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
     if not 0 <= config.predict.overlap < 1:

@@ -1,7 +1,6 @@
 """--mode evaluate: predict held-out whole scans and score every level on the scans' own grids."""
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,13 +19,16 @@ from autocontext_jax.jobs.restore import restore_predictor
 log = logging.getLogger(__name__)
 
 
-def evaluate(config: ConfigDict, workdir: Path, data: Data) -> None:
+def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
     """Writes predictions, pictures, `evaluation.json` and `table.md`, and prints the table.
 
     The scans are the data set's labelled test cases; without any, its validation cases.
 
+    Returns:
+      False if scans or labels could not be read: they are named at the end, the others are scored.
+
     Raises:
-      UserError: nothing to evaluate, a scan or label that cannot be read, no checkpoint.
+      UserError: nothing to evaluate, no checkpoint, labels that are not the checkpoint's.
     """
     predictor, labels = restore_predictor(config, workdir)
     organs = labels[1:]
@@ -39,14 +41,16 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> None:
     for folder in ("predictions", "pictures"):
         (workdir / folder).mkdir(exist_ok=True)
 
-    results = {}
-    for case in tqdm(held_out(data), desc="evaluate", unit="scan"):
+    cases, results, bad = held_out(data), {}, []
+    for case in tqdm(cases, desc="evaluate", unit="scan"):
         assert case.label is not None
-        scan = scans.read_scan(case.image)
-        truth = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
-        started = time.monotonic()
+        try:
+            scan = scans.read_scan(case.image)
+            truth = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
+        except UserError as error:
+            bad.append(str(error))
+            continue
         masks = predictor.masks(scan.voxels, settings(config).level_factors(scan.spacing), levels=every_level)
-        log.info("%s: %.1f s", case.name, time.monotonic() - started)
         scans.write_mask(workdir / "predictions" / f"{case.name}.nii.gz", masks[levels], scan.grid)
         results[case.name] = {
             f"level_{level}": {organ: {"dice": dice} for organ, dice in dice_scores(mask, truth, organs).items()}
@@ -56,9 +60,15 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> None:
         path = workdir / "pictures" / f"{case.name}.png"
         pictures.figure(path, scan.voxels, columns, organs, scan.spacing, title=case.name)
 
-    result = report.evaluation(results, organs)
-    report.write(result, workdir)
-    print(report.table(result))
+    if results:
+        result = report.evaluation(results, organs)
+        report.write(result, workdir)
+        print(report.table(result))
+    for message in bad:
+        log.error("%s", message)
+    if bad:
+        log.error("%d of %d scans could not be scored", len(bad), len(cases))
+    return not bad
 
 
 def held_out(data: Data) -> Sequence[Case]:

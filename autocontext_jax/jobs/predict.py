@@ -46,6 +46,10 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
     predictor, labels = restore_predictor(config, workdir)
     bad: list[str] = []
     bar = tqdm(zip(inputs, outputs, strict=True), total=len(inputs), desc="predict", unit="scan")
+
+    def show_tiles(done: int, total: int) -> None:
+        bar.set_postfix_str(f"{done} of {total} tiles")
+
     for path, output in bar:
         try:
             scan = scans.read_scan(path)
@@ -53,7 +57,7 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
                 log.warning("%s does not look like CT in HU: its values are %d to %d",
                                 path, scan.voxels.min(), scan.voxels.max())  # fmt: skip
             factors = settings(config).level_factors(scan.spacing)
-            mask = predictor.masks(scan.voxels, factors)[len(factors)]
+            mask = predictor.masks(scan.voxels, factors, progress=show_tiles)[len(factors)]
             scans.write_mask(output, mask, scan.grid)
         except UserError as error:
             if not many:
