@@ -205,7 +205,7 @@ def test_another_config_in_the_same_work_directory(whole_job):
         (["--workdir", "W", "--config.feed.edge=30"], ["feed.edge", "30", "multiple of 8"]),
         (["--workdir", "W", "--mode", "fly"], ["mode", "fly"]),
         (["--workdir", "W", "--mode", "predict"], ["--input"]),
-        (["--workdir", "W", "--mode", "evaluate"], ["config.json"]),
+        (["--workdir", "W", "--mode", "evaluate", *SMALL], ["config.json"]),
         (["--workdir", "W", "--config.phantom.training=0"], ["data.root"]),
         (["--workdir", "W", "--config.phantom.training=0", "--config.data.root=/no/such"], ["/no/such"]),
         (["--workdir", "/proc/no", *SMALL], ["/proc/no"]),

@@ -54,6 +54,11 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
     if saved is not None and checkpoints.latest is not None:
         configuration.check_same_run(config, saved, workdir)
     configuration.write_config(config, workdir)
+    first = checkpoints.latest or 0
+    if first >= config.train.steps:
+        checkpoints.close()
+        log.info("trained already: step %d of %d", first, config.train.steps)
+        return True
     mesh = data_mesh()
     if config.feed.batch % mesh.size:
         raise UserError(
@@ -81,7 +86,6 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
     validation_step = make_validation_step(graph, loss)
 
     # ---- restore
-    first = checkpoints.latest or 0
     if first:
         state, position = checkpoints.restore(first, jax.eval_shape(fresh))
         feed.set_state(position)
@@ -122,8 +126,8 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
                 jax.block_until_ready(in_flight.popleft())
             bar.update()
 
-            last = step == config.train.steps or stop.requested
-            checkpoint = last or step % config.train.checkpoint_every == 0
+            stopping = stop.requested  # read once: a signal between here and the break must not skip the save
+            checkpoint = stopping or step == config.train.steps or step % config.train.checkpoint_every == 0
             if step % config.train.log_every == 0 or checkpoint:
                 if waiting is not None:
                     write(waiting, {})
@@ -132,7 +136,7 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
                 waiting, since, since_step = (step, metrics, speed), now, step
             if checkpoint and waiting is not None:
                 validated: dict[str, float] = {}
-                if held_out and not stop.requested:
+                if held_out and not stopping:
                     validated, picture = validate(validation_step, state, held_out, batch_sharding(mesh))
                     metrics_log.image(step, "validation", picture)
                 write(waiting, validated)
@@ -141,17 +145,16 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
                 # The feed stands before the next batch: state and position belong together.
                 checkpoints.save(step, state, feed.get_state(), dice=finest)
                 since = time.monotonic()  # validation is not training speed
-            if stop.requested:
-                break
+            if stopping:
+                log.info("stopped by a signal at step %d, saved; the same command goes on from there", step)
+                return False
     finally:
         bar.close()
         stop.restore()
         checkpoints.close()
         metrics_log.close()
         feed.close()
-    if stop.requested:
-        log.info("stopped by a signal at step %d, saved; the same command goes on from there", step)
-    return not stop.requested
+    return True
 
 
 def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, levels: int) -> list[dict[str, Any]]:
