@@ -45,9 +45,9 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
     if step is None:
         raise UserError(f"work directory {workdir} has no checkpoint: train there first (--mode train)")
     optimizer = make_optimizer(dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
-    # Restored to this process's devices, whatever mesh it was trained on.
+    # Restored to one device, whatever mesh it was trained on.
     fresh = jax.jit(
-        lambda: create_state(make_model(config, len(labels)), optimizer)[1], out_shardings=replicated(data_mesh())
+        lambda: create_state(make_model(config, len(labels)), optimizer)[1], out_shardings=replicated(data_mesh(1))
     )
     graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, len(labels))), optimizer)
     state, _ = checkpoints.restore(step, jax.eval_shape(fresh))

@@ -44,8 +44,7 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
       False if a signal (SIGTERM, Ctrl-C) ended it early; what was done is saved.
 
     Raises:
-      UserError: the checkpoint belongs to another configuration; the batch does not divide over the devices; the loss
-        is not finite.
+      UserError: the checkpoint belongs to another configuration; the loss is not finite.
     """
     # ---- the configuration, as resolved
     config.data.labels = data.dataset.labels
@@ -59,12 +58,12 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
         checkpoints.close()
         log.info("trained already: step %d of %d", first, config.train.steps)
         return True
-    mesh = data_mesh()
-    if config.feed.batch % mesh.size:
-        raise UserError(
-            f"config key feed.batch is {config.feed.batch}; wanted a multiple of the {mesh.size} devices here: choose "
-            f"{mesh.size * max(1, config.feed.batch // mesh.size)}"
-        )
+    mesh = data_mesh(config.feed.batch)
+    if mesh.size < jax.device_count():
+        log.warning(
+            "config key feed.batch is %d, so %d of %d devices work: choose a multiple of %d to use all",
+            config.feed.batch, mesh.size, jax.device_count(), jax.device_count(),
+        )  # fmt: skip
 
     # ---- data
     cache_bytes = config.data.cache_mib * 2**20 // (len(data.training) + len(data.validation))

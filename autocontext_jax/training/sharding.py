@@ -1,12 +1,15 @@
 """Where arrays lie: batches split over all devices, parameters on each."""
 
+import math
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes on one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def data_mesh(batch: int) -> Mesh:
+    """As many devices as divide a batch evenly, on one axis, `data`."""
+    count = math.gcd(batch, jax.device_count())
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
