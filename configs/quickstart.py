@@ -11,15 +11,18 @@ def get_config():
     config.phantom.training = 24
     config.phantom.test = 6
     config.levels.factors = (2, 1)
-    config.feed.batch = 2
+    config.feed.batch = 1
     config.feed.edge = 32
     config.feed.centre = "classes"
+    config.spatial.rotation = 3.0
+    config.spatial.elastic_sigma = 2.0
     config.model.width = 8
-    config.model.momentum = 0.9
+    config.model.momentum = 0.98
     config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
-    config.train.steps = 500
-    config.train.checkpoint_every = 100
+    config.train.steps = 1_100
+    config.train.checkpoint_every = 275
+    config.train.validation_patches = 14
     config.predict.tile = 96
     config.predict.plane = 96
     return config
