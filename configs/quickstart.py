@@ -8,7 +8,7 @@ from autocontext_jax.jobs.config import default_config
 
 def get_config():
     config = default_config()
-    config.phantom.training = 24
+    config.phantom.training = 40
     config.phantom.test = 6
     config.levels.factors = (2, 1)
     config.feed.batch = 1
@@ -20,7 +20,7 @@ def get_config():
     config.model.momentum = 0.98
     config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
-    config.train.steps = 1_100
+    config.train.steps = 1_150
     config.train.checkpoint_every = 275
     config.train.validation_patches = 14
     config.predict.tile = 96

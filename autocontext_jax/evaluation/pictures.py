@@ -60,7 +60,8 @@ def figure(
 ) -> None:
     """Writes a PNG: a row for each plane (axial, coronal, sagittal), a column for each mask, a legend of the organs.
 
-    The slices are those through the centre of the first mask's foreground, seen as a radiologist sees them.
+    The slices are those through the centre of the first mask's foreground, seen as a radiologist sees them, without the
+    air around the body.
 
     Args:
       path: of the PNG.
@@ -73,16 +74,21 @@ def figure(
     truth = next(iter(masks.values()))
     foreground = np.nonzero(truth) if truth.any() else np.nonzero(np.ones_like(truth))
     centre = [int(np.median(along)) for along in foreground]
-    rows, columns = 3, len(masks)
-    canvas = Figure(figsize=(3 * columns, 9), layout="constrained", facecolor="white")
-    axes = canvas.subplots(rows, columns, squeeze=False)
+    body = _body(image)
+    centre = [min(max(0, at - span.start), span.stop - span.start - 1) for at, span in zip(centre, body, strict=True)]
+    image, masks = image[body], {name: mask[body] for name, mask in masks.items()}
+    depth, height, width = (size * mm for size, mm in zip(image.shape, spacing, strict=True))
+    shapes = [(height, width), (depth, width), (depth, height)]  # mm of each plane's picture
+    rows = [tall / wide for tall, wide in shapes]
+    canvas = Figure(figsize=(3 * len(masks), 3 * sum(rows) + 1), layout="constrained", facecolor="white")
+    axes = canvas.subplots(len(rows), len(masks), squeeze=False, height_ratios=rows)
     for column, (name, mask) in enumerate(masks.items()):
         for axis, plane in enumerate(("axial", "coronal", "sagittal")):
             image_slice, mask_slice = (np.take(volume, centre[axis], axis=axis) for volume in (image, mask))
             # Canonical z grows towards the head, a picture's rows downwards.
             picture = overlay(image_slice, mask_slice) if axis == 0 else overlay(image_slice, mask_slice)[::-1]
-            height, width = [mm for i, mm in enumerate(spacing) if i != axis]
-            axes[axis, column].imshow(picture, aspect=height / width, interpolation="nearest")
+            tall, wide = [mm for i, mm in enumerate(spacing) if i != axis]
+            axes[axis, column].imshow(picture, aspect=tall / wide, interpolation="nearest")
             axes[axis, column].set(xticks=[], yticks=[], title=name if axis == 0 else "")
             if column == 0:
                 axes[axis, column].set_ylabel(plane)
@@ -90,3 +96,13 @@ def figure(
     canvas.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     canvas.suptitle(title)
     canvas.savefig(path, dpi=100)
+
+
+def _body(image: np.ndarray) -> tuple[slice, slice, slice]:
+    """The box of what is no air (above -500 HU) with a margin of 3 voxels; the whole image if all is air."""
+    dense = image > -500
+    spans = []
+    for axis, size in enumerate(image.shape):
+        along = np.flatnonzero(dense.any(axis=tuple(i for i in range(3) if i != axis)))
+        spans.append(slice(max(0, along[0] - 3), min(size, along[-1] + 4)) if along.size else slice(0, size))
+    return spans[0], spans[1], spans[2]
