@@ -26,8 +26,8 @@ SMALL = [
     "--config.feed.batch=2",
     "--config.model.width=2",
     "--config.model.depth=3",
-    "--config.train.steps=8",
-    "--config.train.checkpoint_every=4",
+    "--config.train.steps=24",
+    "--config.train.checkpoint_every=8",
     "--config.train.log_every=1",
     "--config.train.validation_patches=4",
     "--config.predict.tile=32",
@@ -73,9 +73,9 @@ def whole_job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 def test_whole_job_leaves_everything(whole_job):
     workdir, result = whole_job
     rows = metrics(workdir)
-    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows] == list(range(1, 25))
     assert all(np.isfinite(row["loss"]) and row["pairs_per_second"] > 0 for row in rows)
-    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 8]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 24]
     assert json.loads((workdir / "config.json").read_text())["data"]["labels"] == ["background", *phantom.ORGANS]
     assert list((workdir / "tensorboard").iterdir())
 
@@ -110,12 +110,12 @@ def test_killed_and_started_again_the_losses_are_the_same_to_the_bit(whole_job, 
     first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
     log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and first.poll() is None:
-        if log.exists() and len(log.read_text().splitlines()) >= 6:
+        if (tmp_path / "checkpoints" / "8").exists() and log.read_text().count("\n") >= 10:
             break
-        time.sleep(0.01)
+        time.sleep(0.002)
     first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert (tmp_path / "checkpoints" / "4").exists(), "killed too early to be a test"
+    assert first.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (tmp_path / "checkpoints" / "24").exists()
 
     result = run(*arguments)
     assert result.returncode == 0, result.stderr

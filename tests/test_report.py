@@ -96,13 +96,19 @@ def test_figure_is_a_picture_of_the_masks(tmp_path):
     path = tmp_path / "picture.png"
     pictures.figure(path, image, masks, ORGANS, (3.0, 1.0, 1.0), title="case")
     pixels = matplotlib.image.imread(path)
-    assert pixels.shape[:2] == (900, 900)
+    # Three columns of 3 inches; rows in the planes' own proportions (20, 36, 36 mm by 16, 16, 20 mm); 1 for the legend.
+    assert pixels.shape[:2] == (round(100 * (3 * (20 / 16 + 36 / 16 + 36 / 20) + 1)), 900)
     assert pixels[..., :3].std() > 0.05
     orange = np.abs(pixels[..., :3] * 255 - pictures.PALETTE[0]).max(-1) < 2
-    thirds = orange[:780].reshape(780, 3, 300).sum((0, 2))
+    thirds = orange[:1560].reshape(1560, 3, 300).sum((0, 2))
     assert thirds[0] > 100
     assert thirds[2] > 100
     assert thirds[1] < thirds[0] / 10
 
     pictures.figure(path, image, {"truth": np.zeros_like(truth)}, ORGANS, (3.0, 1.0, 1.0))  # nothing to centre on
-    assert matplotlib.image.imread(path).shape[:2] == (900, 300)
+    assert matplotlib.image.imread(path).shape[1] == 300
+
+    in_air = np.full((12, 40, 40), -1000, np.int16)
+    in_air[:, 10:20, 10:20] = 0  # the picture shows this and 3 voxels around it
+    pictures.figure(path, in_air, {"truth": np.zeros_like(in_air)}, ORGANS, (1.0, 1.0, 1.0))
+    assert matplotlib.image.imread(path).shape[:2] == (round(100 * (3 * (1 + 2 * 12 / 16) + 1)), 300)
