@@ -25,7 +25,7 @@ def run() -> bool:
     """Runs the job that the flags name; False if some of many scans failed."""
     # Worker processes import this module again; what follows is slow to import and is not theirs.
     from autocontext_jax.jobs.config import check
-    from autocontext_jax.jobs.evaluate import evaluate
+    from autocontext_jax.jobs.evaluate import evaluate, held_out
     from autocontext_jax.jobs.predict import predict
     from autocontext_jax.jobs.prepare import describe, prepare
     from autocontext_jax.jobs.train import train
@@ -39,8 +39,12 @@ def run() -> bool:
     if mode == "predict":
         return predict(config, workdir, Path(INPUT.value), Path(OUTPUT.value))
     data = describe(config, workdir) if mode == "evaluate" else prepare(config, workdir)
-    finished = mode not in ("all", "train") or train(config, workdir, data)
-    return evaluate(config, workdir, data) if finished and mode in ("all", "evaluate") else True
+    if mode in ("all", "train") and not train(config, workdir, data):
+        return True  # a signal ended it; what was done is saved
+    if mode == "all" and not held_out(data):
+        logging.getLogger("autocontext_jax").warning("every case was trained on: nothing is left to evaluate")
+        return True
+    return mode not in ("all", "evaluate") or evaluate(config, workdir, data)
 
 
 def main(argv: list[str]) -> int:

@@ -30,6 +30,12 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
     Raises:
       UserError: nothing to evaluate, no checkpoint, labels that are not the checkpoint's.
     """
+    cases = held_out(data)
+    if not cases:
+        raise UserError(
+            f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
+            "that was not trained on: add imagesTs and labelsTs, or more training cases"
+        )
     predictor, labels = restore_predictor(config, workdir)
     organs = labels[1:]
     if labels != data.dataset.labels:
@@ -41,7 +47,7 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
     for folder in ("predictions", "pictures"):
         (workdir / folder).mkdir(exist_ok=True)
 
-    cases, results, bad = held_out(data), {}, []
+    results, bad = {}, []
     for case in tqdm(cases, desc="evaluate", unit="scan"):
         assert case.label is not None
         try:
@@ -72,16 +78,5 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
 
 
 def held_out(data: Data) -> Sequence[Case]:
-    """The cases to score.
-
-    Raises:
-      UserError: there is neither a labelled test case nor a validation case.
-    """
-    labelled = [case for case in data.dataset.test if case.label is not None]
-    cases = labelled or list(data.validation)
-    if not cases:
-        raise UserError(
-            f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
-            "that was not trained on: add imagesTs and labelsTs, or more training cases"
-        )
-    return cases
+    """The cases to score: labelled test cases, else validation cases; empty if there is neither."""
+    return [case for case in data.dataset.test if case.label is not None] or data.validation
