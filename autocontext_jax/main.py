@@ -76,6 +76,7 @@ def _parse(argv: list[str]) -> None:
             raise UserError("--config FILE and --workdir FOLDER are both wanted")
         if MODE.value == "predict" and not (INPUT.value and OUTPUT.value):
             raise UserError("--mode predict wants --input SCAN_OR_FOLDER and --output PATH")
+        CONFIG.value.to_dict()  # a file that could not be loaded says so only when it is used
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UserError(f"command line: {' '.join(str(error).split())}") from error
 

@@ -196,6 +196,10 @@ def test_another_config_in_the_same_work_directory(whole_job):
     assert "model.width (there 2, here 3)" in message
 
 
+def test_a_missing_config_file(tmp_path):
+    assert "configs/nope.py" in one_line_error(run("--workdir", tmp_path, config="configs/nope.py"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
