@@ -1,8 +1,8 @@
 """Spatial and intensity augmentation of a batch of pyramid patches, jitted on the device.
 
 One smooth field moves all levels of a patch: it is a function of the position about the patch's centre, evaluated on
-  each level's own grid, so the levels stay aligned. Positions are voxels of the finest level until a level's crop is
-  read.
+each level's own grid, so the levels stay aligned. Positions are voxels of the finest level until a level's crop is
+read.
 """
 
 import dataclasses
@@ -79,10 +79,10 @@ def make_augment(
 
 
 def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int):
-    """A random field as a function (spacing, scale) -> source positions on the grid of voxels `scale` finest voxels
-    wide.
+    """A random field as a function (spacing, scale) -> source positions.
 
-    Positions and their result are voxels of the finest level about the centre, three arrays [N, N, N].
+    It is evaluated on the grid of N^3 voxels that are `scale` finest voxels wide. Positions and their result are voxels
+    of the finest level about the centre, three arrays [N, N, N].
     """
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
     angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation)

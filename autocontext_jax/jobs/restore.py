@@ -1,5 +1,6 @@
 """From a configuration to its model, and from a work directory to a trained predictor."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,18 +41,17 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
     labels = tuple(saved["data"]["labels"])
     config.data.labels = labels
     check_same_run(config, saved, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
-    step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
-    if step is None:
-        raise UserError(f"work directory {workdir} has no checkpoint: train there first (--mode train)")
     optimizer = make_optimizer(dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
     # Restored to one device, whatever mesh it was trained on.
     fresh = jax.jit(
         lambda: create_state(make_model(config, len(labels)), optimizer)[1], out_shardings=replicated(data_mesh(1))
     )
     graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, len(labels))), optimizer)
-    state, _ = checkpoints.restore(step, jax.eval_shape(fresh))
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep)) as checkpoints:
+        step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
+        if step is None:
+            raise UserError(f"work directory {workdir} has no checkpoint: train there first (--mode train)")
+        state, _ = checkpoints.restore(step, jax.eval_shape(fresh))
     log.info("restored step %d of %s", step, workdir)
     model = inference_model(graph, state.params, state.statistics)
     align = dataclass_of(UNetConfig, config.model).divisor

@@ -1,6 +1,7 @@
 """--mode train: from the prepared data set to checkpoints."""
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
@@ -46,16 +47,20 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
     Raises:
       UserError: the checkpoint belongs to another configuration; the loss is not finite.
     """
+    # Closed on every way out: orbax's threads else complain at exit, after the user's one clear line.
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep)) as checkpoints:
+        return _train(config, workdir, data, checkpoints)
+
+
+def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoints) -> bool:
     # ---- the configuration, as resolved
     config.data.labels = data.dataset.labels
     saved = configuration.read_config(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
     if saved is not None and checkpoints.latest is not None:
         configuration.check_same_run(config, saved, workdir)
     configuration.write_config(config, workdir)
     first = checkpoints.latest or 0
     if first >= config.train.steps:
-        checkpoints.close()
         log.info("trained already: step %d of %d", first, config.train.steps)
         return True
     mesh = data_mesh(config.feed.batch)
@@ -150,7 +155,6 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
     finally:
         bar.close()
         stop.restore()
-        checkpoints.close()
         metrics_log.close()
         feed.close()
     return True

@@ -14,8 +14,6 @@ class OptimizerConfig:
     Attributes:
       learning_rate: the peak; 1e-3 in the paper's authors' study of the Dice loss.
       schedule: `constant` (the paper), `cosine` to zero, or `polynomial` to zero with power 0.9 (nnU-Net's).
-      b2: decay of Adam's squared gradients. Its memory of 1 / (1 - b2) steps should be short beside the run: the large
-        first gradients else hold the steps down.
       warmup: steps of linear rise from zero.
       weight_decay: decoupled (AdamW); 0 is plain Adam.
       clip: largest global norm of a gradient; 0 does not clip.
@@ -23,7 +21,6 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     schedule: str = "constant"
-    b2: float = 0.999
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float = 0.0
@@ -44,5 +41,5 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Adam as configured for a run of `steps` steps."""
-    adam = optax.adamw(learning_rate(config, steps), b2=config.b2, weight_decay=config.weight_decay)
+    adam = optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
