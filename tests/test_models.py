@@ -31,7 +31,7 @@ def drawn(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
-        fan_in = leaf.shape[0] if leaf.shape[1:4] == (2, 2, 2) else np.prod(leaf.shape[:-1])
+        fan_in = leaf.shape[-1] if leaf.shape[:3] == (2, 2, 2) else np.prod(leaf.shape[1:])
         values = rng.normal(0, np.sqrt(2 / fan_in), leaf.shape) if leaf.ndim > 1 else rng.uniform(0.5, 1, leaf.shape)
         return jnp.asarray(values, leaf.dtype)
 
@@ -62,7 +62,7 @@ SHAPES = [
 @pytest.mark.parametrize(("batch", "size", "kernel", "inputs", "outputs"), SHAPES)
 def test_convolution_equals_xlas_own(batch, size, kernel, inputs, outputs):
     x = normal(0, batch, *size, inputs)
-    weights = normal(1, kernel, kernel, kernel, inputs, outputs)
+    weights = normal(1, outputs, kernel, kernel, kernel, inputs)
     cotangent = normal(2, batch, *size, outputs)
 
     @jax.jit
@@ -80,17 +80,17 @@ def test_convolution_equals_xlas_own(batch, size, kernel, inputs, outputs):
 @pytest.mark.parametrize("function", [layers.convolution, layers.direct_convolution])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_convolution_equals_scipys_correlation(function, kernel):
-    x, weights = normal(0, 2, 4, 6, 5, 3), normal(1, kernel, kernel, kernel, 3, 2)
+    x, weights = normal(0, 2, 4, 6, 5, 3), normal(1, 2, kernel, kernel, kernel, 3)
     wanted = np.zeros((2, 4, 6, 5, 2))
     for b, i, o in np.ndindex(2, 3, 2):
-        wanted[b, ..., o] += ndimage.correlate(x[b, ..., i].astype(float), weights[..., i, o], mode="constant")
+        wanted[b, ..., o] += ndimage.correlate(x[b, ..., i].astype(float), weights[o, ..., i], mode="constant")
     assert_close(jax.jit(function)(x, weights), wanted)
 
 
 def test_filter_gradient_of_bfloat16_adds_up_in_float32():
     """Sums of one sign are where rounding at every plane would show."""
     x, cotangent = (jnp.asarray(np.abs(normal(seed, 1, 64, 6, 6, 2)), jnp.bfloat16) for seed in (0, 1))
-    kernel = jnp.zeros((3, 3, 3, 2, 2), jnp.bfloat16)
+    kernel = jnp.zeros((2, 3, 3, 3, 2), jnp.bfloat16)
 
     @jax.jit
     def gradient(x, kernel, cotangent):
@@ -118,10 +118,10 @@ def test_deconvolution_equals_xlas_transposed_convolution():
     x, kernel = normal(0, 2, 2, 4, 3, 3), np.asarray(module.kernel[...])
     wanted = np.zeros((2, 4, 8, 6, 5))
     for z, y, x_ in np.ndindex(2, 2, 2):
-        wanted[:, z::2, y::2, x_::2] = np.einsum("bdhwi,io->bdhwo", x, kernel[:, z, y, x_])
-    value = module(x)
+        wanted[:, z::2, y::2, x_::2] = np.einsum("bdhwi,oi->bdhwo", x, kernel[z, y, x_])
+    value = layers.from_blocks(module(x))
     assert_close(value, wanted)
-    flipped = kernel.transpose(1, 2, 3, 0, 4)[::-1, ::-1, ::-1]  # XLA correlates with the dilated input
+    flipped = kernel.swapaxes(3, 4)[::-1, ::-1, ::-1]  # XLA correlates with the dilated input
     xlas = lax.conv_transpose(x, flipped, (2, 2, 2), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
     assert_close(value, xlas)
 

@@ -1,12 +1,21 @@
 """Convolution, deconvolution, pooling and normalisation; the only file that knows a platform.
 
-Shapes are [B, D, H, W, C]. A layer computes in its input's type; parameters are float32.
+Shapes are [B, D, H, W, C]; kernels are [O, kd, kh, kw, C], as the libraries of GPUs read them, so that no step copies
+them into another order. A layer computes in its input's type; parameters are float32.
 """
+
+import json
+import platform
 
 import jax
 import jax.numpy as jnp
+import jaxlib
+import numpy as np
 from flax import nnx
 from jax import lax
+
+# Releases of jaxlib whose call of oneDNN is known to take the arguments that `onednn_convolution` gives it.
+ONEDNN_RELEASES = ("0.10.2",)
 
 
 def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -14,12 +23,14 @@ def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Args:
       x: [B, D, H, W, C].
-      kernel: [k, k, k, C, O], k odd.
+      kernel: [O, k, k, k, C], k odd.
 
     Returns:
       [B, D, H, W, O].
     """
-    return lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    if kernel.shape[1] == 1:  # a matrix product needs no convolution
+        return x @ kernel[:, 0, 0, 0].T
+    return lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "ODHWI", "NDHWC"))
 
 
 def planar_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -29,11 +40,12 @@ def planar_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     not the input, lets all of them read the same array and the shifts melt into the sum.
     """
     batch, depth, height, width, channels = x.shape
-    reach = kernel.shape[0] // 2
+    reach = kernel.shape[1] // 2
     planes = x.reshape(batch * depth, height, width, channels)
     total = jnp.zeros((), x.dtype)
-    for number, plane in enumerate(kernel):
-        y = lax.conv_general_dilated(planes, plane, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for number in range(kernel.shape[1]):
+        layout = ("NHWC", "OHWI", "NHWC")
+        y = lax.conv_general_dilated(planes, kernel[:, number], (1, 1), "SAME", dimension_numbers=layout)
         # This kernel plane takes x[z] into output z + reach - number; negative padding drops what falls outside.
         shift = reach - number
         shifted = ((0, 0, 0), (shift, -shift, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0))
@@ -53,7 +65,7 @@ def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
       gradient: [B, D, H, W, O], with respect to its output.
 
     Returns:
-      [3, 3, 3, C, O].
+      [O, 3, 3, 3, C].
     """
     _, depth, height, width, channels = x.shape
     outputs = gradient.shape[-1]
@@ -72,7 +84,91 @@ def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
     # The sum over planes is kept in float32 whatever the type of x, as XLA's own rule does.
     total = lax.fori_loop(0, depth, add_plane, jnp.zeros((3 * outputs, 9 * channels), jnp.float32))
-    return total.reshape(3, outputs, 3, 3, channels).transpose(0, 2, 3, 4, 1).astype(x.dtype)
+    return total.reshape(3, outputs, 3, 3, channels).swapaxes(0, 1).astype(x.dtype)
+
+
+def onednn_convolution(x: jax.Array, kernel: jax.Array, padding: tuple[int, int, int], order: str) -> jax.Array:
+    """3D convolution by the oneDNN library, which jaxlib carries for x86 processors.
+
+    XLA's compiler no longer rewrites convolutions to it, but its runtime still knows the call, and runs it two to four
+    times as fast as `planar_convolution`. The call is no public interface: hence `ONEDNN_RELEASES`.
+
+    Args:
+      x: [B, D, H, W, C], float32.
+      kernel: its axes in any order.
+      padding: zeros on both sides of D, H, W.
+      order: the kernel's axes, such as "ODHWI".
+
+    Returns:
+      [B, D + 2 padding - kd + 1, H ..., W ..., O].
+    """
+    space = [order.index(axis) for axis in "DHW"]
+    filters = {"input_feature_dim": order.index("I"), "output_feature_dim": order.index("O"), "spatial_dims": space}
+    data = {"dims": 5, "data": {"batch_dim": 0, "feature_dim": 4, "spatial_dims": [1, 2, 3]}}
+    window = {"pad_left": padding, "pad_right": padding, "strides": (1, 1, 1), "window_dilations": (1, 1, 1)}
+    config = {"dims": 5, "input": data, "kernel": {"dims": 5, "filter": filters}, "output": data, "window": window,
+              "feature_groups": 1}  # fmt: skip
+    sizes = (
+        size + 2 * pad - kernel.shape[axis] + 1 for size, pad, axis in zip(x.shape[1:4], padding, space, strict=True)
+    )
+    call = jax.ffi.ffi_call(
+        "__onednn$convolution",
+        jax.ShapeDtypeStruct((x.shape[0], *sizes, kernel.shape[order.index("O")]), x.dtype),
+        custom_call_api_version=2,
+        legacy_backend_config=json.dumps({"onednn_conv_config": config}),
+    )
+    return call(x, kernel)
+
+
+def onednn_filter_gradient(x: jax.Array, gradient: jax.Array, size: int) -> jax.Array:
+    """Gradient of a same-size convolution with respect to its kernel, as a convolution whose kernel is `gradient`.
+
+    That kernel is as large as the volume. Rows along W take the place of channels, so that they are summed over; copies
+    of x shifted along W give the columns of the result, and a border of zeros in D and H its planes and rows.
+
+    Args:
+      x: [B, D, H, W, C], the convolution's input.
+      gradient: [B, D, H, W, O], with respect to its output.
+      size: k, odd.
+
+    Returns:
+      [O, k, k, k, C].
+    """
+    batch, _, height, width, channels = x.shape
+    outputs, reach = gradient.shape[-1], size // 2
+    # Either may be the one that is shifted, with offsets of the other sign: copies of the smaller cost less.
+    if channels > outputs:
+        return _turned(onednn_filter_gradient(gradient, x, size))
+    # Samples follow each other along D, with zeros between them.
+    gap = reach if batch > 1 else 0
+    rows = jnp.pad(x, ((0, 0), (0, gap), (0, 0), (reach, reach), (0, 0))).swapaxes(3, 4)
+    shifted = jnp.concatenate([rows[..., i : i + width] for i in range(size)], axis=3)  # [B, D + gap, H, k C, W]
+    kernel = jnp.pad(gradient, ((0, 0), (0, gap), (0, 0), (0, 0), (0, 0)))
+    volume = shifted.reshape(1, -1, *shifted.shape[2:])
+    kernel = kernel.reshape(-1, height, 1, width, outputs)
+    total = onednn_convolution(volume, kernel, (reach, reach, 0), "DHWIO")
+    return jnp.moveaxis(total.reshape(size, size, size, channels, outputs), -1, 0)
+
+
+def _turned(kernel: jax.Array) -> jax.Array:
+    """The kernel of the convolution that takes gradients back: turned about its centre, inputs and outputs swapped."""
+    return kernel[:, ::-1, ::-1, ::-1].swapaxes(0, -1)
+
+
+def has_onednn() -> bool:
+    """Whether convolutions on the CPU go through oneDNN: only on one device, since XLA cannot split a foreign call."""
+    known = jaxlib.__version__ in ONEDNN_RELEASES and platform.machine() == "x86_64"
+    return known and jax.device_count("cpu") == 1
+
+
+def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The fastest same-size convolution on the CPU here."""
+    size = kernel.shape[1]
+    if size == 1:
+        return direct_convolution(x, kernel)
+    if x.dtype == jnp.float32 and has_onednn():
+        return onednn_convolution(x, kernel, (size // 2,) * 3, "ODHWI")
+    return planar_convolution(x, kernel)
 
 
 @jax.custom_vjp
@@ -81,12 +177,12 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Args:
       x: [B, D, H, W, C].
-      kernel: [k, k, k, C, O], k odd.
+      kernel: [O, k, k, k, C], k odd.
 
     Returns:
       [B, D, H, W, O].
     """
-    return lax.platform_dependent(x, kernel, cpu=planar_convolution, default=direct_convolution)
+    return lax.platform_dependent(x, kernel, cpu=cpu_convolution, default=direct_convolution)
 
 
 def _convolution_forward(x, kernel):
@@ -94,29 +190,61 @@ def _convolution_forward(x, kernel):
 
 
 def _convolution_backward(residuals, gradient):
-    return lax.platform_dependent(*residuals, gradient, cpu=_planar_gradients, default=_direct_gradients)
+    return lax.platform_dependent(*residuals, gradient, cpu=_cpu_gradients, default=_direct_gradients)
 
 
 def _direct_gradients(x, kernel, gradient):
     return jax.vjp(direct_convolution, x, kernel)[1](gradient)
 
 
-def _planar_gradients(x, kernel, gradient):
-    flipped = kernel[::-1, ::-1, ::-1].swapaxes(-1, -2)
-    x_gradient = planar_convolution(gradient, flipped)
-    # With many channels XLA's rule is one large matrix product already.
-    if kernel.shape[0] != 3 or kernel.shape[-1] * kernel.shape[-2] >= 128**2:
-        return x_gradient, jax.vjp(lambda k: planar_convolution(x, k), kernel)[1](gradient)[0]
-    return x_gradient, planar_filter_gradient(x, gradient)
+def _cpu_gradients(x, kernel, gradient):
+    x_gradient = cpu_convolution(gradient, _turned(kernel))
+    if x.dtype == jnp.float32 and has_onednn():
+        return x_gradient, onednn_filter_gradient(x, gradient, kernel.shape[1])
+    if kernel.shape[1] == 3:
+        return x_gradient, planar_filter_gradient(x, gradient)
+    return x_gradient, jax.vjp(lambda k: direct_convolution(x, k), kernel)[1](gradient)[0]
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
+@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """Largest of each 2x2x2 block: [B, D, H, W, C] -> [B, D/2, H/2, W/2, C]; sizes must be even."""
-    b, d, h, w, c = x.shape
-    return x.reshape(b, d // 2, 2, h // 2, 2, w // 2, 2, c).max(axis=(2, 4, 6))
+    """Largest of each 2x2x2 block: [B, D, H, W, C] -> [B, D/2, H/2, W/2, C]; sizes must be even.
+
+    The gradient goes to the first largest voxel of a block. Only that voxel's number is kept for it, a byte a block.
+    """
+    return _max_and_corner(x)[0]
+
+
+def _max_and_corner(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest voxel of each block and its number in the block, 0 to 7, uint8."""
+    largest, chosen = x[:, ::2, ::2, ::2], jnp.uint8(0)
+    for number in range(1, 8):
+        i, j, k = number // 4, number // 2 % 2, number % 2
+        corner = x[:, i::2, j::2, k::2]
+        chosen = jnp.where(corner > largest, jnp.uint8(number), chosen)
+        largest = jnp.maximum(largest, corner)
+    return largest, chosen
+
+
+def _max_pool_backward(chosen, gradient):
+    b, d, h, w, c = gradient.shape
+    number = np.arange(8, dtype=np.uint8).reshape(1, 1, 2, 1, 2, 1, 2, 1)
+    shape = (b, d, 1, h, 1, w, 1, c)
+    blocks = jnp.where(chosen.reshape(shape) == number, gradient.reshape(shape), 0)
+    return (blocks.reshape(b, 2 * d, 2 * h, 2 * w, c),)
+
+
+max_pool.defvjp(_max_and_corner, _max_pool_backward)
+
+
+def from_blocks(blocks: jax.Array) -> jax.Array:
+    """Lays 2x2x2 blocks out in space: [B, D, H, W, 8, C] -> [B, 2D, 2H, 2W, C]."""
+    b, d, h, w, _, c = blocks.shape
+    split = blocks.reshape(b, d, h, w, 2, 2, 2, c)
+    return split.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, 2 * d, 2 * h, 2 * w, c)
 
 
 def upsample_by_two(x: jax.Array) -> jax.Array:
@@ -143,41 +271,131 @@ class Convolution(nnx.Module):
     """A k^3 convolution to the same size, He-initialised."""
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, *, bias: bool, rngs: nnx.Rngs):
-        # The same fan-in as [size, size, size, inputs, outputs]; XLA compiles the flat draw five times as fast.
-        flat = nnx.initializers.he_normal()(rngs.params(), (size**3 * inputs, outputs))
-        self.kernel = nnx.Param(flat.reshape(size, size, size, inputs, outputs))
+        # The same fan-in as [outputs, size, size, size, inputs]; XLA compiles the flat draw five times as fast.
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, size**3 * inputs))
+        self.kernel = nnx.Param(flat.reshape(outputs, size, size, size, inputs))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> [B, D, H, W, outputs]."""
-        kernel = self.kernel[...].astype(x.dtype)
-        # A 1^3 kernel is a matrix product and needs no convolution.
-        x = x @ kernel[0, 0, 0] if kernel.shape[0] == 1 else convolution(x, kernel)
+        x = convolution(x, self.kernel[...].astype(x.dtype))
         return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
 class Deconvolution(nnx.Module):
     """A 2^3 transposed convolution of stride 2, without bias.
 
-    Kernel and stride are equal, so blocks of the output do not overlap: one matrix product to 8 values a voxel, laid
-    out in space. (Written as an input-dilated convolution its gradient is tens of times slower on some backends.)
+    Kernel and stride are equal, so blocks of the output do not overlap: one matrix product to 8 values a voxel.
+    (Written as an input-dilated convolution its gradient is tens of times slower on some backends.) Normalisation and
+    ReLU come before the values are laid out in space, which then costs no pass of its own.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         # Each output voxel sees `inputs` values, not 8 times as many: hence the flat shape for the initialiser.
-        flat = nnx.initializers.he_normal()(rngs.params(), (inputs, 8 * outputs))
-        self.kernel = nnx.Param(flat.reshape(inputs, 2, 2, 2, outputs))
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (8 * outputs, inputs))
+        self.kernel = nnx.Param(flat.reshape(2, 2, 2, outputs, inputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, D, H, W, inputs] -> [B, 2D, 2H, 2W, outputs]."""
-        b, d, h, w, _ = x.shape
+        """[B, D, H, W, inputs] -> [B, D, H, W, 8, outputs]: each voxel's block, for `from_blocks` to lay out."""
         kernel = self.kernel[...].astype(x.dtype)
-        blocks = (x @ kernel.reshape(kernel.shape[0], -1)).reshape(b, d, h, w, 2, 2, 2, -1)
-        return blocks.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, 2 * d, 2 * h, 2 * w, -1)
+        flat = convolution(x, kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]))
+        return flat.reshape(*x.shape[:4], 8, -1)
 
 
-def normalisation(kind: str, channels: int, *, momentum: float, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-    """A normalisation layer by name: `batch` (statistics over the global batch, in float32) or `none` (None)."""
-    if kind == "none":
-        return None
-    return nnx.BatchNorm(channels, momentum=momentum, epsilon=1e-5, dtype=dtype, rngs=rngs)
+class BatchNormReLU(nnx.BatchNorm):
+    """Batch normalisation and a ReLU in one, with statistics over the global batch, in float32.
+
+    A layer of the network moves its activations through memory eight times: three forward (statistics, and in and out
+    to normalise), five backward (twice the input and the gradient, once the result). Left to itself, the compiler keeps
+    the mask, the normalised values and partial gradients, and needs up to twice as many.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, D, H, W, C] -> the same shape and type."""
+        if self.use_running_average:
+            return _scale_shift_relu(x, *_affine(self.mean[...], self.var[...], self.scale[...], self.bias[...]))
+        y, mean, variance = batch_norm_relu(x, self.scale[...], self.bias[...])
+        self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
+        self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * variance
+        return y
+
+
+EPSILON = 1e-5  # of the variance
+
+
+@jax.custom_vjp
+def batch_norm_relu(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """relu((x - mean) / sqrt(variance + 1e-5) * scale + bias) over all but the last axis (Ioffe and Szegedy, 2015).
+
+    Args:
+      x: [..., C].
+      scale: [C], float32.
+      bias: [C], float32.
+
+    Returns:
+      The result in the shape and type of x; mean [C]; variance [C], biased. Gradients flow through the first alone.
+    """
+    mean, variance = _moments(x)
+    return _scale_shift_relu(x, *_affine(mean, variance, scale, bias)), mean, variance
+
+
+def _batch_norm_relu_forward(x, scale, bias):
+    y, mean, variance = batch_norm_relu(x, scale, bias)
+    return (y, mean, variance), (x, mean, variance, scale, bias)
+
+
+def _batch_norm_relu_backward(residuals, gradients):
+    # The barriers have each of two passes work the mask out from x: the compiler would else keep it in memory.
+    x, mean, variance, scale, bias = lax.optimization_barrier(residuals)
+    slope, shift = _affine(mean, variance, scale, bias)
+
+    def through_relu(wide):
+        return jnp.where(wide * slope + shift > 0, gradients[0].astype(jnp.float32), 0)
+
+    wide = x.astype(jnp.float32)
+    gradient = through_relu(wide)
+    total, moment = _sums(gradient, gradient * wide)
+    x, total, moment = lax.optimization_barrier((x, total, moment))
+    wide = x.astype(jnp.float32)
+    gradient = through_relu(wide)
+    inverse = lax.rsqrt(variance + EPSILON)
+    scale_gradient = (moment - mean * total) * inverse
+    count = x.size // x.shape[-1]
+    # slope * (gradient - total / n - normalised x * scale_gradient / n), gathered by powers of x.
+    linear = slope * inverse * scale_gradient / count
+    x_gradient = slope * gradient - linear * wide + (linear * mean - slope * total / count)
+    return x_gradient.astype(x.dtype), scale_gradient, total
+
+
+batch_norm_relu.defvjp(_batch_norm_relu_forward, _batch_norm_relu_backward)
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each channel, in float32 and in one pass."""
+    wide = x.astype(jnp.float32)
+    mean, square = (total * (x.shape[-1] / x.size) for total in _sums(wide, wide * wide))
+    return mean, jnp.maximum(square - mean * mean, 0)
+
+
+def _sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums of several arrays over all but the last axis, in one pass: [..., C] -> [C] each."""
+    voxels = tuple(range(arrays[0].ndim - 1))
+
+    def together(*arrays):
+        zero = jnp.zeros((), jnp.float32)
+        return tuple(lax.reduce(arrays, (zero,) * len(arrays), lambda a, b: jax.tree.map(jnp.add, a, b), voxels))
+
+    def apart(*arrays):  # a reduction of several arrays is not vectorised on the CPU
+        return tuple(jnp.sum(array, voxels) for array in arrays)
+
+    return lax.platform_dependent(*arrays, cpu=apart, default=together)
+
+
+def _affine(mean, variance, scale, bias) -> tuple[jax.Array, jax.Array]:
+    """Normalisation as slope * x + shift."""
+    slope = scale * lax.rsqrt(variance + EPSILON)
+    return slope, bias - slope * mean
+
+
+def _scale_shift_relu(x: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
+    return jax.nn.relu(x.astype(jnp.float32) * slope + shift).astype(x.dtype)

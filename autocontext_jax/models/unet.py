@@ -38,14 +38,13 @@ class Block(nnx.Module):
 
     def __init__(self, layer: nnx.Module, channels: int, config: UNetConfig, *, rngs: nnx.Rngs):
         self.layer = layer
-        self.norm = layers.normalisation(
-            config.norm, channels, momentum=config.momentum, dtype=jnp.dtype(config.dtype), rngs=rngs
-        )
+        batch = config.norm == "batch"
+        self.norm = layers.BatchNormReLU(channels, momentum=config.momentum, rngs=rngs) if batch else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, D, H, W, C] -> the layer's shape."""
+        """[B, D, H, W, C] -> what the layer gives."""
         x = self.layer(x)
-        return jax.nn.relu(x if self.norm is None else self.norm(x))
+        return jax.nn.relu(x) if self.norm is None else self.norm(x)
 
 
 class UNet(nnx.Module):
@@ -89,5 +88,5 @@ class UNet(nnx.Module):
             shortcuts.append(x)
         for up, first, second in self.synthesis:
             shortcuts.pop()
-            x = second(first(jnp.concatenate([up(x), shortcuts[-1]], axis=-1)))
+            x = second(first(jnp.concatenate([layers.from_blocks(up(x)), shortcuts[-1]], axis=-1)))
         return self.head(x).astype(jnp.float32)
