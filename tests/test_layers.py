@@ -15,7 +15,7 @@ ORDER = [
     "data/pipeline",
     "models/layers", "models/unet", "models/pyramid",
     "training/*",
-    "inference/tiling", "inference/predictor",
+    "inference/tiling", "inference/masks", "inference/predictor",
     "evaluation/*",
     "jobs/*",
     "main",

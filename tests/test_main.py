@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from autocontext_jax.data import phantom, scans
+from autocontext_jax.main import keep_compiled_programs
 
 ROOT = Path(__file__).parent.parent
 # The quick-start's own configuration, made small.
@@ -268,3 +270,22 @@ def test_the_package_does_not_need_the_checkout(tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert "--config FILE" in one_line_error(result)
+
+
+@pytest.mark.parametrize(
+    ("backend", "environment", "wanted"),
+    [
+        ("gpu", {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
+        ("cpu", {"XDG_CACHE_HOME": "/there"}, None),
+        ("gpu", {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
+    ],
+)
+def test_compiled_programs_are_kept_on_accelerators(monkeypatch, backend, environment, wanted):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    keep_compiled_programs()
+    assert updates == ({"jax_compilation_cache_dir": wanted} if wanted else {})

@@ -132,6 +132,70 @@ def test_max_pool_equals_reduce_window():
     np.testing.assert_array_equal(layers.max_pool(x), wanted)
 
 
+def test_max_pools_gradient_goes_to_the_first_largest_voxel():
+    x = np.zeros((1, 2, 2, 4, 1), np.float32)  # two blocks beside each other
+    x[0, 0, 1, 0] = x[0, 1, 1, 1] = 3.0  # a tie in the first; the second is all equal
+    gradient = jax.vjp(layers.max_pool, x)[1](np.array([5.0, 7.0], np.float32).reshape(1, 1, 1, 2, 1))[0]
+    wanted = np.zeros_like(x)
+    wanted[0, 0, 1, 0], wanted[0, 0, 0, 2] = 5.0, 7.0
+    np.testing.assert_array_equal(gradient, wanted)
+
+
+def test_max_pools_gradient_equals_reduce_windows_without_ties():
+    x, cotangent = normal(0, 2, 4, 6, 8, 3), normal(1, 2, 2, 3, 4, 3)
+
+    def window(x):
+        return lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 2, 1), (1, 2, 2, 2, 1), "VALID")
+
+    wanted = jax.vjp(window, x)[1](cotangent)[0]
+    np.testing.assert_array_equal(jax.vjp(layers.max_pool, x)[1](cotangent)[0], wanted)
+
+
+def test_batch_norm_relu_equals_flaxs_with_its_gradients():
+    x, cotangent = 3 + 2 * normal(0, 2, 3, 4, 5, 6), normal(1, 2, 3, 4, 5, 6)
+    scale, bias = normal(2, 6), normal(3, 6)
+    flax = nnx.BatchNorm(6, use_running_average=False, epsilon=layers.EPSILON, momentum=0.9, rngs=nnx.Rngs(0))
+    ours = layers.BatchNormReLU(6, momentum=0.9, rngs=nnx.Rngs(0))
+    graph, statistics = nnx.split(flax, nnx.BatchStat, ...)[:2]
+
+    def reference(x, scale, bias):
+        model = nnx.merge(graph, statistics, nnx.State({"scale": nnx.Param(scale), "bias": nnx.Param(bias)}), copy=True)
+        return jax.nn.relu(model(x))
+
+    wanted, wanted_pullback = jax.vjp(reference, x, scale, bias)
+    value, pullback = jax.vjp(lambda *arguments: layers.batch_norm_relu(*arguments)[0], x, scale, bias)
+    assert_close(value, wanted)
+    for gradient, wanted_gradient in zip(pullback(cotangent), wanted_pullback(cotangent), strict=True):
+        assert_close(gradient, wanted_gradient)
+    flax(x)
+    ours(jnp.asarray(x))
+    assert_close(ours.mean[...], flax.mean[...])
+    assert_close(ours.var[...], flax.var[...])
+
+
+def test_batch_norm_relu_of_a_constant_channel_is_finite():
+    """Rounding could make the variance negative."""
+    x = np.full((1, 4, 4, 4, 2), 1000.1, np.float32)
+    value, pullback = jax.vjp(lambda x: layers.batch_norm_relu(x, np.ones(2), np.ones(2))[0], x)
+    assert np.isfinite(value).all()
+    assert np.isfinite(pullback(jnp.ones_like(value))[0]).all()
+
+
+def test_convolution_without_onednn_is_the_same(monkeypatch):
+    """On several devices, other processors and other releases of jaxlib."""
+    x, weights, cotangent = normal(0, 2, 6, 5, 7, 3), normal(1, 4, 3, 3, 3, 3), normal(2, 2, 6, 5, 7, 4)
+
+    def both_directions():
+        value, pullback = jax.vjp(lambda x, w: layers.convolution(x, w), x, weights)
+        return value, *pullback(cotangent)
+
+    with_onednn = both_directions()
+    monkeypatch.setattr(layers, "has_onednn", lambda: False)
+    jax.clear_caches()
+    for value, wanted in zip(both_directions(), with_onednn, strict=True):
+        assert_close(value, wanted)
+
+
 def test_upsampling_keeps_a_linear_ramp():
     n = 4
     coarse = np.arange(-1, n + 1) + 0.5  # centres in coarse voxels, with the halo

@@ -56,7 +56,7 @@ def drawn(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
-        fan_in = leaf.shape[0] if leaf.shape[1:4] == (2, 2, 2) else np.prod(leaf.shape[:-1])
+        fan_in = leaf.shape[-1] if leaf.shape[:3] == (2, 2, 2) else np.prod(leaf.shape[1:])
         values = rng.normal(0, np.sqrt(2 / fan_in), leaf.shape) if leaf.ndim > 1 else rng.uniform(0.5, 1, leaf.shape)
         return jnp.asarray(values, leaf.dtype)
 
@@ -95,14 +95,17 @@ class Recorder:
 
     levels: list = []  # noqa: RUF012 (one list for all levels)
 
-    def __init__(self, predictor, native, level, factor):
-        self.mask = None
-        self.chunks = {}
+    def __init__(self, native, level, factor, axes, plane):
+        self.chunks, self.axes = {}, axes
         Recorder.levels.append(self)
 
-    def add(self, z, chunk, axes):
-        self.chunks[z] = np.asarray(chunk)
-        self.axes = axes
+    def watch(self, chunks):
+        for z, chunk in chunks:
+            self.chunks[z] = np.array(chunk)
+            yield z, chunk
+
+    def mask(self):
+        return None
 
     def maps(self) -> np.ndarray:
         """Over the voxels that the level had to predict."""
@@ -117,11 +120,9 @@ def tiled_maps(predictor: Predictor, voxels, factors, monkeypatch, *, half: bool
     """Every level's maps; the context between levels in single precision unless `half`, as it really is."""
     Recorder.levels = []
     with monkeypatch.context() as patch:
-        patch.setattr(predictor_module, "_MaskWriter", Recorder)
+        patch.setattr(predictor_module, "MaskWriter", Recorder)
         if not half:
-            empty = predictor._empty_maps
-            patch.setattr(predictor_module, "_as_half", lambda chunk: chunk)
-            patch.setattr(predictor, "_empty_maps", lambda axes: empty(axes).astype(np.float32))
+            patch.setattr(Predictor, "MAPS", jnp.float32)
         predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
     return [level.maps() for level in Recorder.levels]
 

@@ -1,13 +1,17 @@
-"""Masks of whole scans: tile by tile, level by level, through programs that are compiled once.
+"""Masks of whole scans: tile by tile, all levels hand in hand, through programs that are compiled once.
 
-A level is predicted in rows of tiles along z. The softmax maps of one row add up on the device in a canvas of fixed
-size;
-planes that no later row touches leave it in chunks: as maps for the next level's context, or enlarged to the scan's own
-grid and reduced to a mask, a few planes at a time. Neither device nor host ever holds K volumes at full resolution.
+Each level goes down the scan in rows of tiles. The softmax maps of a row add up on the device in slabs of fixed size.
+A slab that no later row touches leaves as a chunk of finished maps: to the level's mask, and to the next level, which
+asks for no more of them than its own next row lies on. So neither the device's memory, nor the host's beyond the scan,
+its downsampled images and the masks, grows with the scan's length.
+
+Nothing in the loop over tiles waits for the device.
 """
 
+import collections
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,17 +24,12 @@ from jax import lax
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store import AIR
 from autocontext_jax.geometry import Triple, level_shape
-from autocontext_jax.inference.tiling import (
-    AxisTiles,
-    Blend,
-    gaussian,
-    largest_extents,
-    native_lookup,
-    pyramid_tiles,
-)
+from autocontext_jax.inference.masks import MaskWriter, native_masks
+from autocontext_jax.inference.tiling import Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles
+from autocontext_jax.models.layers import compiler_options
 from autocontext_jax.models.pyramid import Pyramid
 
-LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]
+Chunks = Iterator[tuple[int, jax.Array]]  # z of the first plane in level voxels, [stride, canvas y, canvas x, K]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Predictor:
       align: what tile starts must be a multiple of: the network's divisor.
     """
 
-    # Native planes that are enlarged and reduced at a time.
-    GROUP = 8
+    # What maps are kept in between levels.
+    MAPS = jnp.float16
 
     def __init__(self, model: Pyramid, config: PredictorConfig, *, align: int, blend: Blend | None = None):
         self.config = config
@@ -90,7 +89,7 @@ class Predictor:
           voxels: [D, H, W] int16 HU, canonical.
           factors: for each level, coarsest first, native voxels per voxel along (z, y, x).
           levels: whose masks are wanted; () or None means the finest's.
-          progress: called with the tiles done and their total, after each row of tiles.
+          progress: called with the tiles handed to the device and their total, after each row of tiles.
 
         Returns:
           For each wanted level its mask [D, H, W] uint8 on the scan's grid.
@@ -98,35 +97,34 @@ class Predictor:
         wanted = levels or (self._levels,)
         # Coarser grids are exact halves of the finest: a tile's context always lies on them.
         finest = level_shape(_shape(voxels), factors[-1])
-        plan = pyramid_tiles(finest, self._levels, self._blend, stride=self._stride, align=self._align)
+        plan = pyramid_tiles(finest, self._levels, self._blend, stride=self._stride, align=self._align)[: max(wanted)]
         self._reserve(_shape(voxels), factors[-1])
-        tiles = [int(np.prod([len(axis.starts) for axis in level])) for level in plan]
+        total = sum(int(np.prod([len(axis.starts) for axis in axes])) for axes in plan)
         done = 0
 
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            progress(done, sum(tiles))
+            progress(done, total)
 
-        masks: dict[int, np.ndarray] = {}
-        maps: np.ndarray | None = None
-        for level, (axes, factor) in enumerate(zip(plan, factors, strict=True), start=1):
+        writers: dict[int, MaskWriter] = {}
+        streams: list[Chunks] = []
+        for level, (axes, factor) in enumerate(zip(plan, factors, strict=False), start=1):
             image = downsample_image(voxels, factor)
-            last = level == self._levels
-            coarser, maps = maps, None if last else self._empty_maps(axes)
-            writer = _MaskWriter(self, voxels.shape, image.shape, factor) if level in wanted else None
-            for z, chunk in self._chunks(level, image, axes, coarser, plan, advance):
-                if maps is not None:
-                    _place(maps, np.asarray(_as_half(chunk)), z, axes)
-                if writer is not None:
-                    writer.add(z, chunk, axes)
-            if writer is not None:
-                masks[level] = writer.mask
-        return masks
+            context = _Context(streams[-1], plan[level - 2], self._stride, self.config.tile) if streams else None
+            chunks = self._chunks(level, image, axes, context, advance)
+            if level in wanted:
+                writers[level] = MaskWriter(_shape(voxels), _shape(image), factor, axes, self._plane)
+                chunks = writers[level].watch(chunks)
+            streams.append(chunks)
+        # The finest level draws the coarser ones along; what it did not ask for of them comes after.
+        for chunks in reversed(streams):
+            collections.deque(chunks, maxlen=0)
+        return {level: writer.mask() for level, writer in writers.items()}
 
     def compilations(self) -> int:
         """Programs compiled so far, for tests and for whoever wonders."""
-        jitted: list[Any] = [*self._add_tile, _shift, _as_half, _native_masks]
+        jitted: list[Any] = [*self._add_tile, _cleared, native_masks]
         return sum(program._cache_size() for program in jitted)
 
     def _reserve(self, shape: Triple, factors: tuple[float, float, float]) -> None:
@@ -148,129 +146,105 @@ class Predictor:
         level: int,
         image: np.ndarray,
         axes: LevelTiles,
-        coarser: np.ndarray | None,
-        plan: tuple[LevelTiles, ...],
+        context: "_Context | None",
         advance: Callable[[int], None] = lambda tiles: None,
-    ) -> Iterator[tuple[int, jax.Array]]:
-        """Finished maps of one level from top to bottom: (z of the first plane, [stride, canvas y, canvas x, K])."""
+    ) -> Chunks:
+        """Finished maps of one level from top to bottom, as they are asked for; each lasts until the next is."""
         tile, stride = self.config.tile, self._stride
         z_axis, y_axis, x_axis = axes
-        canvas = jnp.zeros((tile, *self._canvas[level - 1], self._classes), jnp.float32)
+        slabs = tuple(
+            jnp.zeros((stride, *self._canvas[level - 1], self._classes), jnp.float32) for _ in range(-(-tile // stride))
+        )
         for z_start, z_weights in zip(z_axis.starts, z_axis.weights, strict=True):
+            start = (int(z_start), int(y_axis.starts[0]), int(x_axis.starts[0]))
+            maps, first = (None, None) if context is None else context.under(start)
             for y_start, y_weights in zip(y_axis.starts, y_axis.weights, strict=True):
                 for x_start, x_weights in zip(x_axis.starts, x_axis.weights, strict=True):
-                    start = (int(z_start), int(y_start), int(x_start))
-                    canvas = self._add_tile[level - 1](
-                        canvas,
-                        self._state,
-                        crop(image, start, (tile,) * 3, AIR),
-                        None if coarser is None else self._context(coarser, start, plan[level - 2]),
-                        (z_weights, y_weights, x_weights),
-                        (start[1] - y_axis.starts[0], start[2] - x_axis.starts[0]),
-                    )
-            rows = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - int(z_start)) // stride)
-            for row in range(rows):
-                yield int(z_start) + row * stride, canvas[:stride]
-                canvas = _shift(canvas, stride)
+                    piece = crop(image, (start[0], int(y_start), int(x_start)), (tile,) * 3, AIR)
+                    corner = np.array([0, y_start - start[1], x_start - start[2]], np.int32)
+                    under = None if first is None else first + corner // 2
+                    weights = np.stack([z_weights, y_weights, x_weights])
+                    slabs = self._add_tile[level - 1](slabs, self._state, piece, maps, weights, corner, under)
             advance(len(y_axis.starts) * len(x_axis.starts))
-
-    def _context(self, maps: np.ndarray, start: Triple, coarser: LevelTiles) -> np.ndarray:
-        """The coarser level's maps under a tile, with their halo of one voxel."""
-        first = [s // 2 - 1 - axis.low for s, axis in zip(start, coarser, strict=True)]
-        size = self.config.tile // 2 + 2
-        return maps[tuple(slice(f, f + size) for f in first)]
-
-    def _empty_maps(self, axes: LevelTiles) -> np.ndarray:
-        """Room for a level's maps over the region that the next level needs, in half precision."""
-        return np.zeros((*(axis.high - axis.low for axis in axes), self._classes), np.float16)
+            rows = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - start[0]) // stride)
+            for number in range(rows):
+                finished, *others = slabs
+                yield start[0] + number * stride, finished
+                slabs = (*others, _cleared(finished))
 
     def _make_add_tile(self, level: int):
-        graph = self._graph
+        graph, tile, stride = self._graph, self.config.tile, self._stride
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def add_tile(canvas, state, image, maps, weights, corner):
+        @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
+        def add_tile(slabs, state, image, maps, weights, corner, under):
+            """Predicts one tile of a row and adds its maps to the slabs.
+
+            Args:
+              slabs: arrays [stride, canvas y, canvas x, K], one below the other.
+              state: of the model.
+              image: [T, T, T] int16 HU.
+              maps: the coarser level's chunks about the row, one below the other; None at level 1.
+              weights: [3, T], along z, y, x.
+              corner: [3], the tile's first voxel in the slabs, (0, y, x).
+              under: [3], the first voxel of its context in `maps`.
+            """
             model: Pyramid = nnx.merge(graph, state, copy=True)
-            logits = model.level(level, image[None], None if maps is None else maps[None])[0]
-            z, y, x = (w.reshape([-1 if i == axis else 1 for i in range(4)]) for axis, w in enumerate(weights))
-            blended = jax.nn.softmax(logits) * (z * y * x)
-            where = (0, *corner, 0)
-            return lax.dynamic_update_slice(canvas, lax.dynamic_slice(canvas, where, blended.shape) + blended, where)
+            context = None if maps is None else _window(maps, under, tile // 2 + 2)[None]
+            logits = model.level(level, image[None], context)[0]
+            z, y, x = weights
+            blended = _weighted_softmax(logits, z[:, None, None] * y[:, None] * x)
+            where, added = (*corner, 0), []
+            for number, slab in enumerate(slabs):
+                part = blended[number * stride : (number + 1) * stride]
+                added.append(lax.dynamic_update_slice(slab, lax.dynamic_slice(slab, where, part.shape) + part, where))
+            return tuple(added)
 
         return add_tile
 
 
-class _MaskWriter:
-    """Turns a level's chunks of maps, as they come, into a mask on the scan's own grid."""
+class _Context:
+    """The coarser level's maps about a row of tiles: as few chunks as always hold them, moving down with the rows."""
 
-    def __init__(self, predictor: Predictor, native: tuple[int, ...], level: tuple[int, ...], factor):
-        self.mask = np.zeros(native, np.uint8)
-        self._lookups = [native_lookup(n, f, size) for n, f, size in zip(native, factor, level, strict=True)]
-        self._plane, self._group = predictor._plane, predictor.GROUP
-        self._done = 0
-        self._previous: jax.Array | None = None
+    def __init__(self, chunks: Chunks, axes: LevelTiles, stride: int, tile: int):
+        self._source, self._axes, self._stride = chunks, axes, stride
+        self._size = tile // 2 + 2
+        self._count = (self._size + stride - 2) // stride + 1  # the first of them may begin at a chunk's last plane
+        self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
+        self._end = int(axes[0].starts[0])  # of the chunks held, level voxels
 
-    def add(self, z: int, chunk: jax.Array, axes: LevelTiles) -> None:
-        """Writes the native planes that this chunk completes.
-
-        Args:
-          z: of the chunk's first plane, level voxels.
-          chunk: [stride, canvas y, canvas x, K].
-          axes: the level's tiles, which say where the canvas begins.
-        """
-        before = chunk[:1] if self._previous is None else self._previous
-        planes = jnp.concatenate([before, chunk])  # planes z - 1 ... z + stride - 1
-        self._previous = chunk[-1:]
-        z_low, z_weight = self._lookups[0]
-        # A native plane is ready when both its level planes are there; past the scan's last plane, all are.
-        have = z + chunk.shape[0]
-        end = int(np.searchsorted(z_low, have - 1)) if have < axes[0].high else len(z_low)
-        in_plane = []
-        for (low, weight), axis in zip(self._lookups[1:], axes[1:], strict=True):
-            in_plane += [_padded(low - int(axis.starts[0]), self._plane), _padded(weight, self._plane)]
-        height, width = self.mask.shape[1:]
-        for first in range(self._done, end, self._group):
-            last = min(first + self._group, end)
-            slab = _native_masks(
-                planes,
-                _padded(z_low[first:last] - (z - 1), self._group),
-                _padded(z_weight[first:last], self._group),
-                *in_plane,
-            )
-            self.mask[first:last] = np.asarray(slab)[: last - first, :height, :width]
-        self._done = max(self._done, end)
+    def under(self, start: Triple) -> tuple[tuple[jax.Array, ...], np.ndarray]:
+        """The chunks, and where the context of a tile that starts at `start` of the finer level lies in them."""
+        first = np.array([s // 2 - 1 for s in start], np.int32)  # a halo of one voxel
+        while self._end < first[0] + self._size:
+            z, chunk = next(self._source)
+            self._held.append(jnp.array(chunk, Predictor.MAPS))
+            self._end = z + self._stride
+        # Short of chunks at the top: the first stands in for those that would lie above it.
+        held = (self._held[0],) * (self._count - len(self._held)) + tuple(self._held)
+        origin = (self._end - self._count * self._stride, *(int(axis.starts[0]) for axis in self._axes[1:]))
+        return held, first - np.array(origin, np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _shift(canvas: jax.Array, stride: int) -> jax.Array:
-    """Drops the first planes of a canvas and appends empty ones."""
-    return jnp.concatenate([canvas[stride:], jnp.zeros_like(canvas[:stride])])
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _cleared(slab: jax.Array) -> jax.Array:
+    """Zeros in a slab's own memory."""
+    return jnp.zeros_like(slab)
 
 
-@jax.jit
-def _as_half(chunk: jax.Array) -> jax.Array:
-    return chunk.astype(jnp.float16)
+def _window(maps: tuple[jax.Array, ...], first: jax.Array, size: int) -> jax.Array:
+    """[size, size, size, K] at `first` [3] of arrays [n, y, x, K] one below the other."""
+    below = [lax.dynamic_slice(m, (0, first[1], first[2], 0), (m.shape[0], size, size, m.shape[3])) for m in maps]
+    return lax.dynamic_slice_in_dim(jnp.concatenate(below), first[0], size)
 
 
-@jax.jit
-def _native_masks(planes, z_low, z_weight, y_low, y_weight, x_low, x_weight) -> jax.Array:
-    """The class of the largest linearly interpolated map at each native voxel.
+def _weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
+    """Softmax over the last axis of [z, y, x, K], times [z, y, x].
 
-    `planes` are [n, canvas y, canvas x, K]; the lookups are `tiling.native_lookup`'s: [GROUP] along z into `planes`,
-    [plane] along y and x into the canvas. The result is [GROUP, plane, plane] uint8.
+    Class by class: XLA takes three times as long on the CPU to reduce over an axis as short as K.
     """
-
-    def between(maps, low, weight, axis):
-        here = jnp.take(maps, low, axis=axis, mode="clip")
-        after = jnp.take(maps, low + 1, axis=axis, mode="clip")
-        return here + weight.reshape([-1 if i == axis else 1 for i in range(maps.ndim)]) * (after - here)
-
-    def one_plane(lookup):
-        low, weight = lookup
-        maps = planes[low] + weight * (planes[jnp.minimum(low + 1, planes.shape[0] - 1)] - planes[low])
-        maps = between(between(maps, y_low, y_weight, 0), x_low, x_weight, 1)
-        return jnp.argmax(maps, axis=-1).astype(jnp.uint8)
-
-    return lax.map(one_plane, (z_low, z_weight))
+    classes = range(logits.shape[-1])
+    powers = jnp.exp(logits - functools.reduce(jnp.maximum, (logits[..., k] for k in classes))[..., None])
+    return powers * (weights / functools.reduce(operator.add, (powers[..., k] for k in classes)))[..., None]
 
 
 def crop(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], fill: int) -> np.ndarray:
@@ -281,21 +255,6 @@ def crop(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], fill
     target = tuple(slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, inside.shape, strict=True))
     out[target] = inside
     return out
-
-
-def _place(maps: np.ndarray, chunk: np.ndarray, z: int, axes: LevelTiles) -> None:
-    """Copies the part of a canvas chunk that the next level needs into its maps."""
-    z_axis, y_axis, x_axis = axes
-    first, last = max(z, z_axis.low), min(z + len(chunk), z_axis.high)
-    if first < last:
-        y, x = (axis.low - axis.starts[0] for axis in (y_axis, x_axis))
-        height, width = maps.shape[1:3]
-        maps[first - z_axis.low : last - z_axis.low] = chunk[first - z : last - z, y : y + height, x : x + width]
-
-
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    """`values` with their last repeated to a fixed size."""
-    return np.pad(values, (0, size - len(values)), mode="edge")
 
 
 def _shape(volume: np.ndarray) -> Triple:

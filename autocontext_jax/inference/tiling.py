@@ -2,7 +2,7 @@
 
 Tiles of one level stand on a regular grid, so that blending weights are products of one axis's weights and so is their
 sum: divided by it beforehand, weighted maps simply add up to a partition of unity and no second array is needed.
-  Positions are voxels of the level's grid and may be negative: tiles at a scan's edge reach into air.
+Positions are voxels of the level's grid and may be negative: tiles at a scan's edge reach into air.
 """
 
 import dataclasses
@@ -52,6 +52,9 @@ class AxisTiles:
         return int(self.starts[-1] - self.starts[0]) + self.weights.shape[1]
 
 
+LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]  # along z, y, x
+
+
 def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) -> AxisTiles:
     """Covers [low, high) with as few tiles as the stride allows, centred.
 
@@ -82,9 +85,7 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
     return AxisTiles(low, high, starts, np.stack(rows).astype(np.float32))
 
 
-def pyramid_tiles(
-    finest: Triple, levels: int, blend: Blend, *, stride: int, align: int
-) -> tuple[tuple[AxisTiles, AxisTiles, AxisTiles], ...]:
+def pyramid_tiles(finest: Triple, levels: int, blend: Blend, *, stride: int, align: int) -> tuple[LevelTiles, ...]:
     """Tiles of every level, coarsest first, so that each tile finds the coarser level predicted wherever it lies.
 
     Args:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -15,8 +16,11 @@ from autocontext_jax.evaluation.metrics import dice_scores
 from autocontext_jax.jobs.config import settings
 from autocontext_jax.jobs.prepare import Data
 from autocontext_jax.jobs.restore import restore_predictor
+from autocontext_jax.jobs.stages import in_stages
 
 log = logging.getLogger(__name__)
+
+Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its label
 
 
 def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
@@ -47,24 +51,33 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
     for folder in ("predictions", "pictures"):
         (workdir / folder).mkdir(exist_ok=True)
 
-    results, bad = {}, []
-    for case in tqdm(cases, desc="evaluate", unit="scan"):
+    def read(case: Case) -> Labelled:
         assert case.label is not None
-        try:
-            scan = scans.read_scan(case.image)
-            truth = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
-        except UserError as error:
-            bad.append(str(error))
-            continue
-        masks = predictor.masks(scan.voxels, settings(config).level_factors(scan.spacing), levels=every_level)
+        scan = scans.read_scan(case.image)
+        return scan, scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
+
+    def masks_of(case: Case, labelled: Labelled) -> tuple[Labelled, dict[int, np.ndarray]]:
+        scan, _ = labelled
+        factors = settings(config).level_factors(scan.spacing)
+        return labelled, predictor.masks(scan.voxels, factors, levels=every_level)
+
+    def score(case: Case, made: tuple[Labelled, dict[int, np.ndarray]]) -> dict:
+        (scan, truth), masks = made
         scans.write_mask(workdir / "predictions" / f"{case.name}.nii.gz", masks[levels], scan.grid)
-        results[case.name] = {
-            f"level_{level}": {organ: {"dice": dice} for organ, dice in dice_scores(mask, truth, organs).items()}
-            for level, mask in masks.items()
-        }
         columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
         path = workdir / "pictures" / f"{case.name}.png"
         pictures.figure(path, scan.voxels, columns, organs, scan.spacing, title=case.name)
+        return {
+            f"level_{level}": {organ: {"dice": dice} for organ, dice in dice_scores(mask, truth, organs).items()}
+            for level, mask in masks.items()
+        }
+
+    results, bad = {}, []
+    for case, outcome in tqdm(in_stages(cases, read, masks_of, score), total=len(cases), desc="evaluate", unit="scan"):
+        if isinstance(outcome, UserError):
+            bad.append(str(outcome))
+        else:
+            results[case.name] = outcome
 
     if results:
         result = report.evaluation(results, organs)

@@ -4,6 +4,7 @@ import collections
 import logging
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -11,8 +12,11 @@ from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.config import settings
 from autocontext_jax.jobs.restore import restore_predictor
+from autocontext_jax.jobs.stages import in_stages
 
 log = logging.getLogger(__name__)
+
+Job = tuple[Path, Path]  # a scan and where its mask goes
 
 
 def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bool:
@@ -45,24 +49,34 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
 
     predictor, labels = restore_predictor(config, workdir)
     bad: list[str] = []
-    bar = tqdm(zip(inputs, outputs, strict=True), total=len(inputs), desc="predict", unit="scan")
+
+    def read(job: Job) -> scans.Scan:
+        path, _ = job
+        scan = scans.read_scan(path)
+        if not scans.looks_like_ct(scan.voxels):
+            log.warning("%s does not look like CT in HU: its values are %d to %d",
+                            path, scan.voxels.min(), scan.voxels.max())  # fmt: skip
+        return scan
+
+    def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
+        factors = settings(config).level_factors(scan.spacing)
+        return predictor.masks(scan.voxels, factors, progress=show_tiles)[len(factors)], scan.grid
+
+    def write(job: Job, made: tuple[np.ndarray, scans.Grid]) -> None:
+        _, output = job
+        scans.write_mask(output, *made)
+
+    jobs = list(zip(inputs, outputs, strict=True))
+    bar = tqdm(in_stages(jobs, read, mask_of, write), total=len(jobs), desc="predict", unit="scan")
 
     def show_tiles(done: int, total: int) -> None:
         bar.set_postfix_str(f"{done} of {total} tiles")
 
-    for path, output in bar:
-        try:
-            scan = scans.read_scan(path)
-            if not scans.looks_like_ct(scan.voxels):
-                log.warning("%s does not look like CT in HU: its values are %d to %d",
-                                path, scan.voxels.min(), scan.voxels.max())  # fmt: skip
-            factors = settings(config).level_factors(scan.spacing)
-            mask = predictor.masks(scan.voxels, factors, progress=show_tiles)[len(factors)]
-            scans.write_mask(output, mask, scan.grid)
-        except UserError as error:
+    for _, outcome in bar:
+        if isinstance(outcome, UserError):
             if not many:
-                raise
-            bad.append(str(error))
+                raise outcome
+            bad.append(str(outcome))
     if not many:
         print(f"{outputs[0]}: {', '.join(labels[1:])} = 1 to {len(labels) - 1}")
     for message in bad:

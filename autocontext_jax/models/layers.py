@@ -18,6 +18,16 @@ from jax import lax
 ONEDNN_RELEASES = ("0.10.2",)
 
 
+def compiler_options(platform: str) -> dict[str, bool]:
+    """What XLA is told for programs of these layers, for `jax.jit` or `compile`.
+
+    Args:
+      platform: of the devices, such as `jax.default_backend()` gives it.
+    """
+    # Else it puts channels first for 3D convolutions, which costs transposes around them and inside cuDNN.
+    return {"xla_gpu_force_conv_nhwc": True} if platform in ("gpu", "cuda") else {}
+
+
 def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """XLA's own 3D convolution, zero-padded to the same size.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
+from autocontext_jax.models.layers import compiler_options
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.training.losses import LossConfig, overlap_counts, total_loss
 
@@ -82,7 +83,7 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, statistics, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnames="state")
+    return jax.jit(step, donate_argnames="state", compiler_options=compiler_options(jax.default_backend()))
 
 
 def make_validation_step(
@@ -99,7 +100,7 @@ def make_validation_step(
         slices = tuple(jnp.argmax(level[:, level.shape[1] // 2], axis=-1).astype(jnp.uint8) for level in logits)
         return Metrics(total, losses, _counts(logits, batch)), slices
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=compiler_options(jax.default_backend()))
 
 
 def inference_model(graph: nnx.GraphDef, params: Any, statistics: Any) -> Pyramid:

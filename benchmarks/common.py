@@ -1,0 +1,78 @@
+"""What every benchmark shares: the model it measures, side-by-side timing, and how results are printed."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
+from autocontext_jax.models.unet import UNet, UNetConfig
+
+
+def make_pyramid(*, levels: int, classes: int, width: int, dtype: str = "float32") -> Pyramid:
+    """The pyramid of 3D U-Nets that the jobs train, with fresh parameters."""
+    network = UNetConfig(width=width, dtype=dtype)
+    config = PyramidConfig(levels=levels, classes=classes)
+    return Pyramid(config, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(0))
+
+
+def side_by_side(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn (A B A B ...) after one call each to warm up, so that noise meets all alike.
+
+    What a call returns is waited for if it is a JAX array or holds some.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times as fast ours is: the median over rounds of theirs / ours."""
+    return float(np.median(np.divide(theirs, ours)))
+
+
+def peak_gb() -> float:
+    """Largest resident memory of this process so far, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def machine(*packages: str) -> dict[str, str]:
+    """What the numbers were measured on: processor, device, versions of Python, JAX and the given packages."""
+    names = ("jax", "flax", *packages)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "processor": f"{processor or platform.processor()}, {len(os.sched_getaffinity(0))} cores",
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def report(rows: Sequence[dict[str, Any]], **about: Any) -> None:
+    """Prints rows as a Markdown table (columns are the first row's keys), then everything as one line of JSON."""
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |")
+    print("|" + " --- |" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |")
+    print(json.dumps({**about, "rows": list(rows)}))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
