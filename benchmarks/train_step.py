@@ -50,8 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("width", "32"), ("edge", "64"), ("batch", "3")):
         parser.add_argument(f"--{name}", type=_numbers, default=default)
-    for name, default in (("levels", 2), ("classes", 8), ("steps", 10), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, number in (("levels", 2), ("classes", 8), ("steps", 10), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--dtype", type=lambda text: text.split(","), default="float32")
     parser.add_argument("--data", default="", help="a prepared store of as many levels, or `phantoms`")
     parser.add_argument("--peers", action="store_true")
@@ -91,7 +91,7 @@ def measure(
 
     mesh = data_mesh(batch)
     sharding = batch_sharding(mesh)
-    synthetic = jax.device_put(Batch(images, labels), sharding)
+    synthetic = Batch(jax.device_put(images, sharding), jax.device_put(labels, sharding))
     optimizer = optax.adam(1e-3)
     graph, state = create_state(pyramid, optimizer)
     # A copy even where nothing moves: the first step takes its arguments' memory.
@@ -112,7 +112,8 @@ def measure(
     if cases:
         feed_config = FeedConfig(batch=batch, edge=edge, spatial=SpatialLimits())
         feed = Feed(cases, feed_config, seed=0, sharding=sharding)
-        calls["fed"] = lambda feed=feed: train(Batch(*next(feed)))
+        fed = iter(feed)
+        calls["fed"] = lambda: train(Batch(*next(fed)))
     if rivals:
         losses = {name: call() for name, call in rivals["train"].items()}
         assert all(abs(loss - first_loss) < 1e-4 for loss in losses.values()), (first_loss, losses)
@@ -162,7 +163,8 @@ def in_turn(calls: Calls, *, steps: int, lead_in: int, rounds: int) -> dict[str,
 def convolution_flops(pyramid: Pyramid, edge: int) -> int:
     """FLOPs in convolutions and deconvolutions of one pyramid patch's forward pass: two a multiplication."""
     total = 0
-    for network in pyramid.networks:
+    networks: Sequence[Any] = pyramid.networks
+    for network in networks:
         for resolution, blocks in enumerate(network.analysis):
             total += sum(block.layer.kernel[...].size for block in blocks) * (edge >> resolution) ** 3
         for resolution, (up, *blocks) in enumerate(reversed(network.synthesis)):

@@ -155,7 +155,7 @@ def test_batch_norm_relu_equals_flaxs_with_its_gradients():
     x, cotangent = 3 + 2 * normal(0, 2, 3, 4, 5, 6), normal(1, 2, 3, 4, 5, 6)
     scale, bias = normal(2, 6), normal(3, 6)
     flax = nnx.BatchNorm(6, use_running_average=False, epsilon=layers.EPSILON, momentum=0.9, rngs=nnx.Rngs(0))
-    ours = layers.BatchNormReLU(6, momentum=0.9, rngs=nnx.Rngs(0))
+    ours = layers.BatchNormReLU(6, momentum=0.9)
     graph, statistics = nnx.split(flax, nnx.BatchStat, ...)[:2]
 
     def reference(x, scale, bias):

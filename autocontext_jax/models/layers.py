@@ -312,13 +312,28 @@ class Deconvolution(nnx.Module):
         return flat.reshape(*x.shape[:4], 8, -1)
 
 
-class BatchNormReLU(nnx.BatchNorm):
+class BatchNormReLU(nnx.Module):
     """Batch normalisation and a ReLU in one, with statistics over the global batch, in float32.
 
     A layer of the network moves its activations through memory eight times: three forward (statistics, and in and out
     to normalise), five backward (twice the input and the gradient, once the result). Left to itself, the compiler keeps
     the mask, the normalised values and partial gradients, and needs up to twice as many.
+
+    Args:
+      channels: C.
+      momentum: of the running averages, which `nnx.view(model, use_running_average=True)` puts in the statistics' place.
     """
+
+    def __init__(self, channels: int, *, momentum: float):
+        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(channels)), nnx.BatchStat(jnp.ones(channels))
+        self.momentum = momentum
+        self.use_running_average = False
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, C] -> the same shape and type."""

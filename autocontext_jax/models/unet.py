@@ -36,10 +36,10 @@ class UNetConfig:
 class Block(nnx.Module):
     """A layer, its normalisation and a ReLU."""
 
-    def __init__(self, layer: nnx.Module, channels: int, config: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, layer: nnx.Module, channels: int, config: UNetConfig):
         self.layer = layer
         batch = config.norm == "batch"
-        self.norm = layers.BatchNormReLU(channels, momentum=config.momentum, rngs=rngs) if batch else None
+        self.norm = layers.BatchNormReLU(channels, momentum=config.momentum) if batch else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, C] -> what the layer gives."""
@@ -57,10 +57,10 @@ class UNet(nnx.Module):
     def __init__(self, inputs: int, classes: int, config: UNetConfig, *, rngs: nnx.Rngs):
         def conv(channels_in: int, channels_out: int) -> Block:
             layer = layers.Convolution(channels_in, channels_out, bias=config.norm == "none", rngs=rngs)
-            return Block(layer, channels_out, config, rngs=rngs)
+            return Block(layer, channels_out, config)
 
         def deconv(channels: int) -> Block:
-            return Block(layers.Deconvolution(channels, channels, rngs=rngs), channels, config, rngs=rngs)
+            return Block(layers.Deconvolution(channels, channels, rngs=rngs), channels, config)
 
         self.dtype = config.dtype
         analysis, synthesis = [], []
