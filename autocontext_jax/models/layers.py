@@ -321,7 +321,7 @@ class BatchNormReLU(nnx.Module):
 
     Args:
       channels: C.
-      momentum: of the running averages, which `nnx.view(model, use_running_average=True)` puts in the statistics' place.
+      momentum: of the running averages, which `nnx.view(model, use_running_average=True)` puts in their place.
     """
 
     def __init__(self, channels: int, *, momentum: float):
