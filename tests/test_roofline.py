@@ -1,0 +1,112 @@
+"""The roofline's reading of compiled programs, on programs small enough to count by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import roofline
+import targets
+from jax import lax
+
+GPU = """HloModule jit_step, is_scheduled=true
+
+%fused (p0: bf16[4,10], p1: f32[10]) -> bf16[2,10] {
+  %p0 = bf16[4,10]{1,0} parameter(0)
+  %part = bf16[2,10]{1,0} slice(%p0), slice={[0:2], [0:10]}
+  %p1 = f32[10]{0} parameter(1)
+  %wide = f32[2,10]{1,0} broadcast(%p1), dimensions={1}
+  %narrow = bf16[2,10]{1,0} convert(%wide)
+  ROOT %sum = bf16[2,10]{1,0} add(%part, %narrow)
+}
+
+ENTRY %main (a: bf16[1,8,8,8,4], k: bf16[6,3,3,3,4], x: bf16[4,10], b: f32[10]) -> bf16[2,10] {
+  %a = bf16[1,8,8,8,4]{4,3,2,1,0} parameter(0)
+  %k = bf16[6,3,3,3,4]{4,3,2,1,0} parameter(1)
+  %x = bf16[4,10]{1,0} parameter(2)
+  %b = f32[10]{0} parameter(3)
+  %conv = (bf16[1,8,8,8,6]{4,3,2,1,0}, u8[0]{0}) custom-call(%a, %k), window={size=3x3x3 pad=1_1x1_1x1_1}, dim_labels=b012f_o012i->b012f, custom_call_target="__cudnn$convForward", metadata={op_name="jit(step)/conv"}
+  %out = bf16[1,8,8,8,6]{4,3,2,1,0} get-tuple-element(%conv), index=0
+  %turned = bf16[10,4]{1,0} transpose(%x), dimensions={1,0}
+  ROOT %fusion = bf16[2,10]{1,0} fusion(%x, %b), kind=kLoop, calls=%fused
+}
+"""  # noqa: E501
+
+
+def test_bytes_flops_and_kinds_of_a_program_by_hand():
+    costs = {cost.instruction.name: cost for cost in hlo.costs(hlo.parse(GPU))}
+    assert list(costs) == ["conv", "turned", "fusion"]
+    voxels, taps = 8**3, 27
+    assert costs["conv"].kind == hlo.FORWARD
+    assert costs["conv"].bytes == 2 * (voxels * 4 + 6 * taps * 4 + voxels * 6)
+    assert costs["conv"].flops == 2 * voxels * 6 * taps * 4
+    assert costs["conv"].dtype == "bf16"
+    assert (costs["turned"].kind, costs["turned"].bytes) == (hlo.LAYOUT, 2 * 40 * 2)
+    # Of %x only the slice is read.
+    assert (costs["fusion"].kind, costs["fusion"].bytes) == (hlo.ELEMENTWISE, 20 * 2 + 10 * 4 + 20 * 2)
+
+
+def test_a_compiled_program_has_the_flops_of_its_convolution_and_names_its_source():
+    def function(x, k):
+        y = lax.conv_general_dilated(x, k, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "ODHWI", "NDHWC"))
+        return jnp.sum(y * y)
+
+    shapes = jax.ShapeDtypeStruct((1, 6, 6, 6, 2), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 3, 2), jnp.float32)
+    module = hlo.parse(jax.jit(function).lower(*shapes).compile().as_text())
+    costs = hlo.costs(module)
+    convolutions = [cost for cost in costs if cost.kind == hlo.FORWARD]
+    assert sum(cost.flops for cost in costs) == 2 * 6**3 * 27 * 2 * 3
+    assert len(convolutions) == 1
+    assert Path(module.source(convolutions[0].origin)[0][0]).name == Path(__file__).name
+
+
+def test_a_loop_costs_its_trips():
+    def function(x):
+        return lax.fori_loop(0, 5, lambda i, x: jnp.sin(x) + i, x)
+
+    compiled = jax.jit(function).lower(jax.ShapeDtypeStruct((1024,), jnp.float32)).compile()
+    costs = hlo.costs(hlo.parse(compiled.as_text()))
+    assert sum(cost.bytes for cost in costs if cost.instruction.opcode == "fusion") >= 5 * 2 * 4096
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 6, 64])
+def test_the_largest_that_fits(most):
+    tried = []
+
+    def fits(number):
+        tried.append(number)
+        return number <= most
+
+    assert roofline.largest(fits, start=3) == most
+    assert len(tried) == len(set(tried))
+
+
+def test_roofline_takes_the_longer_of_computing_and_moving():
+    cost = hlo.costs(hlo.parse(GPU))[0]
+    h100, _ = targets.parse("h100")
+    assert roofline.roofline_seconds(cost, h100, 1) == max(cost.flops / h100.peak["bf16"], cost.bytes / h100.bandwidth)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("h100", ("h100", 1)), ("h100x8", ("h100", 8)), ("v5e-4", ("v5e", 4))])
+def test_names_of_targets(name, wanted):
+    assert targets.split_name(name) == wanted
+
+
+@pytest.mark.parametrize("name", ["h100x3", "b200", "x8", ""])
+def test_an_unknown_target_ends_in_one_line(name):
+    script = Path(roofline.__file__)
+    run = subprocess.run([sys.executable, script, "--device", name], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "wanted one of h100" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
+def test_gpu_description_names_the_figures():
+    text = targets.gpu_text("a100")
+    assert "core_count: 108" in text
+    assert f"device_memory_size: {80 * 1024**3}" in text
+    assert np.isclose(targets.ACCELERATORS["a100"].usable, 0.75 * 80 * 1024**3)
