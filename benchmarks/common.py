@@ -14,6 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.jobs.config import default_config
+from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet, UNetConfig
 
@@ -23,6 +26,20 @@ def make_pyramid(*, levels: int, classes: int, width: int, dtype: str = "float32
     network = UNetConfig(width=width, dtype=dtype)
     config = PyramidConfig(levels=levels, classes=classes)
     return Pyramid(config, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(0))
+
+
+def prepared_cases(data: str, factors: tuple[float, ...], folder: Path) -> list[PreparedCase]:
+    """The cases of a prepared store; a data set's folder, or `phantoms`, is prepared in `folder` first."""
+    config = default_config()
+    config.levels.factors = factors
+    if data == "phantoms":
+        config.phantom = {"training": 4, "test": 0, "size": (128, 192, 192), "spacing": (3.0, 2.0, 2.0)}
+        data = prepare(config, folder).store
+    elif (Path(data) / "dataset.json").exists():
+        config.data.root = data
+        data = prepare(config, folder).store
+    names = sorted(path.name.removesuffix(".ome.zarr") for path in Path(data).glob("*.ome.zarr"))
+    return [PreparedCase.open(data, name, 2**28) for name in names]
 
 
 def side_by_side(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -8,9 +8,9 @@ comma-separated sizes is a row. Compilation is timed apart. FLOPs are counted by
 convolution or deconvolution at each voxel, times three for forward and both gradients; XLA's own count changes with the
 lowering. Memory is what the compiled program says (without the scratch of foreign calls).
 
---data FOLDER (a prepared store) or `phantoms` (prepared to a temporary folder) runs blocks of steps on batches from the
-real pipeline, augmented, in turn with blocks on the synthetic batch. What the feed read while others ran is used up
-before the clock starts. `feed` is the fed rate over the synthetic one: 1 means that the step never waits.
+--data FOLDER (a data set, or a prepared store) or `phantoms` runs blocks of steps on batches from the real pipeline,
+augmented, in turn with blocks on the synthetic batch. What the feed read while others ran is used up before the clock
+starts. `feed` is the fed rate over the synthetic one: 1 means that the step never waits.
 
 --peers runs the same network, loss and Adam in eager PyTorch on the CPU with all its cores, checks that both have the
 same loss, and takes the better of PyTorch's two memory layouts; then the forward pass in eval mode likewise. Ratios
@@ -30,13 +30,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from common import machine, make_pyramid, median_ratio, report
+from common import machine, make_pyramid, median_ratio, prepared_cases, report
 
 from autocontext_jax.data.pipeline import Feed, FeedConfig
 from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.geometry import SpatialLimits
-from autocontext_jax.jobs.config import default_config
-from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
@@ -53,7 +51,7 @@ def main() -> None:
     for name, number in (("levels", 2), ("classes", 8), ("steps", 10), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--dtype", type=lambda text: text.split(","), default="float32")
-    parser.add_argument("--data", default="", help="a prepared store of as many levels, or `phantoms`")
+    parser.add_argument("--data", default="", help="a data set, a prepared store of as many levels, or `phantoms`")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--device", default="", help="JAX's name of a platform; its own choice unless given")
     flags = parser.parse_args()
@@ -63,7 +61,8 @@ def main() -> None:
         print("PyTorch is not installed (pip install torch): ours is measured alone")
 
     with tempfile.TemporaryDirectory() as folder:
-        cases = prepared_cases(flags.data, flags.levels, Path(folder)) if flags.data else []
+        factors = tuple(2 ** (flags.levels - level) for level in range(flags.levels))
+        cases = prepared_cases(flags.data, factors, Path(folder)) if flags.data else []
         sizes = itertools.product(flags.width, flags.edge, flags.batch, flags.dtype)
         rows = [measure(*size, flags, cases=cases, peers=peers) for size in sizes]
     means = {}
@@ -173,17 +172,6 @@ def convolution_flops(pyramid: Pyramid, edge: int) -> int:
             total += kernels * (edge >> resolution) ** 3
         total += network.head.kernel[...].size * edge**3
     return 2 * total
-
-
-def prepared_cases(data: str, levels: int, folder: Path) -> list[PreparedCase]:
-    """The cases of a prepared store, or of phantoms prepared in `folder`."""
-    if data == "phantoms":
-        config = default_config()
-        config.phantom = {"training": 4, "test": 0, "size": (128, 192, 192), "spacing": (3.0, 2.0, 2.0)}
-        config.levels.factors = tuple(2 ** (levels - level) for level in range(levels))
-        data = prepare(config, folder).store
-    names = sorted(path.name.removesuffix(".ome.zarr") for path in Path(data).glob("*.ome.zarr"))
-    return [PreparedCase.open(data, name, 2**28) for name in names]
 
 
 def _torch_calls(pyramid: Pyramid, images: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Calls]:
