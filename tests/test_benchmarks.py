@@ -21,7 +21,7 @@ def run(script: str, *flags: str) -> dict:
 @pytest.mark.parametrize(
     ("script", "flags", "rows", "columns"),
     [
-        ("train_step.py", "--width 2 --edge 16 --batch 1,2 --steps 1 --rounds 1 --data phantoms", 2, ("pairs/s", "feed")),
+        ("train_step.py", "--width 2 --edge 16 --batch 1 --steps 1 --rounds 1 --data phantoms", 1, ("pairs/s", "feed")),
         ("input_pipeline.py", "--edge 16 --batch 2 --batches 2 --rounds 1 --factors 2 1", 6, ("pairs a second",)),
         ("predict_scan.py", "--slices 8 12 --size 32 --tile 16 --network trivial", 2, ("seconds",)),
     ],
