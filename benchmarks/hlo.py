@@ -26,12 +26,12 @@ CUBLAS = "__cublas$"
 # Move nothing: they name, regroup or wait for what is already there.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
-    "replica-id", "add-dependency", "domain", "get-dimension-size",
+    "replica-id", "add-dependency", "domain", "get-dimension-size", "AllocateBuffer", "ConcatBitcast",
 }  # fmt: skip
 # A fusion of nothing but these changes where values lie, or their type, not the values.
 MOVING = FREE | {
-    "copy", "copy-start", "transpose", "reshape", "broadcast", "iota", "convert", "slice", "dynamic-slice", "pad",
-    "concatenate", "dynamic-update-slice", "reverse", "fusion",
+    "copy", "copy-start", "transpose", "reshape", "broadcast", "iota", "convert", "slice", "slice-start",
+    "dynamic-slice", "pad", "concatenate", "dynamic-update-slice", "reverse", "fusion",
 }  # fmt: skip
 SLICING = ("slice", "dynamic-slice", "gather")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -52,9 +52,12 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes in the device's main memory, with the padding of a tiled layout; 0 in any other memory."""
-        if re.search(r"S\([1-9]", self.layout):
-            return 0
+        """Bytes in the device's main memory; 0 in any other memory."""
+        return 0 if re.search(r"S\([1-9]", self.layout) else self.size
+
+    @property
+    def size(self) -> int:
+        """Bytes in whatever memory, with the padding of a tiled layout."""
         dims = list(self.dims)
         order = _integers(self.layout.partition(":")[0])
         if tile := re.search(r"T\((\d+(?:,\d+)*)\)", self.layout):
@@ -124,7 +127,8 @@ class Cost:
       origin: the instruction whose metadata tells where it comes from: itself, one fused into it, or what it copies.
       kind: one of `KINDS`.
       bytes: read and written in the device's main memory, times how often it runs.
-      flops: of its convolutions and matrix products, two a multiply-add, padding included; times how often it runs.
+      flops: of its convolutions and matrix products, two a multiply-add, also at the padded border; times how often it
+        runs.
       dtype: type that those multiply.
       link_bytes: that leave each device, in a collective.
     """
@@ -185,7 +189,7 @@ def _costs(module: Module, name: str, times: int) -> Iterator[Cost]:
     computation = module.computations[name]
     for instruction in computation.values():
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith(("-done", "-update")):
+        if opcode in FREE or opcode.endswith(("-done", "-update")) or _target(instruction) in FREE:
             continue
         if opcode in ("while", "call", "conditional", "async-start"):
             trips = int(_find(r'known_trip_count":\{"n":"(\d+)"', instruction.rest) or 1)
@@ -197,11 +201,11 @@ def _costs(module: Module, name: str, times: int) -> Iterator[Cost]:
         _, heaviest, where = max(work, key=lambda item: item[0])
         link = 0
         if opcode.startswith(COLLECTIVES):
-            link = sum(array.bytes for operand in instruction.operands for array in computation[operand].outputs)
+            link = sum(array.size for operand in instruction.operands for array in computation[operand].outputs)
         yield Cost(
             instruction,
             _origin(module, computation, instruction),
-            _kind(heaviest, [inner.opcode for _, inner, _ in work]),
+            _kind(where, heaviest, [inner.opcode for _, inner, _ in work]),
             times * _bytes(module, computation, instruction),
             times * sum(flops for flops, _, _ in work),
             where[heaviest.operands[0]].outputs[0].dtype if heaviest.operands else "",
@@ -227,7 +231,7 @@ def _origin(module: Module, computation: Computation, instruction: Instruction) 
     return named or instruction
 
 
-def _kind(heaviest: Instruction, opcodes: list[str]) -> str:
+def _kind(computation: Computation, heaviest: Instruction, opcodes: list[str]) -> str:
     target = _target(heaviest)
     if opcodes[0].startswith(COLLECTIVES):
         return COLLECTIVE
@@ -236,20 +240,26 @@ def _kind(heaviest: Instruction, opcodes: list[str]) -> str:
     if heaviest.opcode == "dot" or target.startswith(CUBLAS):
         return PRODUCT
     if heaviest.opcode == "convolution":
-        return _convolution_kind(heaviest)
+        return _convolution_kind(computation, heaviest)
     return LAYOUT if set(opcodes) <= MOVING else ELEMENTWISE
 
 
-def _convolution_kind(instruction: Instruction) -> str:
+def _convolution_kind(computation: Computation, instruction: Instruction) -> str:
     """Which of the three a plain convolution is: the backward filter's window is as large as the volume."""
-    window = _integers(_find(r"window=\{size=([\dx]+)", instruction.rest))
-    if math.prod(window) == 1:
+    space = _space(computation, instruction)
+    if all(1 in sizes for sizes in space):  # along no axis does anything slide
         return PRODUCT
-    labels = _find(r"dim_labels=\w+->(\w+)", instruction.rest)
-    space = [instruction.outputs[0].dims[labels.index(str(axis))] for axis in range(len(window))]
-    if math.prod(window) > math.prod(space):
+    if math.prod(window for _, window, _ in space) > math.prod(output for _, _, output in space):
         return FILTER
     return DATA if "transpose(" in instruction.op_name else FORWARD
+
+
+def _space(computation: Computation, instruction: Instruction) -> list[tuple[int, int, int]]:
+    """Sizes of a plain convolution's input, window and output along each of its spatial axes."""
+    labels = re.findall(r"\w+", _find(r"dim_labels=(\w+->\w+)", instruction.rest).replace("_", " "))
+    arrays = [computation[name].outputs[0] for name in instruction.operands] + [instruction.outputs[0]]
+    axes = [letter for letter in labels[2] if letter.isdigit()]
+    return [tuple(array.dims[label.index(axis)] for array, label in zip(arrays, labels, strict=True)) for axis in axes]
 
 
 def _flops(computation: Computation, instruction: Instruction) -> int:
@@ -263,8 +273,12 @@ def _flops(computation: Computation, instruction: Instruction) -> int:
         output, filters = {FORWARD: forward, DATA: (arrays[0], arrays[1])}.get(CUDNN[target], (arrays[1], forward[0]))
         return 2 * output.elements * filters.elements // filters.dims[kernel.index("o")]
     if instruction.opcode == "convolution":
-        dilation = math.prod(_integers(_find(r"lhs_dilate=([\dx]+)", instruction.rest)))
-        return 2 * instruction.outputs[0].elements * arrays[1].elements // arrays[1].dims[kernel.index("o")] // dilation
+        space = _space(computation, instruction)
+        # Along an axis, two of the places in input, window and output settle the third: products with what lies
+        # between dilated values, or with nothing but padding, are none.
+        pairs = math.prod(min(image * window, image * output, window * output) for image, window, output in space)
+        outputs = instruction.outputs[0].elements // math.prod(output for _, _, output in space)
+        return 2 * outputs * pairs * arrays[1].dims[kernel.index("i")]
     if instruction.opcode == "dot" or target.startswith(CUBLAS):
         axes = _find(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', instruction.rest)
         return 2 * instruction.outputs[0].elements * math.prod(arrays[0].dims[axis] for axis in _integers(axes))
@@ -285,8 +299,10 @@ def _bytes(module: Module, computation: Computation, instruction: Instruction) -
         return _part(operands[0], outputs[0]) + outputs[0].bytes
     if opcode == "dynamic-update-slice":
         return 2 * operands[1].bytes
-    if opcode == "copy-start":
+    if opcode == "copy-start":  # gives (copy, original, context)
         return operands[0].bytes + outputs[0].bytes
+    if opcode == "slice-start":  # gives (original, slice, context)
+        return _part(operands[0], outputs[1]) + outputs[1].bytes
     if opcode.endswith("-start"):  # of a collective; its outputs name its operands again
         return 2 * sum(array.bytes for array in operands)
     return sum(array.bytes for array in (*operands, *outputs))

@@ -31,9 +31,7 @@ from common import machine, make_pyramid, median_ratio, peak_gb, report
 from flax import nnx
 
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
-from autocontext_jax.models.layers import Convolution
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
-from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.state import inference_model
 
 PEERS = {"monai": "monai", "nnunet": "nnunetv2"}
@@ -144,7 +142,9 @@ def peer(flags: argparse.Namespace, model: Any) -> Callable[[np.ndarray], np.nda
         slope = torch.linspace(-2.0, 3.0, flags.classes, device=device)[:, None, None, None]
         network = torch_module(lambda x: x * slope)
     else:
-        network = torch_unet(model.networks[0], device)
+        from torch_pyramid import to_torch
+
+        network = to_torch(model).networks[0].to(device).eval()
         check_same_function(model, network, device)
 
     def scaled(voxels: np.ndarray):
@@ -192,55 +192,6 @@ def torch_module(function: Callable) -> Any:
             return function(x)
 
     return Module().eval()
-
-
-def torch_unet(unet: UNet, device: Any) -> Any:
-    """The U-Net of `models/unet.py` in PyTorch, with its weights: [B, C, D, H, W] -> [B, K, D, H, W]."""
-    import torch
-    from torch import nn
-
-    def filled(module: nn.Module, **values: Any) -> nn.Module:
-        with torch.no_grad():
-            for name, value in values.items():
-                getattr(module, name).copy_(torch.from_numpy(np.array(value)))
-        return module
-
-    def block(ours: Any) -> nn.Sequential:
-        kernel = np.array(ours.layer.kernel[...])
-        layer: nn.Module
-        if isinstance(ours.layer, Convolution):
-            weight = kernel.transpose(0, 4, 1, 2, 3)  # from [O, k, k, k, I]
-            layer = nn.Conv3d(weight.shape[1], weight.shape[0], 3, padding=1, bias=False)
-        else:
-            weight = kernel.transpose(4, 3, 0, 1, 2)  # from [2, 2, 2, O, I]
-            layer = nn.ConvTranspose3d(weight.shape[0], weight.shape[1], 2, stride=2, bias=False)
-        norm = ours.norm
-        values = {"weight": norm.scale, "bias": norm.bias, "running_mean": norm.mean, "running_var": norm.var}
-        return nn.Sequential(
-            filled(layer, weight=weight),
-            filled(nn.BatchNorm3d(norm.scale.shape[0]), **{name: value[...] for name, value in values.items()}),
-            nn.ReLU(inplace=True),
-        )
-
-    def chain(blocks: Any) -> nn.Sequential:
-        return nn.Sequential(*map(block, blocks)).to(device).eval()
-
-    down = [chain(blocks) for blocks in unet.analysis]
-    up = [(chain([first]), chain(rest)) for first, *rest in unet.synthesis]
-    weight, bias = np.array(unet.head.kernel[...]).transpose(0, 4, 1, 2, 3), unet.head.bias
-    assert bias is not None
-    head = filled(nn.Conv3d(weight.shape[1], weight.shape[0], 1), weight=weight, bias=bias[...]).to(device).eval()
-
-    def forward(x):
-        shortcuts = [down[0](x)]
-        for blocks in down[1:]:
-            shortcuts.append(blocks(nn.functional.max_pool3d(shortcuts[-1], 2)))
-        x = shortcuts.pop()
-        for enlarge, blocks in up:
-            x = blocks(torch.cat([enlarge(x), shortcuts.pop()], dim=1))
-        return head(x)
-
-    return torch_module(forward)
 
 
 def check_same_function(model: Pyramid, network: Any, device: Any) -> None:

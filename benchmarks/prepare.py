@@ -9,8 +9,9 @@ prepare`, which writes every level, its labels and the list of foreground voxels
 (fingerprint, plan, preprocess) for 3d_fullres alone, its usual choice. Both get the same number of workers.
 
 Seconds are by the clock, starting Python and its libraries included; CPU seconds are of all processes together, which
-other work on the machine disturbs less. Memory is the largest sum over a command's processes of their proportional set
-size, in which a page that several share counts once; it is sampled, so short peaks may be missed. Linux alone.
+other work on the machine disturbs less. Memory is the largest sum over a command's processes of what they have
+allocated and hold; pages of files, such as libraries, do not count. It is sampled, so short peaks may be missed. Linux
+alone.
 """
 
 import argparse
@@ -125,12 +126,12 @@ def tree(process: int) -> list[int]:
 
 
 def memory_gb(process: int) -> float:
-    """Proportional set size, GB; 0 once the process has ended."""
+    """Resident memory that a process has allocated, GB; 0 once it has ended. Cheap to ask, unlike exact shares."""
     try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e9
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024 / 1e9
 
 
 if __name__ == "__main__":

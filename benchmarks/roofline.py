@@ -20,6 +20,7 @@ then one JSON line.
 import argparse
 import collections
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from common import machine, make_pyramid, report
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from autocontext_jax.errors import UserError
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
 from autocontext_jax.models.layers import compiler_options
 from autocontext_jax.training.losses import LossConfig
@@ -170,7 +172,11 @@ def needed_bytes(compiled: Any) -> int:
 
 
 def fit(flags: argparse.Namespace, devices: np.ndarray, accelerator: targets.Accelerator) -> None:
-    """Sets the batch or edge to the largest that fits, or ends with a line that says that none does."""
+    """Sets the batch or edge to the largest that fits, or ends with a line that says that none does.
+
+    Near the device's size XLA sets about saving memory, so that the need grows only roughly with the batch: what comes
+    out fits, but a step or two above it may fit too.
+    """
     unit = EDGE_STEP if flags.fit == "edge" else 1
 
     def fits(number: int) -> bool:
@@ -190,7 +196,7 @@ def fit(flags: argparse.Namespace, devices: np.ndarray, accelerator: targets.Acc
 
     number = largest(fits, start=max(1, getattr(flags, flags.fit) // unit))
     if not number:
-        raise SystemExit(f"--fit {flags.fit}: not even {unit} fits {flags.device} ({accelerator.usable / 1e9:.1f} GB)")
+        raise UserError(f"--fit {flags.fit}: not even {unit} fits {flags.device} ({accelerator.usable / 1e9:.1f} GB)")
     setattr(flags, flags.fit, unit * number)
     print(f"Largest {flags.fit} that fits {accelerator.usable / 1e9:.1f} GB: {unit * number}\n")
 
@@ -280,4 +286,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -3,9 +3,12 @@
 import dataclasses
 import math
 import os
+import re
 
 import numpy as np
 from jax.experimental import topologies
+
+from autocontext_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +102,11 @@ device_description_str: "{gpu.title}"
 
 def split_name(name: str) -> tuple[str, int]:
     """`h100` -> (h100, 1); `h100x8` -> (h100, 8); `v5e-4` -> (v5e, 4)."""
-    device, _, count = name.rpartition("-" if "-" in name else "x")
-    device, count = (device, count) if count.isdigit() else (name, "1")
+    several = re.fullmatch(r"(.+)[x-](\d+)", name)
+    device, count = several.groups() if several and name not in ACCELERATORS else (name, "1")
     if device not in ACCELERATORS or int(count) not in (1, 2, 4, 8, 16, 32, 64):
         known = ", ".join(ACCELERATORS)
-        raise SystemExit(f"--device is {name}; wanted one of {known}, or a power of two of them: h100x8, v5e-4")
+        raise UserError(f"--device is {name}; wanted one of {known}, or a power of two of them: h100x8, v5e-4")
     return device, int(count)
 
 
@@ -146,7 +149,7 @@ def devices(name: str) -> np.ndarray:
             few = {"chips_per_host_bounds": shape} if count < 4 else {}
             title = "x".join(str(side) for side in shape[: TPU_AXES[device]])
             found = topologies.get_topology_desc(f"{device}:{title}", "tpu", **few)
-    except Exception as error:
+    except RuntimeError as error:  # what JAX raises where a platform's plug-in is missing
         reason = str(error).splitlines()[0]
-        raise SystemExit(f"no compiler for {name} here: pip install -e '.[{EXTRAS[platform]}]' ({reason})") from error
+        raise UserError(f"no compiler for {name} here: pip install -e '.[{EXTRAS[platform]}]' ({reason})") from None
     return np.array(found.devices)

@@ -1,6 +1,7 @@
 """Tiled prediction of whole scans: equal to untiled prediction, exact for pointwise models, compiled once."""
 
 import contextlib
+import gc
 from collections.abc import Callable
 
 import jax
@@ -317,6 +318,24 @@ def test_a_larger_plane_costs_one_more_compilation_each():
     predictor.masks(scan((4, 64, 64)), cubed(1))
     predictor.masks(scan((4, 20, 20)), cubed(1))
     assert predictor.compilations() == larger
+
+
+def test_device_memory_does_not_grow_with_the_scan():
+    predictor = Predictor(Pointwise(2), PredictorConfig(16, 0.5, plane=32), align=2)
+
+    def most_alive(depth: int) -> int:
+        gc.collect()  # what other tests left behind
+        seen = []
+        predictor.masks(
+            scan((depth, 30, 32)),
+            cubed(2, 1),
+            levels=(1, 2),
+            progress=lambda *_: seen.append(sum(array.nbytes for array in jax.live_arrays())),
+        )
+        return max(seen)
+
+    most_alive(80)  # warms up
+    assert most_alive(320) == most_alive(80)
 
 
 def test_without_norm_there_is_nothing_to_average():

@@ -129,17 +129,20 @@ def read_batch(
 
     All reads are under way together: levels and samples wait for the disk once, not one after another.
     """
+    sizes = [tuple(edge + 2 * m for m in margin) for margin in margins]
+    images = tuple(np.empty((len(centres), *size), np.int16) for size in sizes)
+    labels = tuple(np.empty((len(centres), *size), np.uint8) for size in sizes)
     pending = []
-    for case, centre in centres:
+    for sample, (case, centre) in enumerate(centres):
         starts = pyramid_starts(centre, edge, len(margins))
-        for level, (start, margin) in enumerate(zip(starts, margins, strict=True), start=1):
+        for level, (start, margin, (depth, height, width)) in enumerate(zip(starts, margins, sizes, strict=True)):
             z, y, x = (s - m for s, m in zip(start, margin, strict=True))
-            depth, height, width = (edge + 2 * m for m in margin)
-            pending.append(case.read(level, (z, y, x), (depth, height, width)))
-    crops = [read.result() for read in pending]
-    by_level = [crops[level :: len(margins)] for level in range(len(margins))]
+            into = images[level][sample], labels[level][sample]
+            pending.append(case.read(level + 1, (z, y, x), (depth, height, width), into))
+    for read in pending:
+        read.result()
     return {
         "spacing": np.array([case.spacing for case, _ in centres], np.float32),
-        "images": tuple(np.stack([image for image, _ in level]) for level in by_level),
-        "labels": tuple(np.stack([label for _, label in level]) for level in by_level),
+        "images": images,
+        "labels": labels,
     }

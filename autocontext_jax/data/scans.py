@@ -283,15 +283,13 @@ def _numbers(values: Collection[float]) -> str:
 @contextlib.contextmanager
 def _itk(path: Path, failure: str) -> Iterator[None]:
     """Silences ITK's warnings; turns its many-lined exceptions, and those of the file system, into one UserError."""
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    # For the whole process and for good: one thread reads while another writes, and neither can put it back alone.
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         yield
     except (RuntimeError, OSError, EOFError, zlib.error) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("sitk::ERROR: ")
         raise UserError(f"{path} cannot be {failure} ({reason})") from None
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
 
 
 _UNREADABLE = "read: it is truncated, damaged or not what its name says; copy or export it again"

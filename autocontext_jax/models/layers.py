@@ -17,6 +17,9 @@ from jax import lax
 # Releases of jaxlib whose call of oneDNN is known to take the arguments that `onednn_convolution` gives it.
 ONEDNN_RELEASES = ("0.10.2",)
 
+# Added to a variance before its root is taken.
+EPSILON = 1e-5
+
 
 def compiler_options(platform: str) -> dict[str, bool]:
     """What XLA is told for programs of these layers, for `jax.jit` or `compile`.
@@ -345,12 +348,9 @@ class BatchNormReLU(nnx.Module):
         return y
 
 
-EPSILON = 1e-5  # of the variance
-
-
 @jax.custom_vjp
 def batch_norm_relu(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """relu((x - mean) / sqrt(variance + 1e-5) * scale + bias) over all but the last axis (Ioffe and Szegedy, 2015).
+    """relu((x - mean) / sqrt(variance + EPSILON) * scale + bias) over all but the last axis (Ioffe and Szegedy, 2015).
 
     Args:
       x: [..., C].
