@@ -37,7 +37,7 @@ Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 def make_augment(
     edge: int, margins: tuple[Triple, ...], spatial: SpatialLimits | None, intensity: IntensityLimits
 ) -> Augment:
-    """The augmentation of a batch as a jitted function.
+    """The augmentation of a batch, jitted.
 
     Args:
       edge: N.
@@ -55,27 +55,35 @@ def make_augment(
       and the result holds for each level [B, N, N, N] float32 HU and uint8.
     """
 
-    def augment_sample(key, spacing, images, labels):
-        spatial_key, intensity_key = jax.random.split(key)
-        if spatial is not None:
-            field = _draw_field(spatial_key, spatial, edge, len(images))
+    def draw_sample(key, spacing):
+        if spatial is None:
+            return (None,) * len(margins)
+        field = _draw_field(jax.random.split(key)[0], spatial, edge, len(margins))
+        scales = [2**finer for finer in reversed(range(len(margins)))]
+        return tuple([along / scale for along in field(spacing, scale)] for scale in scales)
+
+    def move_sample(key, positions, images, labels):
         image_out, label_out = [], []
-        for level, (image, label, margin) in enumerate(zip(images, labels, margins, strict=True), start=1):
-            if spatial is None:
+        for image, label, position, margin in zip(images, labels, positions, margins, strict=True):
+            if position is None:
                 moved = tuple(_centre(array, edge, margin) for array in (image, label))
             else:
-                scale = 2 ** (len(images) - level)
-                position = field(spacing, scale)
-                moved = _resample(image, label, [along / scale for along in position])
+                moved = _resample(image, label, position)
             image_out.append(moved[0].astype(jnp.float32))
             label_out.append(moved[1])
-        return _change_intensity(intensity_key, image_out, intensity), tuple(label_out)
+        return _change_intensity(jax.random.split(key)[1], image_out, intensity), tuple(label_out)
+
+    def sample_keys(key, numbers):
+        return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+
+    draw = jax.jit(lambda key, numbers, spacing: jax.vmap(draw_sample)(sample_keys(key, numbers), spacing))
+    move = jax.jit(lambda key, numbers, *arrays: jax.vmap(move_sample)(sample_keys(key, numbers), *arrays))
 
     def augment(key, numbers, spacing, images, labels):
-        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-        return jax.vmap(augment_sample)(keys, spacing, images, labels)
+        # Two programs: in one, XLA works each voxel's position out anew for each of the nine reads that need it.
+        return move(key, numbers, draw(key, numbers, spacing), images, labels)
 
-    return jax.jit(augment)
+    return augment
 
 
 def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int):
