@@ -13,7 +13,7 @@ from autocontext_jax.jobs.config import default_config
 def get_config():
     config = default_config()
     config.levels.factors = (2, 1)
-    config.feed.batch = 2
+    config.feed.batch = 1
     config.feed.edge = 32
     config.feed.centre = "classes"
     config.spatial.rotation = 10.0
@@ -21,11 +21,15 @@ def get_config():
     config.intensity.shift = 10.0
     config.intensity.scale = 0.1
     config.model.width = 8
-    config.model.momentum = 0.95
+    config.model.momentum = 0.98
+    # With the Dice itself the esophagus can vanish from the maps early and not come back.
+    config.loss.logarithm = True
+    config.loss.cross_entropy = 0.1
     config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
-    config.train.steps = 3_000
-    config.train.checkpoint_every = 250
+    config.optimizer.warmup = 50
+    config.train.steps = 5_000
+    config.train.checkpoint_every = 500
     config.predict.tile = 64
     config.predict.plane = 128
     return config

@@ -18,7 +18,8 @@ def get_config():
     config.spatial.elastic_sigma = 2.0
     config.model.width = 8
     config.model.momentum = 0.98
-    # With the Dice loss alone from the first step, an organ's maps can vanish for good (the gallbladder's once did).
+    # With the Dice itself an organ's maps can vanish early and not come back (the gallbladder's once did).
+    config.loss.logarithm = True
     config.loss.cross_entropy = 0.1
     config.optimizer.warmup = 50
     config.optimizer.learning_rate = 3e-3

@@ -6,21 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.py"
 PHANTOMS = "--cases 2 --size 16 24 24 --spacing 12 12 12"
 
 
-def rows(script: str, flags: str) -> list[dict]:
-    """The table's rows, all of whose numbers are positive."""
+def rows(script: str, flags: str, *, least: float = sys.float_info.min) -> list[dict]:
+    """The table's rows, all of whose numbers are positive, or at least as large as asked."""
     done = subprocess.run([sys.executable, SCRIPTS / script, *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
     result = json.loads(last)
     assert result["machine"]["jax"]
     numbers = [value for row in result["rows"] for value in row.values() if not isinstance(value, str)]
-    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    assert all(math.isfinite(number) and number >= least for number in numbers)
     return result["rows"]
 
 
@@ -47,3 +49,19 @@ def test_predict_scan():
     found = rows("predict_scan.py", "--slices 8 12 --size 32 --tile 16 --network trivial")
     assert [row["scan"] for row in found] == ["8x32x32", "12x32x32"]
     assert found[0].keys() >= {"seconds", "peak_gb"}
+
+
+def test_accuracy_at_time(tmp_path):
+    keys = {
+        "phantom.training": 3, "phantom.test": 1, "phantom.size": "(24,32,32)", "phantom.spacing": "(12.,12.,12.)",
+        "feed.edge": 16, "model.width": 2, "predict.tile": 16, "train.validation_patches": 2,
+    }  # fmt: skip
+    files = f"--data {tmp_path}/phantoms --results {tmp_path}/results.jsonl --config {QUICKSTART}"
+    small = " ".join(f"--config.{key}={value}" for key, value in keys.items())
+    first = rows("accuracy_at_time.py", f"--method pyramid --minutes 0.2 {files} {small}", least=0)
+    both = rows("accuracy_at_time.py", f"--method level_1 --minutes 0.2 {files} {small}", least=0)
+    assert [row["method"] for row in both] == ["pyramid", "level_1"]
+    assert both[0] == first[0]
+    organs = "artery", "portal_vein", "liver", "spleen", "stomach", "gallbladder", "pancreas"
+    for row in both:
+        assert row["mean Dice"] == pytest.approx(np.mean([row[organ] for organ in organs]))

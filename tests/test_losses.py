@@ -26,7 +26,8 @@ def sure_of(labels: np.ndarray, classes: int) -> np.ndarray:
     return 200 * np.eye(classes, dtype=np.float32)[labels]
 
 
-def soft_dice(logits, labels, *, per_sample=False, background=True, eps=1e-5) -> float:
+def soft_dice(logits, labels, *, per_sample=False, background=True, logarithm=False) -> float:
+    eps = 1 if logarithm else 1e-5
     probabilities = special.softmax(logits.astype(float), axis=-1)
     samples = range(len(logits))
     scores = []
@@ -34,7 +35,7 @@ def soft_dice(logits, labels, *, per_sample=False, background=True, eps=1e-5) ->
         for k in range(0 if background else 1, logits.shape[-1]):
             p, l = probabilities[part, ..., k], labels[part] == k
             scores.append((2 * (p * l).sum() + eps) / (p.sum() + l.sum() + eps))
-    return -np.mean(scores)
+    return -np.mean(np.log(scores) if logarithm else scores)
 
 
 CASES = {
@@ -58,6 +59,30 @@ def test_dice_loss_equals_the_formula(case, per_sample, background):
     value = float(dice_loss(logits, labels, per_sample=per_sample, background=background))
     assert value == pytest.approx(soft_dice(logits, labels, per_sample=per_sample, background=background), abs=1e-6)
     assert -1 - 1e-6 <= value <= 0
+
+
+@pytest.mark.parametrize("case", list(CASES)[:-1])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_its_logarithm_equals_the_formula(case, per_sample):
+    options = {"per_sample": per_sample, "background": False, "logarithm": True}
+    logits, labels = CASES[case]
+    value, gradient = jax.value_and_grad(dice_loss)(jnp.asarray(logits), labels, **options)
+    assert float(value) == pytest.approx(soft_dice(logits, labels, **options), rel=1e-5, abs=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+def test_the_logarithm_pulls_a_vanishing_organ_back():
+    labels = np.zeros((1, 16, 16, 16), int)
+    labels[0, :4] = 1
+
+    def pull(probability: float, *, logarithm: bool) -> float:
+        """What the gradient adds, over all of the organ's own voxels, to its logits."""
+        logits = np.zeros((1, 16, 16, 16, 2), np.float32)
+        logits[..., 1] = special.logit(probability)
+        return -float(jax.grad(dice_loss)(jnp.asarray(logits), labels, logarithm=logarithm)[0, :4, ..., 1].sum())
+
+    assert pull(1e-3, logarithm=True) > 0.5 * pull(0.1, logarithm=True)
+    assert pull(1e-3, logarithm=False) < 0.03 * pull(0.1, logarithm=False)
 
 
 def test_dice_loss_at_its_ends():
@@ -112,8 +137,8 @@ def test_total_loss_weighs_terms_and_levels():
     total, _ = total_loss(logits, labels, LossConfig(dice=0.0, cross_entropy=1.0))
     assert float(total) == pytest.approx(entropy.sum(), rel=1e-6)
 
-    total, _ = total_loss(logits, labels, LossConfig(per_sample=True, background=False))
-    wanted = sum(soft_dice(*pair, per_sample=True, background=False) for pair in pairs)
+    total, _ = total_loss(logits, labels, LossConfig(per_sample=True, background=False, logarithm=True))
+    wanted = sum(soft_dice(*pair, per_sample=True, background=False, logarithm=True) for pair in pairs)
     assert float(total) == pytest.approx(wanted, rel=1e-5)
 
 

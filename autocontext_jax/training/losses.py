@@ -16,6 +16,8 @@ class LossConfig:
       cross_entropy: weight of the mean voxelwise cross-entropy (nats); 0 in the paper.
       per_sample: False sums overlaps over the batch before dividing, True averages each sample's own Dice.
       background: whether class 0 counts in the Dice loss, as in equation 1.
+      logarithm: minimises minus the logarithm of each class's Dice. A small organ that the network has given up has no
+        gradient in the Dice itself, but keeps it here.
       level_weights: factor of each level's loss in the total, coarsest first; () means 1 each, as in the paper.
     """
 
@@ -23,15 +25,23 @@ class LossConfig:
     cross_entropy: float = 0.0
     per_sample: bool = False
     background: bool = True
+    logarithm: bool = False
     level_weights: tuple[float, ...] = ()
 
 
 def dice_loss(
-    logits: jax.Array, labels: jax.Array, *, per_sample: bool = False, background: bool = True, eps: float = 1e-5
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    per_sample: bool = False,
+    background: bool = True,
+    logarithm: bool = False,
 ) -> jax.Array:
     """Mean soft Dice over classes, negated: equation 1 of Roth et al. (2018).
 
-        L = -1/K sum_k  2 sum_i p_ik l_ik / (sum_i p_ik + sum_i l_ik)
+        L = -1/K sum_k D_k,    D_k = (2 sum_i p_ik l_ik + eps) / (sum_i p_ik + sum_i l_ik + eps)
+
+    or, with the logarithm, L = -1/K sum_k ln D_k: the Dice term of Wong et al. (MICCAI 2018) with exponent 1.
 
     Args:
       logits: [B, D, H, W, K], any float type; the softmax runs in float32.
@@ -39,17 +49,21 @@ def dice_loss(
       per_sample: see `LossConfig`. If False, sums run over every voxel of the batch, so the value does not depend on
         how the batch is laid out over devices.
       background: see `LossConfig`.
-      eps: added above and below, so that a class absent from labels and prediction scores 1, not 0/0.
+      logarithm: see `LossConfig`.
 
     Returns:
-      Scalar in [-1, 0].
+      Scalar in [-1, 0], or in [0, inf) with the logarithm. A class absent from labels and prediction counts as D = 1.
     """
+    # One voxel under the logarithm, as Wong et al. have it: far less would punish any trace of an absent class.
+    eps = 1.0 if logarithm else 1e-5
     probabilities = jax.nn.softmax(logits.astype(jnp.float32))
     truth = jax.nn.one_hot(labels, logits.shape[-1])
     voxels = (1, 2, 3) if per_sample else (0, 1, 2, 3)
     overlap = jnp.sum(probabilities * truth, voxels)
     total = jnp.sum(probabilities, voxels) + jnp.sum(truth, voxels)
     scores = (2 * overlap + eps) / (total + eps)
+    if logarithm:
+        scores = jnp.log(scores)
     return -jnp.mean(scores if background else scores[..., 1:])
 
 
@@ -77,7 +91,11 @@ def total_loss(
         loss = jnp.zeros(())
         if config.dice:
             loss += config.dice * dice_loss(
-                level_logits, level_labels, per_sample=config.per_sample, background=config.background
+                level_logits,
+                level_labels,
+                per_sample=config.per_sample,
+                background=config.background,
+                logarithm=config.logarithm,
             )
         if config.cross_entropy:
             loss += config.cross_entropy * cross_entropy_loss(level_logits, level_labels)
