@@ -92,7 +92,7 @@ def ours(flags: argparse.Namespace, keys: list[str], workdir: Path) -> dict[str,
         return time.monotonic() - started
 
     job("prepare", "prepare")
-    timed = 60
+    timed = 200
     seconds = job("train", "timed", f"--config.train.steps={timed}")
     logged = [json.loads(text) for text in (workdir / "timed" / "metrics.jsonl").read_text().splitlines()]
     batch = json.loads((workdir / "timed" / "config.json").read_text())["feed"]["batch"]
