@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
-from autocontext_jax.evaluation.metrics import dice_scores
+from autocontext_jax.evaluation import metrics
 from autocontext_jax.evaluation.statistics import summarise
 
 ROOT = Path(__file__).parent.parent
@@ -157,8 +157,7 @@ def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
         scan = read(case)
         with torch.inference_mode():
             mask = inferer(window(scan)["image"][None], network)[0].argmax(0).numpy()
-        dice = dice_scores(mask, scan["label"][0].numpy(), organs)
-        scores[case.name] = {organ: {"dice": value} for organ, value in dice.items()}
+        scores[case.name] = metrics.scores(mask, scan["label"][0].numpy(), organs, (1, 1, 1), tolerance=1)
     return line(summarise(scores, organs), seconds=seconds, steps=steps)
 
 

@@ -9,11 +9,20 @@ import numpy as np
 from autocontext_jax.evaluation import pictures, report
 
 ORGANS = ("artery", "vein")
+
+
+def scored(dice: float, distance: float = math.nan) -> dict[str, float]:
+    """What `metrics.scores` gives for an organ, in part made up."""
+    here = math.nan if math.isnan(dice) else 1.0
+    distances = {"hausdorff_95": distance, "surface_distance": distance, "surface_dice": 0.75 * here}
+    return {"dice": dice, "jaccard": 0.25 * here, "volume_difference": -1.5 * here, **distances}
+
+
 CASES = {
-    "one": {"level_1": {"artery": {"dice": 0.5}, "vein": {"dice": math.nan}},
-            "level_2": {"artery": {"dice": 0.8125}, "vein": {"dice": math.nan}}},
-    "two": {"level_1": {"artery": {"dice": 0.6}, "vein": {"dice": math.nan}},
-            "level_2": {"artery": {"dice": 0.9}, "vein": {"dice": 1.0}}},
+    "one": {"level_1": {"artery": scored(0.5, math.inf), "vein": scored(math.nan)},
+            "level_2": {"artery": scored(0.8125, 2.0), "vein": scored(math.nan)}},
+    "two": {"level_1": {"artery": scored(0.6, 3.25), "vein": scored(math.nan)},
+            "level_2": {"artery": scored(0.9, 2.0), "vein": scored(1.0, 5.0)}},
 }  # fmt: skip
 
 TABLE = """\
@@ -31,16 +40,22 @@ TABLE = """\
 | min | 81.2 | 100.0 | 81.2 |
 | max | 90.0 | 100.0 | 95.0 |
 
+| Mean over organs, avg ± std | Jaccard (%) | volume difference (mL) | 95 % Hausdorff (mm) | surface distance (mm) \
+| surface Dice at 1.5 mm (%) |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| Level 1 | 25.0 ± 0.0 | -1.50 ± 0.00 | 3.25 ± 0.00 (1 infinite) | 3.25 ± 0.00 (1 infinite) | 75.0 ± 0.0 |
+| Level 2 | 25.0 ± 0.0 | -1.50 ± 0.00 | 2.75 ± 0.75 | 2.75 ± 0.75 | 75.0 ± 0.0 |
+
 2 scans, scored on their own grids.
 """
 
 
 def test_table():
-    assert report.table(report.evaluation(CASES, ORGANS)) == TABLE
+    assert report.table(report.evaluation(CASES, ORGANS, tolerance=1.5)) == TABLE
 
 
 def test_written_files(tmp_path):
-    result = report.evaluation(CASES, ORGANS)
+    result = report.evaluation(CASES, ORGANS, tolerance=1.5)
     report.write(result, tmp_path)
     report.write(result, tmp_path)  # again, over the first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "table.md"]
@@ -52,8 +67,11 @@ def test_written_files(tmp_path):
     read = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
     assert read["labels"] == ["artery", "vein"]
     assert list(read["cases"]) == ["one", "two"]
-    assert read["cases"]["one"]["level_2"] == {"artery": {"dice": 0.8125}, "vein": {"dice": None}}
-    assert read["summary"]["level_1"]["vein"]["dice"] == {"avg": None, "std": None, "min": None, "max": None}
+    assert read["cases"]["one"]["level_2"]["vein"]["dice"] is None
+    assert read["cases"]["one"]["level_1"]["artery"]["hausdorff_95"] == "inf"
+    assert read["cases"]["one"]["level_2"]["artery"]["dice"] == 0.8125
+    nothing = {"avg": None, "std": None, "min": None, "max": None, "infinite": 0}
+    assert read["summary"]["level_1"]["vein"]["dice"] == nothing
     assert read["summary"]["level_2"]["mean"]["dice"]["max"] == 0.95
 
 

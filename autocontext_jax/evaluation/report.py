@@ -9,42 +9,54 @@ from typing import Any
 
 from autocontext_jax.evaluation.statistics import STATISTICS, summarise
 
+# Beside the Dice, as `metrics.scores` defines them.
+OTHER_METRICS = {
+    "jaccard": "Jaccard (%)",
+    "volume_difference": "volume difference (mL)",
+    "hausdorff_95": "95 % Hausdorff (mm)",
+    "surface_distance": "surface distance (mm)",
+    "surface_dice": "surface Dice at {tolerance:g} mm (%)",
+}
 
-def evaluation(cases: Mapping[str, Mapping[str, Any]], organs: Sequence[str]) -> dict[str, Any]:
+
+def evaluation(cases: Mapping[str, Mapping[str, Any]], organs: Sequence[str], *, tolerance: float) -> dict[str, Any]:
     """Everything known of a set of scored cases.
 
     Args:
       cases: {case: {"level_1": {organ: {metric: value}}, ...}}.
       organs: in the order of the labels.
+      tolerance: of the surface Dice, mm.
 
     Returns:
-      {"labels": organs, "cases": cases, "summary": {"level_1": `statistics.summarise` of it, ...}}.
+      {"labels": organs, "tolerance": mm, "cases": cases, "summary": {"level_1": `statistics.summarise` of it, ...}}.
     """
     levels = list(next(iter(cases.values())))
     summary = {level: summarise({case: scores[level] for case, scores in cases.items()}, organs) for level in levels}
-    return {"labels": list(organs), "cases": cases, "summary": summary}
+    return {"labels": list(organs), "tolerance": tolerance, "cases": cases, "summary": summary}
 
 
-def table(result: Mapping[str, Any], *, metric: str = "dice") -> str:
-    """Markdown in the layout of Table 1: levels as blocks, organs as columns, in percent."""
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown in the layout of Table 1: levels as blocks, organs as columns, Dice in percent; then other metrics."""
     columns = [*result["labels"], "mean"]
     lines = []
     for level, summary in result["summary"].items():
-        name = level.replace("_", " ").capitalize()
-        lines += [
-            f"| {name}: {metric.capitalize()} (%) | {' | '.join(columns)} |",
-            f"| --- |{' ---: |' * len(columns)}",
-        ]
+        lines += [f"| {_name(level)}: Dice (%) | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
         for statistic in STATISTICS:
-            values = [summary[column][metric][statistic] for column in columns]
+            values = [summary[column]["dice"][statistic] for column in columns]
             lines.append(f"| {statistic} | {' | '.join(_percent(value) for value in values)} |")
         lines.append("")
-    lines.append(f"{len(result['cases'])} scans, scored on their own grids.")
+    names = [name.format(tolerance=result["tolerance"]) for name in OTHER_METRICS.values()]
+    lines += [f"| Mean over organs, avg ± std | {' | '.join(names)} |"]
+    lines += [f"| --- |{' ---: |' * len(OTHER_METRICS)}"]
+    for level, summary in result["summary"].items():
+        cells = [_cell(metric, summary["mean"][metric]) for metric in OTHER_METRICS]
+        lines.append(f"| {_name(level)} | {' | '.join(cells)} |")
+    lines += ["", f"{len(result['cases'])} scans, scored on their own grids."]
     return "\n".join(lines) + "\n"
 
 
 def write(result: Mapping[str, Any], workdir: Path) -> None:
-    """Writes `evaluation.json` (NaN as null) and `table.md`, each whole or not at all."""
+    """Writes `evaluation.json` (NaN as null, infinity as "inf") and `table.md`, each whole or not at all."""
     for name, text in (
         ("evaluation.json", json.dumps(_without_nan(result), indent=1) + "\n"),
         ("table.md", table(result)),
@@ -54,14 +66,27 @@ def write(result: Mapping[str, Any], workdir: Path) -> None:
         os.replace(partial, workdir / name)
 
 
+def _name(level: str) -> str:
+    return level.replace("_", " ").capitalize()
+
+
+def _cell(metric: str, statistics: Mapping[str, float]) -> str:
+    """Average ± std, and how many scans have no finite value."""
+    number = _percent if "(%)" in OTHER_METRICS[metric] else "{:.2f}".format
+    text = f"{number(statistics['avg'])} ± {number(statistics['std'])}" if math.isfinite(statistics["avg"]) else "–"
+    return text + (f" ({statistics['infinite']} infinite)" if statistics["infinite"] else "")
+
+
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null stands for a score that does not exist."""
+    """JSON has no NaN and no infinity: null stands for a score that does not exist, "inf" for an infinite one."""
     if isinstance(value, Mapping):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -1,9 +1,10 @@
-"""Scores of many cases in few numbers, as in the paper's Table 1."""
+"""Scores of many cases in few numbers, as in the paper's Table 1, and whether two methods' scores differ."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 # {organ: {metric: value}}, and the same with a case's level before it.
 OrganScores = Mapping[str, Mapping[str, float]]
@@ -23,8 +24,9 @@ def summarise(cases: Mapping[str, OrganScores], organs: Sequence[str]) -> dict[s
       organs: in the order wanted.
 
     Returns:
-      {organ or "mean": {metric: {"avg": , "std": , "min": , "max": }}}; NaN where no case counts. The standard
-      deviation is the population's.
+      {organ or "mean": {metric: {"avg": , "std": , "min": , "max": , "infinite": }}} over the finite scores, and how
+      many were infinite (distances to an organ that was missed); NaN where no score is finite. The standard deviation
+      is the population's.
     """
     metrics = list(next(iter(next(iter(cases.values())).values())))
     summary = {}
@@ -43,5 +45,48 @@ def _value(scores: OrganScores, organ: str, metric: str) -> float:
 
 
 def _describe(values: Sequence[float]) -> dict[str, float]:
-    counted = [value for value in values if not math.isnan(value)]
-    return {name: float(function(counted)) if counted else math.nan for name, function in STATISTICS.items()}
+    finite = [value for value in values if math.isfinite(value)]
+    described = {name: float(function(finite)) if finite else math.nan for name, function in STATISTICS.items()}
+    return {**described, "infinite": sum(map(math.isinf, values))}
+
+
+def compare(
+    a: Mapping[str, OrganScores], b: Mapping[str, OrganScores], organs: Sequence[str], metric: str = "dice"
+) -> dict[str, dict[str, float]]:
+    """Paired two-sided Wilcoxon signed-rank tests of two methods on the same cases, per organ and for the mean.
+
+    Args:
+      a: as `summarise` takes them.
+      b: the same cases scored for the other method.
+      organs: in the order wanted.
+      metric: what is compared.
+
+    Returns:
+      {organ or "mean": {"difference": mean of a - b, "p": , "cases": pairs that count}}; a case counts where both
+      scores are finite. p is 1 where all differences are 0 and NaN where no case counts.
+
+    Raises:
+      ValueError: the cases are not the same.
+    """
+    if a.keys() != b.keys():
+        raise ValueError(f"cases differ: {sorted(a.keys() ^ b.keys())}")
+    result = {}
+    for organ in [*organs, "mean"]:
+        pairs = [(_value(a[case], organ, metric), _value(b[case], organ, metric)) for case in a]
+        differences = np.array([x - y for x, y in pairs if math.isfinite(x) and math.isfinite(y)])
+        p = math.nan
+        if len(differences):
+            p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+        mean = float(differences.mean()) if len(differences) else math.nan
+        result[organ] = {"difference": mean, "p": p, "cases": len(differences)}
+    return result
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of a family of tests corrected for their number (Holm, 1979); NaN stays and does not count."""
+    numbers = [number for number, p in enumerate(p_values) if not math.isnan(p)]
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(numbers, key=lambda number: p_values[number])):
+        largest = max(largest, min(1.0, (len(numbers) - rank) * p_values[number]))
+        corrected[number] = largest
+    return corrected

@@ -29,8 +29,8 @@ from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig
 
 # Keys that may differ between a work directory's checkpoint and the run that goes on from it: they change neither the
 # parameters' shapes nor the sequence of batches.
-FREE = ("data.root", "data.prepared", "data.workers", "data.cache_mib", "feed.threads", "feed.ahead", "predict.",
-        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep")  # fmt: skip
+FREE = ("data.root", "data.prepared", "data.workers", "data.cache_mib", "feed.threads", "feed.ahead",
+        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "predict.", "evaluate.")  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -74,6 +74,8 @@ def default_config() -> ConfigDict:
     config.predict = _section(PredictorConfig())
     # `best` by validation or `latest`.
     config.predict.checkpoint = "best"
+    # mm: surfaces that lie no farther apart count as one in the surface Dice.
+    config.evaluate = ConfigDict({"tolerance": 2.0})
     return config
 
 

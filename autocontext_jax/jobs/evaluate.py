@@ -11,8 +11,7 @@ from tqdm import tqdm
 from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.errors import UserError
-from autocontext_jax.evaluation import pictures, report
-from autocontext_jax.evaluation.metrics import dice_scores
+from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.jobs.config import settings
 from autocontext_jax.jobs.prepare import Data
 from autocontext_jax.jobs.restore import restore_predictor
@@ -47,6 +46,7 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
             f"the data set {data.dataset.root} has labels {data.dataset.labels}; the checkpoint knows {tuple(labels)}"
         )
     levels = len(config.levels.factors)
+    tolerance = config.evaluate.tolerance
     every_level = tuple(range(1, levels + 1))
     for folder in ("predictions", "pictures"):
         (workdir / folder).mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
         path = workdir / "pictures" / f"{case.name}.png"
         pictures.figure(path, scan.voxels, columns, organs, scan.spacing, title=case.name)
         return {
-            f"level_{level}": {organ: {"dice": dice} for organ, dice in dice_scores(mask, truth, organs).items()}
+            f"level_{level}": metrics.scores(mask, truth, organs, scan.spacing, tolerance=tolerance)
             for level, mask in masks.items()
         }
 
@@ -80,7 +80,7 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
             results[case.name] = outcome
 
     if results:
-        result = report.evaluation(results, organs)
+        result = report.evaluation(results, organs, tolerance=tolerance)
         report.write(result, workdir)
         print(report.table(result))
     for message in bad:
