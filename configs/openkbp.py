@@ -25,7 +25,7 @@ def get_config():
     # With the Dice itself the esophagus can vanish from the maps early and not come back.
     config.loss.logarithm = True
     config.loss.cross_entropy = 0.1
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 50
     config.train.steps = 5_000

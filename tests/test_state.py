@@ -40,13 +40,13 @@ def made():
     return graph, make_train_step(graph, OPTIMIZER, LossConfig())
 
 
-def new_state(norm: str = "batch"):
+def new_state(norm: str = "batch", *, stop_gradient: bool = False, learning: list[int] | None = None):
     """Graph and state of step 0, with numpy's numbers: XLA takes seconds to compile each initialiser."""
 
     def make() -> Pyramid:
         network = UNetConfig(width=2, depth=2, norm=norm, momentum=0.9)
         return Pyramid(
-            PyramidConfig(levels=2, classes=2),
+            PyramidConfig(levels=2, classes=2, stop_gradient=stop_gradient),
             lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),
             rngs=nnx.Rngs(0),
         )
@@ -55,7 +55,7 @@ def new_state(norm: str = "batch"):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), jnp.float32), params)
     statistics = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), statistics)
-    return create_state(nnx.merge(graph, params, statistics), OPTIMIZER)
+    return create_state(nnx.merge(graph, params, statistics), OPTIMIZER, learning)
 
 
 def leaves(tree) -> list[np.ndarray]:
@@ -117,3 +117,39 @@ def test_without_norm_there_are_no_statistics(batch):
     assert jax.tree.leaves(state.statistics) == []
     logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
     assert [level.shape for level in logits] == [(2, 8, 8, 8, 2)] * 2
+
+
+FINEST, BOTH = (0.0, 1.0), (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("learning", "weights", "stop_gradient", "params", "statistics"),
+    [
+        (None, FINEST, False, [True, True], [True, True]),  # end to end: level 1 learns through the context
+        (None, FINEST, True, [False, True], [True, True]),
+        (None, BOTH, True, [True, True], [True, True]),
+        ([1], FINEST, False, [False, True], [False, True]),  # separate, second phase
+        ([0], (1.0,), False, [True, False], [True, False]),  # separate, first phase: fed level 1 alone
+    ],
+)
+def test_a_step_changes_exactly_what_learns(batch, learning, weights, stop_gradient, params, statistics):
+    graph, state = new_state(stop_gradient=stop_gradient, learning=learning)
+    fed = Batch(batch.images[: len(weights)], batch.labels[: len(weights)])
+    before = jax.tree.map(np.array, (state.params, state.statistics))
+    after, _ = make_train_step(graph, OPTIMIZER, LossConfig(level_weights=weights), learning)(state, fed)
+
+    def changed(old, new) -> list[bool]:
+        pairs = [zip(leaves(old["networks"][n]), leaves(new["networks"][n]), strict=True) for n in (0, 1)]
+        return [any((a != b).any() for a, b in network) for network in pairs]
+
+    assert changed(before[0], after.params) == params
+    assert changed(before[1], after.statistics) == statistics
+
+
+def test_a_frozen_level_uses_its_running_averages(batch):
+    """The second phase trains on the maps that inference will give."""
+    graph, state = new_state(learning=[1])
+    logits = jax.jit(lambda s, x: nnx.merge(graph, s.params, s.statistics, copy=True)(x))(state, batch.images)
+    wanted = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
+    np.testing.assert_allclose(logits[0], wanted[0], rtol=1e-5, atol=1e-5)
+    assert np.abs(logits[1] - wanted[1]).max() > 0.1

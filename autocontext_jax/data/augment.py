@@ -35,13 +35,14 @@ Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 
 
 def make_augment(
-    edge: int, margins: tuple[Triple, ...], spatial: SpatialLimits | None, intensity: IntensityLimits
+    edge: int, margins: tuple[Triple | None, ...], spatial: SpatialLimits | None, intensity: IntensityLimits
 ) -> Augment:
     """The augmentation of a batch, jitted.
 
     Args:
       edge: N.
-      margins: of each level's crops, `geometry.crop_margins` of the same limits; coarsest first.
+      margins: of each level's crops, `geometry.crop_margins` of the same limits; coarsest first. None at a level that
+        is not wanted: it has no place in images and labels.
       spatial: None only cuts the margins off.
       intensity: see there.
 
@@ -51,20 +52,21 @@ def make_augment(
         numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on
           its place in the batch or on the device;
         spacing [B, 3] is the finest level's, mm;
-        images and labels hold for each level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
+        images and labels hold for each wanted level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
       and the result holds for each level [B, N, N, N] float32 HU and uint8.
     """
+    scales = [2 ** (len(margins) - level) for level in range(1, len(margins) + 1)]
+    wanted = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
 
     def draw_sample(key, spacing):
         if spatial is None:
-            return (None,) * len(margins)
+            return (None,) * len(wanted)
         field = _draw_field(jax.random.split(key)[0], spatial, edge, len(margins))
-        scales = [2**finer for finer in reversed(range(len(margins)))]
-        return tuple([along / scale for along in field(spacing, scale)] for scale in scales)
+        return tuple([along / scale for along in field(spacing, scale)] for scale, _ in wanted)
 
     def move_sample(key, positions, images, labels):
         image_out, label_out = [], []
-        for image, label, position, margin in zip(images, labels, positions, margins, strict=True):
+        for image, label, position, (_, margin) in zip(images, labels, positions, wanted, strict=True):
             if position is None:
                 moved = tuple(_centre(array, edge, margin) for array in (image, label))
             else:

@@ -13,6 +13,9 @@ from autocontext_jax.data.sampling import case_batches, draw_entry
 from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.geometry import SpatialLimits, Triple, crop_margins, pyramid_starts
 
+# Voxels read beyond each side of each level's patch, coarsest first; None at a level that is not read.
+Margins = tuple[Triple | None, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class FeedConfig:
@@ -21,6 +24,7 @@ class FeedConfig:
     Attributes:
       batch: B, pyramid patches over all processes.
       edge: N, a multiple of 4.
+      levels: those wanted, from 1 = coarsest; () means all. What the others would be changes nothing in these.
       centre: see `sampling.draw_entry`.
       spatial: limits of the spatial augmentation; None for none.
       intensity: limits of the intensity augmentation.
@@ -30,6 +34,7 @@ class FeedConfig:
 
     batch: int
     edge: int
+    levels: tuple[int, ...] = ()
     centre: str = "foreground"
     spatial: SpatialLimits | None = None
     intensity: IntensityLimits = dataclasses.field(default_factory=IntensityLimits)
@@ -54,7 +59,9 @@ class Feed:
         self, cases: Sequence[PreparedCase], config: FeedConfig, *, seed: int, sharding: jax.sharding.NamedSharding
     ):
         spacings = [case.spacing for case in cases]
-        margins = crop_margins(config.edge, len(cases[0].shapes), spacings, config.spatial)
+        margins: Margins = crop_margins(config.edge, len(cases[0].shapes), spacings, config.spatial)
+        if config.levels:
+            margins = tuple(m if level in config.levels else None for level, m in enumerate(margins, start=1))
         self._key = jax.random.key(seed)
         self._augment: Augment = make_augment(config.edge, margins, config.spatial, config.intensity)
         self._sharding = sharding
@@ -66,7 +73,7 @@ class Feed:
         return self
 
     def __next__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """(images, labels), each a level's [B, N, N, N], coarsest first; float32 HU and uint8."""
+        """(images, labels), each a wanted level's [B, N, N, N], coarsest first; float32 HU and uint8."""
         local = next(self._host)
         batch = jax.tree.map(lambda array: jax.make_array_from_process_local_data(self._sharding, array), local)
         return self._augment(self._key, batch["numbers"], batch["spacing"], batch["images"], batch["labels"])
@@ -87,7 +94,7 @@ class Feed:
 def host_batches(
     cases: Sequence[PreparedCase],
     config: FeedConfig,
-    margins: tuple[Triple, ...],
+    margins: Margins,
     *,
     seed: int,
     process: int = 0,
@@ -98,7 +105,7 @@ def host_batches(
     Each element is a dict of
       numbers: [b] uint32, the samples' places in the whole run's sequence;
       spacing: [b, 3] float32, the finest level's, mm;
-      images, labels: for each level [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8.
+      images, labels: for each level whose margin is not None [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8.
     """
     share = config.batch // processes
     mine = slice(process * share, (process + 1) * share)
@@ -122,27 +129,27 @@ def host_batches(
     return iter(sequence.to_iter_dataset(options))
 
 
-def read_batch(
-    centres: Sequence[tuple[PreparedCase, Triple]], edge: int, margins: tuple[Triple, ...]
-) -> dict[str, Any]:
+def read_batch(centres: Sequence[tuple[PreparedCase, Triple]], edge: int, margins: Margins) -> dict[str, Any]:
     """Crops of the pyramid patches around given centres; `host_batches` says of what shape.
 
     All reads are under way together: levels and samples wait for the disk once, not one after another.
     """
-    sizes = [tuple(edge + 2 * m for m in margin) for margin in margins]
-    images = tuple(np.empty((len(centres), *size), np.int16) for size in sizes)
-    labels = tuple(np.empty((len(centres), *size), np.uint8) for size in sizes)
+    wanted = {level: margin for level, margin in enumerate(margins, start=1) if margin is not None}
+    sizes = {level: (len(centres), *(edge + 2 * m for m in margin)) for level, margin in wanted.items()}
+    images = {level: np.empty(size, np.int16) for level, size in sizes.items()}
+    labels = {level: np.empty(size, np.uint8) for level, size in sizes.items()}
     pending = []
     for sample, (case, centre) in enumerate(centres):
         starts = pyramid_starts(centre, edge, len(margins))
-        for level, (start, margin, (depth, height, width)) in enumerate(zip(starts, margins, sizes, strict=True)):
-            z, y, x = (s - m for s, m in zip(start, margin, strict=True))
+        for level, margin in wanted.items():
+            z, y, x = (s - m for s, m in zip(starts[level - 1], margin, strict=True))
+            _, depth, height, width = sizes[level]
             into = images[level][sample], labels[level][sample]
-            pending.append(case.read(level + 1, (z, y, x), (depth, height, width), into))
+            pending.append(case.read(level, (z, y, x), (depth, height, width), into))
     for read in pending:
         read.result()
     return {
         "spacing": np.array([case.spacing for case, _ in centres], np.float32),
-        "images": images,
-        "labels": labels,
+        "images": tuple(images.values()),
+        "labels": tuple(labels.values()),
     }

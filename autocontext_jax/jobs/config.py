@@ -26,6 +26,7 @@ from autocontext_jax.models.pyramid import CONTEXTS, PyramidConfig
 from autocontext_jax.models.unet import UNetConfig
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig
+from autocontext_jax.training.phases import MODES, Phase, phases
 
 # Keys that may differ between a work directory's checkpoint and the run that goes on from it: they change neither the
 # parameters' shapes nor the sequence of batches.
@@ -56,7 +57,7 @@ def default_config() -> ConfigDict:
     config.phantom = ConfigDict({"training": 0, "test": 0, "size": (96, 96, 96), "spacing": (3.5, 3.5, 3.5)})
     # `finest_spacing` in mm, or () for factors of each scan's own grid.
     config.levels = ConfigDict({"factors": (4, 2), "finest_spacing": ()})
-    config.feed = _section(FeedConfig(batch=3, edge=64), without=("spatial", "intensity"))
+    config.feed = _section(FeedConfig(batch=3, edge=64), without=("levels", "spatial", "intensity"))
     config.spatial = _section(SpatialLimits())
     config.intensity = _section(IntensityLimits())
     config.model = _section(UNetConfig())
@@ -64,6 +65,9 @@ def default_config() -> ConfigDict:
     config.loss = _section(LossConfig())
     config.optimizer = _section(OptimizerConfig())
     config.train = ConfigDict()
+    # How the levels learn: see `training/phases.py`.
+    config.train.mode = "end_to_end"
+    # Of each phase: `separate` has one a level, the other modes have one.
     config.train.steps = 20_000
     config.train.log_every = 10
     # Validation and checkpoint together; the newest `keep` checkpoints and the best are kept.
@@ -95,12 +99,36 @@ def settings(config: ConfigDict) -> Settings:
     return Settings(factors=tuple(config.levels.factors), finest_spacing=finest_spacing)
 
 
-def feed(config: ConfigDict) -> FeedConfig:
-    """The training feed."""
+def training_phases(config: ConfigDict) -> tuple[Phase, ...]:
+    """What the run trains, in order; the last phase runs every level that the model has."""
+    return phases(config.train.mode, len(config.levels.factors))
+
+
+def model_levels(config: ConfigDict) -> tuple[int, ...]:
+    """The ladder's levels that the model has, from 1 = coarsest."""
+    return training_phases(config)[-1].levels
+
+
+def model_factors(config: ConfigDict, spacing: tuple[float, float, float]) -> tuple[tuple[float, float, float], ...]:
+    """Downsample factors (z, y, x) of the model's levels for a scan of this spacing in mm."""
+    factors = settings(config).level_factors(spacing)
+    return tuple(factors[level - 1] for level in model_levels(config))
+
+
+def loss(config: ConfigDict, phase: Phase) -> LossConfig:
+    """A phase's loss: only the levels that learn count."""
+    weights = config.loss.level_weights or [1.0] * len(config.levels.factors)
+    learning = tuple(float(weights[level - 1]) * (level in phase.learning) for level in phase.levels)
+    return dataclasses.replace(dataclass_of(LossConfig, config.loss), level_weights=learning)
+
+
+def feed(config: ConfigDict, phase: Phase) -> FeedConfig:
+    """A phase's feed."""
     spatial = dataclass_of(SpatialLimits, config.spatial)
     moves = spatial.rotation or spatial.translation or spatial.elastic_sigma
     intensity = dataclass_of(IntensityLimits, config.intensity)
-    return dataclass_of(FeedConfig, config.feed, spatial=spatial if moves else None, intensity=intensity)
+    moved = {"spatial": spatial if moves else None, "intensity": intensity}
+    return dataclass_of(FeedConfig, config.feed, levels=phase.levels, **moved)
 
 
 def check(config: ConfigDict) -> None:
@@ -133,6 +161,7 @@ def check(config: ConfigDict) -> None:
         )
     choices: dict[str, tuple[str, ...]] = {
         "feed.centre": CENTRES,
+        "train.mode": MODES,
         "pyramid.context": CONTEXTS,
         "model.norm": ("batch", "none"),
         "model.dtype": ("float32", "bfloat16"),
@@ -196,10 +225,12 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> 
       UserError: lists the keys that differ, with both values.
     """
     now, before = _flat(json.loads(json.dumps(config.to_dict()))), _flat(saved)
+    # Where one phase ends is where the next begins.
+    free = tuple(key for key in FREE if key != "train.steps" or len(training_phases(config)) == 1)
     differing = [
         f"{key} (there {before.get(key, 'absent')}, here {now.get(key, 'absent')})"
         for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key) and not key.startswith(FREE)
+        if now.get(key) != before.get(key) and not key.startswith(free)
     ]
     if differing:
         raise UserError(

@@ -12,7 +12,7 @@ from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
-from autocontext_jax.jobs.config import settings
+from autocontext_jax.jobs.config import model_factors, model_levels
 from autocontext_jax.jobs.prepare import Data
 from autocontext_jax.jobs.restore import restore_predictor
 from autocontext_jax.jobs.stages import in_stages
@@ -45,9 +45,8 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
         raise UserError(
             f"the data set {data.dataset.root} has labels {data.dataset.labels}; the checkpoint knows {tuple(labels)}"
         )
-    levels = len(config.levels.factors)
+    levels = model_levels(config)
     tolerance = config.evaluate.tolerance
-    every_level = tuple(range(1, levels + 1))
     for folder in ("predictions", "pictures"):
         (workdir / folder).mkdir(exist_ok=True)
 
@@ -58,12 +57,13 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
 
     def masks_of(case: Case, labelled: Labelled) -> tuple[Labelled, dict[int, np.ndarray]]:
         scan, _ = labelled
-        factors = settings(config).level_factors(scan.spacing)
-        return labelled, predictor.masks(scan.voxels, factors, levels=every_level)
+        every = tuple(range(1, len(levels) + 1))
+        made = predictor.masks(scan.voxels, model_factors(config, scan.spacing), levels=every)
+        return labelled, {level: made[number] for number, level in enumerate(levels, start=1)}
 
     def score(case: Case, made: tuple[Labelled, dict[int, np.ndarray]]) -> dict:
         (scan, truth), masks = made
-        scans.write_mask(workdir / "predictions" / f"{case.name}.nii.gz", masks[levels], scan.grid)
+        scans.write_mask(workdir / "predictions" / f"{case.name}.nii.gz", masks[levels[-1]], scan.grid)
         columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
         path = workdir / "pictures" / f"{case.name}.png"
         pictures.figure(path, scan.voxels, columns, organs, scan.spacing, title=case.name)

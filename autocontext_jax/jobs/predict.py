@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.config import settings
+from autocontext_jax.jobs.config import model_factors
 from autocontext_jax.jobs.restore import restore_predictor
 from autocontext_jax.jobs.stages import in_stages
 
@@ -59,7 +59,7 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
         return scan
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
-        factors = settings(config).level_factors(scan.spacing)
+        factors = model_factors(config, scan.spacing)
         return predictor.masks(scan.voxels, factors, progress=show_tiles)[len(factors)], scan.grid
 
     def write(job: Job, made: tuple[np.ndarray, scans.Grid]) -> None:

@@ -11,13 +11,12 @@ from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
-from autocontext_jax.jobs.config import check_same_run, dataclass_of, read_config
+from autocontext_jax.jobs.config import check_same_run, dataclass_of, model_levels, read_config
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet, UNetConfig
 from autocontext_jax.training.checkpoints import Checkpoints
-from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
 from autocontext_jax.training.sharding import data_mesh, replicated
-from autocontext_jax.training.state import create_state, inference_model
+from autocontext_jax.training.state import inference_model
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 def make_model(config: ConfigDict, classes: int) -> Pyramid:
     """The pyramid with fresh parameters drawn from `config.seed`."""
     network = dataclass_of(UNetConfig, config.model)
-    pyramid = dataclass_of(PyramidConfig, config.pyramid, levels=len(config.levels.factors), classes=classes)
+    pyramid = dataclass_of(PyramidConfig, config.pyramid, levels=len(model_levels(config)), classes=classes)
     return Pyramid(pyramid, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(config.seed))
 
 
@@ -41,18 +40,16 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
     labels = tuple(saved["data"]["labels"])
     config.data.labels = labels
     check_same_run(config, saved, workdir)
-    optimizer = make_optimizer(dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
+    graph, *like = nnx.split(nnx.eval_shape(lambda: make_model(config, len(labels))), nnx.Param, ...)
     # Restored to one device, whatever mesh it was trained on.
-    fresh = jax.jit(
-        lambda: create_state(make_model(config, len(labels)), optimizer)[1], out_shardings=replicated(data_mesh(1))
-    )
-    graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, len(labels))), optimizer)
+    here = replicated(data_mesh(1))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep)) as checkpoints:
         step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
         if step is None:
             raise UserError(f"work directory {workdir} has no checkpoint: train there first (--mode train)")
-        state, _ = checkpoints.restore(step, jax.eval_shape(fresh))
+        weights = checkpoints.restore_weights(step, *like)
     log.info("restored step %d of %s", step, workdir)
-    model = inference_model(graph, state.params, state.statistics)
+    model = inference_model(graph, *weights)
     align = dataclass_of(UNetConfig, config.model).divisor
     return Predictor(model, dataclass_of(PredictorConfig, config.predict), align=align), labels

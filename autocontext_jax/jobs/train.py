@@ -27,8 +27,9 @@ from autocontext_jax.jobs.prepare import Data
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.logging import MetricsLog
-from autocontext_jax.training.losses import LossConfig, mean_dice
+from autocontext_jax.training.losses import mean_dice, organ_dice
 from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
+from autocontext_jax.training.phases import Phase
 from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
 from autocontext_jax.training.state import Batch, Metrics, create_state, make_train_step, make_validation_step
 
@@ -59,16 +60,38 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
     if saved is not None and checkpoints.latest is not None:
         configuration.check_same_run(config, saved, workdir)
     configuration.write_config(config, workdir)
-    first = checkpoints.latest or 0
-    if first >= config.train.steps:
-        log.info("trained already: step %d of %d", first, config.train.steps)
+    phases = configuration.training_phases(config)
+    if (checkpoints.latest or 0) >= len(phases) * config.train.steps:
+        log.info("trained already: step %d of %d", checkpoints.latest, len(phases) * config.train.steps)
         return True
-    mesh = data_mesh(config.feed.batch)
-    if mesh.size < jax.device_count():
+    working, devices = data_mesh(config.feed.batch).size, jax.device_count()
+    if working < devices:
         log.warning(
             "config key feed.batch is %d, so %d of %d devices work: choose a multiple of %d to use all",
-            config.feed.batch, mesh.size, jax.device_count(), jax.device_count(),
+            config.feed.batch, working, devices, devices,
         )  # fmt: skip
+
+    # ---- phases: each begins with what the one before saved last
+    with contextlib.closing(_StopSignal()) as stop:
+        return all(
+            _train_phase(config, workdir, data, checkpoints, number, phase, stop)
+            for number, phase in enumerate(phases)
+            if (checkpoints.latest or 0) < (number + 1) * config.train.steps
+        )
+
+
+def _train_phase(
+    config: ConfigDict,
+    workdir: Path,
+    data: Data,
+    checkpoints: Checkpoints,
+    number: int,
+    phase: Phase,
+    stop: "_StopSignal",
+) -> bool:
+    start, end = number * config.train.steps, (number + 1) * config.train.steps
+    first = checkpoints.latest or 0
+    mesh = data_mesh(config.feed.batch)
 
     # ---- data
     cache_bytes = config.data.cache_mib * 2**20 // (len(data.training) + len(data.validation))
@@ -76,25 +99,33 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
         [PreparedCase.open(data.store, case.name, cache_bytes) for case in cases]
         for cases in (data.training, data.validation)
     )
-    feed_config = configuration.feed(config)
-    feed = Feed(training, feed_config, seed=config.seed, sharding=batch_sharding(mesh))
-    held_out = validation_batches(validation, config, len(config.levels.factors))
+    feed = Feed(training, configuration.feed(config, phase), seed=config.seed, sharding=batch_sharding(mesh))
+    held_out = validation_batches(validation, config, phase)
 
     # ---- model, optimiser, steps
-    classes = len(data.dataset.labels)
+    classes, organs = len(data.dataset.labels), data.dataset.labels[1:]
+    ladder = configuration.model_levels(config)
+    learning = [ladder.index(level) for level in phase.learning]
     optimizer = make_optimizer(configuration.dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
-    loss = configuration.dataclass_of(LossConfig, config.loss)
-    graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, classes)), optimizer)
-    fresh = jax.jit(lambda: create_state(make_model(config, classes), optimizer)[1], out_shardings=replicated(mesh))
-    train_step = make_train_step(graph, optimizer, loss)
+    loss = configuration.loss(config, phase)
+    graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, classes)), optimizer, learning)
+    fresh = jax.jit(
+        lambda: create_state(make_model(config, classes), optimizer, learning)[1], out_shardings=replicated(mesh)
+    )
+    train_step = make_train_step(graph, optimizer, loss, learning)
     validation_step = make_validation_step(graph, loss)
 
     # ---- restore
-    if first:
+    if first > start:
         state, position = checkpoints.restore(first, jax.eval_shape(fresh))
         feed.set_state(position)
     else:
         state = fresh()
+        if first:
+            params, statistics = checkpoints.restore_weights(first, state.params, state.statistics)
+            state = state.replace(
+                step=jax.device_put(np.int32(first), replicated(mesh)), params=params, statistics=statistics
+            )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info(
         "%d training and %d validation cases, %d parameters, %d %s device(s), from step %d",
@@ -103,15 +134,14 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
 
     # ---- loop
     metrics_log = MetricsLog(workdir, step=first)
-    stop = _StopSignal()
     in_flight: collections.deque[jax.Array] = collections.deque()
     waiting: tuple[int, Metrics, float] | None = None  # a logged step whose numbers are still on the device
     since, since_step = time.monotonic(), first
-    bar = tqdm(initial=first, total=config.train.steps, desc="train", unit="step", mininterval=1)
+    bar = tqdm(initial=first, total=end, desc="train", unit="step", mininterval=1)
 
     def write(row: tuple[int, Metrics, float], validated: dict[str, float]) -> None:
         step, metrics, speed = row
-        values = _values(jax.device_get(metrics))
+        values = _values(jax.device_get(metrics), phase.levels)
         if not math.isfinite(values["loss"]):
             raise UserError(
                 f"the loss at step {step} is {values['loss']}; wanted a finite number: lower "
@@ -122,7 +152,7 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
         bar.set_postfix({**shown, "pairs/s": f"{speed:.1f}"}, refresh=False)
 
     try:
-        for step in range(first + 1, config.train.steps + 1):
+        for step in range(first + 1, end + 1):
             images, labels = next(feed)
             state, metrics = train_step(state, Batch(images, labels))
             in_flight.append(metrics.loss)
@@ -131,7 +161,7 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
             bar.update()
 
             stopping = stop.requested  # read once: a signal between here and the break must not skip the save
-            checkpoint = stopping or step == config.train.steps or step % config.train.checkpoint_every == 0
+            checkpoint = stopping or step == end or step % config.train.checkpoint_every == 0
             if step % config.train.log_every == 0 or checkpoint:
                 if waiting is not None:
                     write(waiting, {})
@@ -141,11 +171,14 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
             if checkpoint and waiting is not None:
                 validated: dict[str, float] = {}
                 if held_out and not stopping:
-                    validated, picture = validate(validation_step, state, held_out, batch_sharding(mesh))
+                    validated, picture = validate(
+                        validation_step, state, held_out, batch_sharding(mesh), phase.levels, organs
+                    )
                     metrics_log.image(step, "validation", picture)
                 write(waiting, validated)
                 waiting = None
-                finest = validated.get(f"validation_dice_level_{len(config.levels.factors)}")
+                # None before the last phase: the finest level is what the best is chosen by.
+                finest = validated.get(f"validation_dice_level_{ladder[-1]}")
                 # The feed stands before the next batch: state and position belong together.
                 checkpoints.save(step, state, feed.get_state(), dice=finest)
                 since = time.monotonic()  # validation is not training speed
@@ -154,13 +187,12 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
                 return False
     finally:
         bar.close()
-        stop.restore()
         metrics_log.close()
         feed.close()
     return True
 
 
-def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, levels: int) -> list[dict[str, Any]]:
+def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, phase: Phase) -> list[dict[str, Any]]:
     """Fixed patches of held-out cases, as `pipeline.read_batch` gives them; the organs are drawn equally often."""
     if not cases:
         return []
@@ -171,14 +203,15 @@ def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, levels
     for number in range(count):
         case = cases[number % len(cases)]
         centres.append((case, case.foreground_voxel(draw_entry(case.foreground_offsets, rng, centre="classes"))))
-    no_margins = ((0, 0, 0),) * levels
-    return [
-        read_batch(centres[start : start + batch], config.feed.edge, no_margins) for start in range(0, count, batch)
-    ]
+    ladder = range(1, len(config.levels.factors) + 1)
+    margins = tuple((0, 0, 0) if level in phase.levels else None for level in ladder)
+    return [read_batch(centres[start : start + batch], config.feed.edge, margins) for start in range(0, count, batch)]
 
 
-def validate(step, state, batches: Sequence[dict[str, Any]], sharding) -> tuple[dict[str, float], np.ndarray]:
-    """Loss and Dice over all held-out patches, and a picture of the first: truth beside prediction, a row a level."""
+def validate(
+    step, state, batches: Sequence[dict[str, Any]], sharding, levels: Sequence[int], organs: Sequence[str]
+) -> tuple[dict[str, float], np.ndarray]:
+    """Loss, Dice and each organ's Dice over all held-out patches, and a picture of the first: a row a level."""
     results = []
     for batch in batches:
         images, labels = (jax.device_put(batch[key], sharding) for key in ("images", "labels"))
@@ -194,13 +227,17 @@ def validate(step, state, batches: Sequence[dict[str, Any]], sharding) -> tuple[
     for image, truth, predicted in zip(batches[0]["images"], batches[0]["labels"], slices[0], strict=True):
         masks = (np.zeros_like(predicted[0]), truth[0, middle], predicted[0])
         rows.append(pictures.side_by_side([pictures.overlay(image[0, middle], mask) for mask in masks]))
-    return {f"validation_{key}": value for key, value in _values(total).items()}, np.concatenate(rows)
+    values = _values(total, levels)
+    for level, dice in zip(levels, organ_dice(total.counts), strict=True):
+        values |= {f"dice_level_{level}_{organ}": float(score) for organ, score in zip(organs, dice, strict=True)}
+    finite = {f"validation_{key}": value for key, value in values.items() if math.isfinite(value)}
+    return finite, np.concatenate(rows)
 
 
-def _values(metrics: Metrics) -> dict[str, float]:
+def _values(metrics: Metrics, levels: Sequence[int]) -> dict[str, float]:
     """Metrics on the host as named numbers."""
     values = {"loss": float(metrics.loss)}
-    for level, (loss, dice) in enumerate(zip(metrics.losses, mean_dice(metrics.counts), strict=True), start=1):
+    for level, loss, dice in zip(levels, metrics.losses, mean_dice(metrics.counts), strict=True):
         values[f"loss_level_{level}"] = float(loss)
         if np.isfinite(dice):  # no organ in prediction or truth: no Dice
             values[f"dice_level_{level}"] = float(dice)
@@ -219,9 +256,9 @@ class _StopSignal:
     def _request(self, number, frame):
         del number, frame
         self.requested = True
-        self.restore()
+        self.close()
 
-    def restore(self) -> None:
+    def close(self) -> None:
         """Puts the handlers back that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

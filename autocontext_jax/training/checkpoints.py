@@ -56,7 +56,7 @@ class Checkpoints:
         """
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), feed=ocp.args.JsonSave(feed)),
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), feed=ocp.args.JsonSave(feed)),
             metrics=None if dice is None else {"dice": dice},
         )
 
@@ -70,23 +70,46 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = self._restore(step, state=_restore_args(like), feed=ocp.args.JsonRestore())
+        return restored.state, restored.feed
+
+    def restore_weights(self, step: int, params: Any, statistics: Any) -> tuple[Any, Any]:
+        """Parameters and running averages of a step, whatever optimiser they were trained with.
+
+        Args:
+          step: of an existing checkpoint.
+          params: of the same structure; their shardings say where the arrays go.
+          statistics: likewise.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        # An empty tree, as of a model without normalisation, is not in the file.
+        like = {key: tree for key, tree in (("params", params), ("statistics", statistics)) if jax.tree.leaves(tree)}
+        restored = self._restore(step, state=_restore_args(like, partial_restore=True)).state
+        return restored["params"], restored.get("statistics", statistics)
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        self._manager.wait_until_finished()
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), feed=ocp.args.JsonRestore())
-            )
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, OSError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"checkpoint {self._directory / str(step)} cannot be read ({reason}); wanted a whole checkpoint: "
                 "delete that folder to go on from the one before"
             ) from error
-        return restored.state, restored.feed
 
     def close(self) -> None:
         """Waits until the last save is whole."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _restore_args(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    where = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(abstract, restore_args=where, **options)
 
 
 def _dice(metrics: dict[str, float]) -> float:

@@ -16,8 +16,8 @@ class LossConfig:
       cross_entropy: weight of the mean voxelwise cross-entropy (nats); 0 in the paper.
       per_sample: False sums overlaps over the batch before dividing, True averages each sample's own Dice.
       background: whether class 0 counts in the Dice loss, as in equation 1.
-      logarithm: minimises minus the logarithm of each class's Dice. A small organ that the network has given up has no
-        gradient in the Dice itself, but keeps it here.
+      logarithm: minimises minus the logarithm of each class's Dice, where the class occurs. A small organ that the
+        network has all but given up has hardly a gradient in the Dice itself; here it keeps it.
       level_weights: factor of each level's loss in the total, coarsest first; () means 1 each, as in the paper.
     """
 
@@ -41,7 +41,9 @@ def dice_loss(
 
         L = -1/K sum_k D_k,    D_k = (2 sum_i p_ik l_ik + eps) / (sum_i p_ik + sum_i l_ik + eps)
 
-    or, with the logarithm, L = -1/K sum_k ln D_k: the Dice term of Wong et al. (MICCAI 2018) with exponent 1.
+    or, with the logarithm, L = -1/K sum_k ln D_k over the classes that the labels hold: the Dice term of Wong et al.
+    (MICCAI 2018) with exponent 1, without their pseudocount of a voxel and the absent classes that it stands for. With
+    these every patch without an organ pushes that organ's maps down, at last below where a patch with it pulls them up.
 
     Args:
       logits: [B, D, H, W, K], any float type; the softmax runs in float32.
@@ -54,16 +56,15 @@ def dice_loss(
     Returns:
       Scalar in [-1, 0], or in [0, inf) with the logarithm. A class absent from labels and prediction counts as D = 1.
     """
-    # One voxel under the logarithm, as Wong et al. have it: far less would punish any trace of an absent class.
-    eps = 1.0 if logarithm else 1e-5
+    eps = 1e-5
     probabilities = jax.nn.softmax(logits.astype(jnp.float32))
     truth = jax.nn.one_hot(labels, logits.shape[-1])
     voxels = (1, 2, 3) if per_sample else (0, 1, 2, 3)
     overlap = jnp.sum(probabilities * truth, voxels)
-    total = jnp.sum(probabilities, voxels) + jnp.sum(truth, voxels)
-    scores = (2 * overlap + eps) / (total + eps)
+    true = jnp.sum(truth, voxels)
+    scores = (2 * overlap + eps) / (jnp.sum(probabilities, voxels) + true + eps)
     if logarithm:
-        scores = jnp.log(scores)
+        scores = jnp.where(true > 0, jnp.log(scores), 0)
     return -jnp.mean(scores if background else scores[..., 1:])
 
 
@@ -124,9 +125,15 @@ def overlap_counts(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.stack([2 * jnp.sum(predicted * truth, voxels), jnp.sum(predicted, voxels) + jnp.sum(truth, voxels)])
 
 
-def mean_dice(counts: jax.Array) -> jax.Array:
-    """Mean Dice over the foreground classes in prediction or truth: [..., 2, K] -> [...]; NaN if there are none."""
+def organ_dice(counts: jax.Array) -> jax.Array:
+    """Dice of each foreground class from its counts: [..., 2, K] -> [..., K - 1]; NaN where it does not occur."""
     overlap, total = counts[..., 0, 1:], counts[..., 1, 1:]
     present = total > 0
-    scores = jnp.where(present, overlap / jnp.where(present, total, 1), 0)
-    return jnp.sum(scores, axis=-1) / jnp.sum(present, axis=-1)
+    return jnp.where(present, overlap / jnp.where(present, total, 1), jnp.nan)
+
+
+def mean_dice(counts: jax.Array) -> jax.Array:
+    """Mean Dice over the foreground classes in prediction or truth: [..., 2, K] -> [...]; NaN if there are none."""
+    dice = organ_dice(counts)
+    present = ~jnp.isnan(dice)
+    return jnp.sum(jnp.where(present, dice, 0), axis=-1) / jnp.sum(present, axis=-1)

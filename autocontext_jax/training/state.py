@@ -1,6 +1,6 @@
 """The training state and the jitted steps over it: one that trains, one that validates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -58,29 +58,51 @@ class Metrics:
     counts: jax.Array
 
 
-def create_state(model: Pyramid, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
-    """Splits a new model into its static graph and the state of step 0."""
+def create_state(
+    model: Pyramid, optimizer: optax.GradientTransformation, learning: Collection[int] | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Splits a new model into its static graph and the state of step 0.
+
+    Args:
+      model: the pyramid.
+      optimizer: of the parameters that learn.
+      learning: numbers (from 0) of the model's networks that do; None means all. In the graph the others normalise by
+        their running averages.
+    """
+    if learning is not None and jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
+        for number, network in enumerate(model.networks):
+            if number not in learning:
+                model.networks[number] = nnx.view(network, use_running_average=True)
     graph, params, statistics = _split(model)
-    return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(params))
+    learned, _ = _learned(params, learning)
+    return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(learned))
 
 
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig) -> Any:
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    learning: Collection[int] | None = None,
+) -> Any:
     """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
 
-    Its state argument is donated: use the returned one.
+    Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
+    ones. `graph` and `learning` are those of `create_state`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def objective(params):
-            model = nnx.merge(graph, params, state.statistics, copy=True)
+        learned, frozen = _learned(state.params, learning)
+
+        def objective(learned):
+            model = nnx.merge(graph, nnx.merge_state(learned, frozen), state.statistics, copy=True)
             logits = model(batch.images)
             total, losses = total_loss(logits, batch.labels, loss)
             _, _, statistics = _split(model)
             return total, (Metrics(total, losses, _counts(logits, batch)), statistics)
 
-        gradients, (metrics, statistics) = jax.grad(objective, has_aux=True)(state.params)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        gradients, (metrics, statistics) = jax.grad(objective, has_aux=True)(learned)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, learned)
+        params = nnx.merge_state(optax.apply_updates(learned, updates), frozen)
         return TrainState(state.step + 1, params, statistics, optimizer_state), metrics
 
     return jax.jit(step, donate_argnames="state", compiler_options=compiler_options(jax.default_backend()))
@@ -114,6 +136,12 @@ def _split(model: Pyramid) -> tuple[nnx.GraphDef, Any, Any]:
     """Static graph, parameters, and all other state: the normalisation's running averages."""
     graph, params, statistics = nnx.split(model, nnx.Param, ...)  # type: ignore[misc] # its stub hides their number
     return graph, params, statistics
+
+
+def _learned(params: Any, learning: Collection[int] | None) -> tuple[Any, Any]:
+    """The parameters that learn and those that do not."""
+    learned, frozen = nnx.split_state(params, lambda path, _: learning is None or path[1] in learning, ...)
+    return learned, frozen
 
 
 def _counts(logits: tuple[jax.Array, ...], batch: Batch) -> jax.Array:

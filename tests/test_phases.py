@@ -1,0 +1,144 @@
+"""Training modes as jobs: which levels are fed, trained, saved, restored and scored."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from flax import nnx
+
+from autocontext_jax.data import phantom
+from autocontext_jax.errors import UserError
+from autocontext_jax.jobs.config import check_same_run, default_config, read_config
+from autocontext_jax.jobs.evaluate import evaluate
+from autocontext_jax.jobs.predict import predict
+from autocontext_jax.jobs.prepare import Data, prepare
+from autocontext_jax.jobs.restore import make_model
+from autocontext_jax.jobs.train import train
+from autocontext_jax.training.checkpoints import Checkpoints
+from autocontext_jax.training.phases import MODES, Phase, phases
+
+STEPS = 4
+
+
+def test_phases_of_three_levels():
+    assert phases("end_to_end", 3) == (Phase((1, 2, 3), (1, 2, 3)),)
+    assert phases("separate", 3) == (Phase((1,), (1,)), Phase((1, 2), (2,)), Phase((1, 2, 3), (3,)))
+    assert phases("first_level", 3) == (Phase((1,), (1,)),)
+    assert phases("no_context", 3) == (Phase((3,), (3,)),)
+
+
+def test_with_one_level_all_modes_are_one():
+    assert {phases(mode, 1) for mode in MODES} == {(Phase((1,), (1,)),)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """One prepared data set for all modes."""
+    folder = tmp_path_factory.mktemp("store")
+    prepare(small_config(folder), folder)
+    return folder
+
+
+def small_config(folder: Path, mode: str = "end_to_end"):
+    config = default_config()
+    config.phantom = {"training": 3, "test": 1, "size": (40, 40, 40), "spacing": (8.0, 8.0, 8.0)}
+    config.data.root, config.data.prepared, config.data.workers = str(folder / "phantoms"), str(folder / "prepared"), 1
+    config.levels.factors = (2, 1)
+    config.feed.edge, config.feed.batch = 16, 1
+    config.model.width, config.model.depth = 2, 2
+    config.predict.tile, config.predict.plane = 16, 40
+    config.train.mode, config.train.steps = mode, STEPS
+    config.train.log_every, config.train.checkpoint_every, config.train.validation_patches = 1, STEPS, 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def separate(store, tmp_path_factory) -> Path:
+    """A finished run with checkpoints at steps 2, 4 | 6, 8."""
+    workdir = tmp_path_factory.mktemp("separate")
+    config = separate_config(store)
+    assert train(config, workdir, prepare(config, workdir))
+    return workdir
+
+
+def separate_config(store: Path):
+    config = small_config(store, "separate")
+    config.train.keep, config.train.checkpoint_every = 4, STEPS // 2
+    return config
+
+
+def check_the_rest(config, workdir: Path, data: Data, levels: list[int]) -> None:
+    """The finished run restores, is scored at the model's levels, and predicts."""
+    assert evaluate(config, workdir, data)
+    (case,) = json.loads((workdir / "evaluation.json").read_text())["cases"].values()
+    assert list(case) == [f"level_{level}" for level in levels]
+    mask = workdir / "mask.nii.gz"
+    assert predict(config, workdir, data.dataset.test[0].image, mask)
+    assert sitk.ReadImage(str(mask)).GetSize() == (40, 40, 40)
+
+
+def logged_levels(workdir: Path) -> list[list[int]]:
+    """The levels that each logged step names; every step is logged."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [sorted(int(key[-1]) for key in row if key.startswith("loss_level")) for row in rows]
+
+
+@pytest.mark.parametrize(("mode", "level"), [("first_level", 1), ("no_context", 2)])
+def test_one_level_as_a_job(store, tmp_path, mode, level):
+    config = small_config(store, mode)
+    data = prepare(config, tmp_path)
+    assert train(config, tmp_path, data)
+    assert logged_levels(tmp_path) == [[level]] * STEPS
+    check_the_rest(config, tmp_path, data, [level])
+
+
+def test_separate_as_a_job(store, separate):
+    assert logged_levels(separate) == [[1]] * STEPS + [[1, 2]] * STEPS
+    config = separate_config(store)
+    check_the_rest(config, separate, prepare(config, separate), [1, 2])
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def test_the_second_phase_leaves_the_first_level_as_it_was(store, separate):
+    model = make_model(separate_config(store), len(phantom.ORGANS) + 1)
+    _, params, statistics = nnx.split(model, nnx.Param, ...)
+    with contextlib.closing(Checkpoints(separate / "checkpoints", keep=4)) as checkpoints:
+        one, two = (checkpoints.restore_weights(step, params, statistics) for step in (STEPS, 2 * STEPS))
+    for before, after in zip(one, two, strict=True):
+        pairs = [
+            map(np.array_equal, *(jax.tree.leaves(tree["networks"][n]) for tree in (before, after))) for n in (0, 1)
+        ]
+        assert [all(pair) for pair in pairs] == [True, False]
+
+
+@pytest.mark.parametrize("step", [STEPS, STEPS + 2])
+def test_separate_goes_on_where_it_stopped(store, separate, tmp_path, step):
+    """Between the phases, and within the second."""
+    workdir = tmp_path / "run"
+    shutil.copytree(separate, workdir)
+    for later in range(step + 2, 2 * STEPS + 1, 2):
+        shutil.rmtree(workdir / "checkpoints" / str(later))
+    config = separate_config(store)
+    assert train(config, workdir, prepare(config, workdir))
+    assert losses(workdir) == losses(separate)
+
+
+def test_the_length_of_a_phase_stays(store, separate):
+    config = separate_config(store)
+    config.data.labels = ("background", *phantom.ORGANS)
+    saved = read_config(separate)
+    assert saved is not None
+    check_same_run(config, saved, separate)
+    config.train.steps = 2 * STEPS
+    with pytest.raises(UserError, match=r"train\.steps"):
+        check_same_run(config, saved, separate)
