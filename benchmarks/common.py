@@ -17,13 +17,14 @@ from flax import nnx
 from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.jobs.config import default_config
 from autocontext_jax.jobs.prepare import prepare
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
-from autocontext_jax.models.unet import UNet, UNetConfig
+from autocontext_jax.models.unet import UNet
 
 
 def make_pyramid(*, levels: int, classes: int, width: int, dtype: str = "float32") -> Pyramid:
     """The pyramid of 3D U-Nets that the jobs train, with fresh parameters."""
-    network = UNetConfig(width=width, dtype=dtype)
+    network = NetworkConfig(width=width, dtype=dtype)
     config = PyramidConfig(levels=levels, classes=classes)
     return Pyramid(config, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(0))
 

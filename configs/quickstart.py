@@ -19,7 +19,7 @@ def get_config():
     config.model.width = 8
     config.model.momentum = 0.98
     # With the Dice itself an organ's maps can vanish early and not come back (the gallbladder's once did).
-    config.loss.logarithm = True
+    config.loss.log_dice = 0.1
     config.loss.cross_entropy = 0.1
     config.optimizer.warmup = 50
     config.optimizer.learning_rate = 3e-3

@@ -14,8 +14,9 @@ import optax
 import pytest
 from flax import nnx
 
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
-from autocontext_jax.models.unet import UNet, UNetConfig
+from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
 from autocontext_jax.training.state import Batch, create_state, make_train_step
@@ -27,7 +28,7 @@ LEVELS, CLASSES, WIDTH, DEPTH, EDGE, BATCH = 2, 3, 4, 3, 16, 2
 def step_and_arguments():
     """The training step of a small pyramid and the shapes of its arguments."""
     optimizer = optax.adam(1e-3)
-    network = UNetConfig(width=WIDTH, depth=DEPTH, dtype="bfloat16")
+    network = NetworkConfig(width=WIDTH, depth=DEPTH, dtype="bfloat16")
 
     def make():
         config = PyramidConfig(levels=LEVELS, classes=CLASSES)

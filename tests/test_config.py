@@ -13,8 +13,8 @@ from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import PredictorConfig
 from autocontext_jax.jobs import config as configuration
 from autocontext_jax.jobs.config import dataclass_of, default_config
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
-from autocontext_jax.models.unet import UNetConfig
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import OptimizerConfig
 
@@ -46,14 +46,16 @@ def test_default_sections_are_the_dataclasses():
     configuration.check(config)
     assert dataclass_of(SpatialLimits, config.spatial) == SpatialLimits()
     assert dataclass_of(IntensityLimits, config.intensity) == IntensityLimits()
-    assert dataclass_of(UNetConfig, config.model) == UNetConfig()
+    assert dataclass_of(NetworkConfig, config.model) == NetworkConfig()
     assert dataclass_of(LossConfig, config.loss) == LossConfig()
     assert dataclass_of(OptimizerConfig, config.optimizer) == OptimizerConfig()
     assert dataclass_of(PredictorConfig, config.predict) == PredictorConfig()
     assert dataclass_of(PyramidConfig, config.pyramid, levels=3, classes=5) == PyramidConfig(3, 5)
-    assert configuration.feed(config) == FeedConfig(3, 64, spatial=SpatialLimits(), intensity=IntensityLimits())
-    for kind, section in ((UNetConfig, "model"), (LossConfig, "loss"), (OptimizerConfig, "optimizer")):
-        assert set(config[section]) == set(kind.__dataclass_fields__)
+    (phase,) = configuration.training_phases(config)
+    wanted = FeedConfig(3, 64, levels=(1, 2), spatial=SpatialLimits(), intensity=IntensityLimits())
+    assert configuration.feed(config, phase) == wanted
+    for kind, section in ((NetworkConfig, "model"), (LossConfig, "loss"), (OptimizerConfig, "optimizer")):
+        assert set(config[section]) - {"backbone"} == set(kind.__dataclass_fields__)
 
 
 def test_settings_and_feed_follow_their_keys():
@@ -62,7 +64,30 @@ def test_settings_and_feed_follow_their_keys():
     assert settings.factors == (2, 1)
     assert settings.finest_spacing == (2.0, 1.0, 1.0)
     still = changed(spatial__rotation=0.0, spatial__translation=0.0, spatial__elastic_sigma=0.0)
-    assert configuration.feed(still).spatial is None
+    (phase,) = configuration.training_phases(still)
+    assert configuration.feed(still, phase).spatial is None
+
+
+def test_a_phase_counts_the_losses_of_the_levels_that_learn():
+    def weights(mode: str, **keys) -> list[tuple[float, ...]]:
+        config = changed(train__mode=mode, **keys)
+        return [configuration.loss(config, phase).level_weights for phase in configuration.training_phases(config)]
+
+    assert weights("end_to_end") == [(1, 1)]
+    assert weights("end_to_end", loss__level_weights=(0.5, 2.0)) == [(0.5, 2)]
+    assert weights("separate", loss__level_weights=(0.5, 2.0)) == [(0.5,), (0, 2)]
+    assert weights("no_context", loss__level_weights=(0.5, 2.0)) == [(2,)]
+
+
+def test_the_model_has_the_modes_levels_and_their_factors():
+    for mode, levels, factors in (
+        ("separate", (1, 2), (4, 2)),
+        ("first_level", (1,), (4,)),
+        ("no_context", (2,), (2,)),
+    ):
+        config = changed(train__mode=mode, levels__factors=(4, 2))
+        assert configuration.model_levels(config) == levels
+        assert configuration.model_factors(config, (1.0, 1.0, 1.0)) == tuple((factor,) * 3 for factor in factors)
 
 
 BAD = [
@@ -72,6 +97,7 @@ BAD = [
     ("feed.edge", 36),  # a multiple of 4, not of 2^3
     ("predict.tile", 100),
     ("predict.tile", 0),
+    ("train.mode", "all"),
     ("levels.factors", ()),
     ("levels.factors", (4, 3)),
     ("levels.factors", (2, 4)),
@@ -80,7 +106,10 @@ BAD = [
     ("levels.finest_spacing", (1.0, 1.0)),
     ("loss.level_weights", (1.0,)),
     ("feed.centre", "middle"),
+    ("feed.anywhere", -0.1),
+    ("feed.anywhere", 1.5),
     ("pyramid.context", "hard"),
+    ("model.backbone", "vnet"),
     ("model.norm", "group"),
     ("model.dtype", "float16"),
     ("optimizer.schedule", "step"),

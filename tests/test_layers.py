@@ -13,7 +13,7 @@ ORDER = [
     "errors", "geometry",
     "data/scans", "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling", "data/augment",
     "data/pipeline",
-    "models/layers", "models/unet", "models/pyramid",
+    "models/layers", "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/pyramid",
     "training/*",
     "inference/tiling", "inference/masks", "inference/predictor",
     "evaluation/*",

@@ -146,8 +146,9 @@ def test_total_loss_weighs_terms_and_levels():
     total, _ = total_loss(logits, labels, LossConfig(dice=0.0, cross_entropy=1.0))
     assert float(total) == pytest.approx(entropy.sum(), rel=1e-6)
 
-    total, _ = total_loss(logits, labels, LossConfig(per_sample=True, background=False, logarithm=True))
-    wanted = sum(soft_dice(*pair, per_sample=True, background=False, logarithm=True) for pair in pairs)
+    total, _ = total_loss(logits, labels, LossConfig(log_dice=0.25, per_sample=True, background=False))
+    options = {"per_sample": True, "background": False}
+    wanted = sum(soft_dice(*pair, **options) + 0.25 * soft_dice(*pair, **options, logarithm=True) for pair in pairs)
     assert float(total) == pytest.approx(wanted, rel=1e-5)
 
 

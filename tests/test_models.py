@@ -11,12 +11,16 @@ from jax import lax
 from scipy import ndimage
 
 from autocontext_jax.models import layers
+from autocontext_jax.models.fcn import FCN
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig, context_of
-from autocontext_jax.models.unet import UNet, UNetConfig
+from autocontext_jax.models.residual_unet import ResidualUNet
+from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import dice_loss
 from autocontext_jax.training.state import inference_model
 
-TINY = UNetConfig(width=2, depth=1, norm="none")
+BACKBONES = (UNet, ResidualUNet, FCN)
+TINY = NetworkConfig(width=2, depth=1, norm="none")
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -221,12 +225,12 @@ def count(model: nnx.Module, kind=nnx.Param) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, kind)))
 
 
-def abstract_unet(inputs: int, classes: int, config: UNetConfig) -> UNet:
-    return nnx.eval_shape(lambda: UNet(inputs, classes, config, rngs=nnx.Rngs(0)))
+def abstract(backbone: type, inputs: int, classes: int, config: NetworkConfig) -> nnx.Module:
+    return nnx.eval_shape(lambda: backbone(inputs, classes, config, rngs=nnx.Rngs(0)))
 
 
 def test_parameters_without_norm_are_the_published_number():
-    assert count(abstract_unet(3, 3, UNetConfig(norm="none"))) == 19_069_955
+    assert count(abstract(UNet, 3, 3, NetworkConfig(norm="none"))) == 19_069_955
 
 
 @pytest.mark.parametrize(("width", "depth", "inputs", "classes"), [(32, 4, 1, 8), (32, 4, 9, 8), (2, 3, 1, 2)])
@@ -239,15 +243,50 @@ def test_parameters_with_batch_norm(width, depth, inputs, classes):
         convolutions += [(below + end, end), (end, end)]
     kernels = sum(27 * a * b for a, b in convolutions) + sum(8 * c * c for c in ends[1:])
     normalised = sum(b for _, b in convolutions) + sum(ends[1:])
-    model = abstract_unet(inputs, classes, UNetConfig(width=width, depth=depth))
+    model = abstract(UNet, inputs, classes, NetworkConfig(width=width, depth=depth))
     assert count(model) == kernels + 2 * normalised + ends[0] * classes + classes
     assert count(model, nnx.BatchStat) == 2 * normalised
 
 
+def test_parameters_of_the_other_backbones():
+    """Width 32, depth 4, one channel in, 8 classes out."""
+    widths = (32, 64, 128, 256)
+
+    def normalised(kernel: int, inputs: int, outputs: int) -> int:
+        return kernel * inputs * outputs + 2 * outputs
+
+    def unit(inputs: int, outputs: int) -> int:
+        inner = normalised(27, outputs, outputs)
+        return normalised(27, inputs, outputs) + inner + 27 * outputs * outputs + outputs
+
+    residual = sum(map(unit, (1, *widths), widths)) + sum(unit(width, width) for width in widths[:-1])
+    residual += sum(normalised(8, below, below) + normalised(27, below, below // 2) for below in widths[1:])
+    assert count(abstract(ResidualUNet, 1, 8, NetworkConfig())) == residual + 32 * 8 + 8
+
+    ends = [2 * width for width in widths]
+    plain = sum(
+        normalised(27, start, end // 2) + normalised(27, end // 2, end)
+        for start, end in zip((1, *ends), ends, strict=False)
+    )
+    plain += sum(normalised(8, below, below) + normalised(27, below, below // 2) for below in ends[1:])
+    assert count(abstract(FCN, 1, 8, NetworkConfig())) == plain + 64 * 8 + 8
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_every_parameter_of_a_backbone_learns(backbone, norm):
+    model = drawn(lambda: backbone(2, 3, NetworkConfig(width=2, depth=3, norm=norm), rngs=nnx.Rngs(0)), seed=0)
+    graph, params, statistics = nnx.split(model, nnx.Param, ...)
+    x, labels = normal(1, 1, 8, 8, 8, 2), np.random.default_rng(0).integers(0, 3, (1, 8, 8, 8))
+    gradients = jax.jit(jax.grad(lambda p: dice_loss(nnx.merge(graph, p, statistics, copy=True)(x), labels)))(params)
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize("shape", [(1, 64, 64, 64), (3, 16, 40, 24)])
-def test_output_has_the_inputs_size(norm, shape):
-    graph, state = nnx.split(abstract_unet(2, 5, UNetConfig(norm=norm, dtype="bfloat16")))
+def test_output_has_the_inputs_size(backbone, norm, shape):
+    graph, state = nnx.split(abstract(backbone, 2, 5, NetworkConfig(norm=norm, dtype="bfloat16")))
     image = jax.ShapeDtypeStruct((*shape, 2), jnp.float32)
     logits = jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, image)
     assert logits.shape == (*shape, 5)
@@ -255,14 +294,14 @@ def test_output_has_the_inputs_size(norm, shape):
 
 
 def test_divisor():
-    assert [UNetConfig(depth=depth).divisor for depth in (1, 2, 4)] == [1, 2, 8]
+    assert [NetworkConfig(depth=depth).divisor for depth in (1, 2, 4)] == [1, 2, 8]
 
 
 def test_bfloat16_logits_are_float32_and_near():
     x = normal(0, 2, 8, 8, 8, 1)
     logits = {}
     for dtype in ("float32", "bfloat16"):
-        config = UNetConfig(width=2, depth=2, dtype=dtype)
+        config = NetworkConfig(width=2, depth=2, dtype=dtype)
         model = drawn(lambda config=config: UNet(1, 3, config, rngs=nnx.Rngs(0)), seed=0)
         graph, state = nnx.split(model)
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
@@ -279,7 +318,7 @@ def run_training(graph, state, x):
 
 
 def test_running_averages_are_updated_in_training_and_used_in_inference():
-    model = pyramid(1, classes=2, network=UNetConfig(width=2, depth=1, momentum=0.75))
+    model = pyramid(1, classes=2, network=NetworkConfig(width=2, depth=1, momentum=0.75))
     graph, params, statistics = nnx.split(model, nnx.Param, ...)
     image = 300 * normal(0, 2, 6, 6, 6)
 
@@ -320,7 +359,7 @@ def test_running_averages_are_updated_in_training_and_used_in_inference():
 # ---- the pyramid ----
 
 
-def pyramid(levels: int, *, classes: int = 3, network: UNetConfig = TINY, **config) -> Pyramid:
+def pyramid(levels: int, *, classes: int = 3, network: NetworkConfig = TINY, **config) -> Pyramid:
     def make() -> Pyramid:
         return Pyramid(
             PyramidConfig(levels=levels, classes=classes, **config),

@@ -90,12 +90,14 @@ def logged_levels(workdir: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("mode", "level"), [("first_level", 1), ("no_context", 2)])
-def test_one_level_as_a_job(store, tmp_path, mode, level):
+def test_one_level_as_a_job(store, separate, tmp_path, mode, level):
     config = small_config(store, mode)
     data = prepare(config, tmp_path)
     assert train(config, tmp_path, data)
     assert logged_levels(tmp_path) == [[level]] * STEPS
     check_the_rest(config, tmp_path, data, [level])
+    if mode == "first_level":  # the first phase of `separate` is this very run
+        assert losses(tmp_path) == losses(separate)[:STEPS]
 
 
 def test_separate_as_a_job(store, separate):

@@ -129,6 +129,14 @@ def test_host_batches(cases, centre):
     batches.close()
 
 
+def test_centres_drawn_from_the_whole_scan(cases):
+    batches = host_batches(cases, FeedConfig(2, EDGE, anywhere=1.0), ((0, 0, 0),) * 2, seed=0)
+    middle = slice(EDGE // 2 - 1, EDGE // 2 + 1)
+    central = [batch["labels"][-1][:, middle, middle, middle].any(axis=(1, 2, 3)) for batch in take(batches, 20)]
+    batches.close()
+    assert 0 < np.mean(central) < 0.9  # around a foreground voxel it would be 1
+
+
 def test_same_seed_same_batches(cases):
     margins = margins_of(cases)
     runs = []

@@ -16,8 +16,9 @@ from autocontext_jax.geometry import level_shape
 from autocontext_jax.inference import predictor as predictor_module
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
 from autocontext_jax.inference.tiling import Blend, pyramid_tiles
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
-from autocontext_jax.models.unet import UNet, UNetConfig
+from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.state import inference_model
 
 AIR = -1024
@@ -73,7 +74,7 @@ CLASSES = 3
 
 def trained_pyramid(levels: int, *, width: int = 2, depth: int = 2, norm: str = "batch") -> Pyramid:
     """As after training: running averages, scales and offsets differ from channel to channel."""
-    config = UNetConfig(width=width, depth=depth, norm=norm)
+    config = NetworkConfig(width=width, depth=depth, norm=norm)
 
     def make() -> Pyramid:
         return Pyramid(

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from autocontext_jax.data.sampling import CENTRES, case_batches, draw_entry
+from autocontext_jax.data.sampling import CENTRES, case_batches, draw_anywhere, draw_entry
 
 
 @pytest.mark.parametrize(("cases", "batch"), [(6, 3), (7, 3), (5, 5), (1, 1), (12, 1)])
@@ -113,3 +113,22 @@ def test_the_ends_of_the_random_interval_stay_inside(centre):
     for offsets in (OFFSETS, [0, 2**31 + 3], [0, 5, 10**9 + 7]):
         assert draw_entry(offsets, Fixed(0.0), centre=centre) == 0
         assert draw_entry(offsets, Fixed(np.nextafter(1, 0)), centre=centre) == offsets[-1] - 1
+
+
+def test_anywhere_is_uniform_over_the_scan():
+    rng = np.random.default_rng(0)
+    voxels = [draw_anywhere((2, 3, 4), rng, share=0.25) for _ in range(8000)]
+    drawn = np.array([voxel for voxel in voxels if voxel is not None])
+    assert len(drawn) == pytest.approx(2000, abs=150)
+    counts = np.zeros((2, 3, 4))
+    np.add.at(counts, tuple(drawn.T), 1)
+    np.testing.assert_allclose(counts / len(drawn), 1 / 24, atol=0.015)
+    assert draw_anywhere((5, 5, 5), rng, share=0.0) is None
+    assert draw_anywhere((1, 1, 1), rng, share=1.0) == (0, 0, 0)
+
+
+def test_anywhere_always_takes_four_numbers():
+    for share in (0.0, 1.0):
+        rng = np.random.default_rng(3)
+        draw_anywhere((5, 6, 7), rng, share=share)
+        assert rng.random() == np.random.default_rng(3).random(5)[4]

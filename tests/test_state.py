@@ -7,8 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
-from autocontext_jax.models.unet import UNet, UNetConfig
+from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig, dice_loss
 from autocontext_jax.training.state import (
     Batch,
@@ -44,7 +45,7 @@ def new_state(norm: str = "batch", *, stop_gradient: bool = False, learning: lis
     """Graph and state of step 0, with numpy's numbers: XLA takes seconds to compile each initialiser."""
 
     def make() -> Pyramid:
-        network = UNetConfig(width=2, depth=2, norm=norm, momentum=0.9)
+        network = NetworkConfig(width=2, depth=2, norm=norm, momentum=0.9)
         return Pyramid(
             PyramidConfig(levels=2, classes=2, stop_gradient=stop_gradient),
             lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from autocontext_jax.data.augment import Augment, IntensityLimits, make_augment
-from autocontext_jax.data.sampling import case_batches, draw_entry
+from autocontext_jax.data.sampling import case_batches, draw_anywhere, draw_entry
 from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.geometry import SpatialLimits, Triple, crop_margins, pyramid_starts
 
@@ -26,6 +26,8 @@ class FeedConfig:
       edge: N, a multiple of 4.
       levels: those wanted, from 1 = coarsest; () means all. What the others would be changes nothing in these.
       centre: see `sampling.draw_entry`.
+      anywhere: share of the patches whose centre is drawn from the whole scan instead. What lies far from every organ
+        is seen in no other way, and may be taken for one.
       spatial: limits of the spatial augmentation; None for none.
       intensity: limits of the intensity augmentation.
       threads: that read ahead; TensorStore decodes in threads of its own.
@@ -36,6 +38,7 @@ class FeedConfig:
     edge: int
     levels: tuple[int, ...] = ()
     centre: str = "foreground"
+    anywhere: float = 0.0
     spatial: SpatialLimits | None = None
     intensity: IntensityLimits = dataclasses.field(default_factory=IntensityLimits)
     threads: int = 2
@@ -112,9 +115,11 @@ def host_batches(
 
     def draw(numbers: np.ndarray, rng: np.random.Generator) -> list[tuple[PreparedCase, Triple]]:
         # Every process draws for the whole batch, so that the sequence does not depend on how many there are.
-        entries = [draw_entry(cases[number].foreground_offsets, rng, centre=config.centre) for number in numbers]
-        chosen = list(zip(numbers, entries, strict=True))[mine]
-        return [(cases[number], cases[number].foreground_voxel(entry)) for number, entry in chosen]
+        drawn = []
+        for case in (cases[number] for number in numbers):
+            entry = draw_entry(case.foreground_offsets, rng, centre=config.centre)
+            drawn.append((case, entry, draw_anywhere(case.shapes[-1], rng, share=config.anywhere)))
+        return [(case, case.foreground_voxel(entry) if voxel is None else voxel) for case, entry, voxel in drawn[mine]]
 
     def read(index: int, centres: list[tuple[PreparedCase, Triple]]) -> dict[str, Any]:
         first = index * config.batch + process * share

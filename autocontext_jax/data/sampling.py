@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from autocontext_jax.geometry import Triple
+
 CENTRES = ("foreground", "classes")
 
 
@@ -45,3 +47,16 @@ def draw_entry(offsets: Sequence[int], rng: np.random.Generator, *, centre: str)
     present = np.flatnonzero(sizes)
     chosen = present[int(which * len(present))]
     return int(offsets[chosen] + int(where * sizes[chosen]))
+
+
+def draw_anywhere(shape: Triple, rng: np.random.Generator, *, share: float) -> Triple | None:
+    """A voxel (z, y, x) drawn uniformly from the whole scan with probability `share`, else None.
+
+    Args:
+      shape: voxels of the scan.
+      rng: always gives four numbers.
+      share: in [0, 1].
+    """
+    which, *where = rng.random(4)
+    z, y, x = (int(place * size) for place, size in zip(where, shape, strict=True))
+    return (z, y, x) if which < share else None

@@ -2,7 +2,7 @@
 
 The sections are the dataclasses that the code takes, so each key is explained where it acts: `levels` in
 `data/store.py`, `feed` in `data/pipeline.py`, `spatial` in `geometry.py`, `intensity` in `data/augment.py`, `model` in
-`models/unet.py`, `pyramid` in `models/pyramid.py`, `loss` and `optimizer` in `training/`, `predict` in
+`models/network.py`, `pyramid` in `models/pyramid.py`, `loss` and `optimizer` in `training/`, `predict` in
 `inference/predictor.py`.
 """
 
@@ -22,11 +22,17 @@ from autocontext_jax.data.store import Settings
 from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import PredictorConfig
+from autocontext_jax.models.fcn import FCN
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import CONTEXTS, PyramidConfig
-from autocontext_jax.models.unet import UNetConfig
+from autocontext_jax.models.residual_unet import ResidualUNet
+from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig
 from autocontext_jax.training.phases import MODES, Phase, phases
+
+# The network of every level.
+BACKBONES: dict[str, type] = {"unet": UNet, "residual_unet": ResidualUNet, "fcn": FCN}
 
 # Keys that may differ between a work directory's checkpoint and the run that goes on from it: they change neither the
 # parameters' shapes nor the sequence of batches.
@@ -60,7 +66,8 @@ def default_config() -> ConfigDict:
     config.feed = _section(FeedConfig(batch=3, edge=64), without=("levels", "spatial", "intensity"))
     config.spatial = _section(SpatialLimits())
     config.intensity = _section(IntensityLimits())
-    config.model = _section(UNetConfig())
+    config.model = _section(NetworkConfig())
+    config.model.backbone = "unet"
     config.pyramid = _section(PyramidConfig(levels=2, classes=2), without=("levels", "classes"))
     config.loss = _section(LossConfig())
     config.optimizer = _section(OptimizerConfig())
@@ -163,6 +170,7 @@ def check(config: ConfigDict) -> None:
         "feed.centre": CENTRES,
         "train.mode": MODES,
         "pyramid.context": CONTEXTS,
+        "model.backbone": tuple(BACKBONES),
         "model.norm": ("batch", "none"),
         "model.dtype": ("float32", "bfloat16"),
         "optimizer.schedule": SCHEDULES,
@@ -182,6 +190,8 @@ def check(config: ConfigDict) -> None:
                 "model.depth", "train.validation_patches", "spatial.elastic_spacing"):  # fmt: skip
         if _get(config, key) < 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
+    if not 0 <= config.feed.anywhere <= 1:
+        raise UserError(f"config key feed.anywhere is {config.feed.anywhere}; wanted a share in [0, 1]")
     if not 0 <= config.predict.overlap < 1:
         raise UserError(f"config key predict.overlap is {config.predict.overlap}; wanted a fraction in [0, 1)")
     if not 0 < config.data.validation_fraction < 1:

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
-from autocontext_jax.jobs.config import check_same_run, dataclass_of, model_levels, read_config
+from autocontext_jax.jobs.config import BACKBONES, check_same_run, dataclass_of, model_levels, read_config
+from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
-from autocontext_jax.models.unet import UNet, UNetConfig
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.sharding import data_mesh, replicated
 from autocontext_jax.training.state import inference_model
@@ -23,9 +23,11 @@ log = logging.getLogger(__name__)
 
 def make_model(config: ConfigDict, classes: int) -> Pyramid:
     """The pyramid with fresh parameters drawn from `config.seed`."""
-    network = dataclass_of(UNetConfig, config.model)
+    network, backbone = dataclass_of(NetworkConfig, config.model), BACKBONES[config.model.backbone]
     pyramid = dataclass_of(PyramidConfig, config.pyramid, levels=len(model_levels(config)), classes=classes)
-    return Pyramid(pyramid, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(config.seed))
+    return Pyramid(
+        pyramid, lambda inputs, rngs: backbone(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(config.seed)
+    )
 
 
 def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Sequence[str]]:
@@ -51,5 +53,5 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
         weights = checkpoints.restore_weights(step, *like)
     log.info("restored step %d of %s", step, workdir)
     model = inference_model(graph, *weights)
-    align = dataclass_of(UNetConfig, config.model).divisor
+    align = dataclass_of(NetworkConfig, config.model).divisor
     return Predictor(model, dataclass_of(PredictorConfig, config.predict), align=align), labels

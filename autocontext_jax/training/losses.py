@@ -13,19 +13,20 @@ class LossConfig:
 
     Attributes:
       dice: weight of the Dice loss; 1 in the paper.
+      log_dice: weight of the Dice loss's logarithm; 0 in the paper. An organ that the network has all but given up has
+        hardly a gradient in the Dice itself; here it keeps it, and comes back. Little is enough: by itself, the
+        logarithm makes organs too large.
       cross_entropy: weight of the mean voxelwise cross-entropy (nats); 0 in the paper.
       per_sample: False sums overlaps over the batch before dividing, True averages each sample's own Dice.
       background: whether class 0 counts in the Dice loss, as in equation 1.
-      logarithm: minimises minus the logarithm of each class's Dice, where the class occurs. A small organ that the
-        network has all but given up has hardly a gradient in the Dice itself; here it keeps it.
       level_weights: factor of each level's loss in the total, coarsest first; () means 1 each, as in the paper.
     """
 
     dice: float = 1.0
+    log_dice: float = 0.0
     cross_entropy: float = 0.0
     per_sample: bool = False
     background: bool = True
-    logarithm: bool = False
     level_weights: tuple[float, ...] = ()
 
 
@@ -51,7 +52,7 @@ def dice_loss(
       per_sample: see `LossConfig`. If False, sums run over every voxel of the batch, so the value does not depend on
         how the batch is laid out over devices.
       background: see `LossConfig`.
-      logarithm: see `LossConfig`.
+      logarithm: of each class's Dice, as above.
 
     Returns:
       Scalar in [-1, 0], or in [0, inf) with the logarithm. A class absent from labels and prediction counts as D = 1.
@@ -90,14 +91,15 @@ def total_loss(
     losses = []
     for level_logits, level_labels in zip(logits, labels, strict=True):
         loss = jnp.zeros(())
-        if config.dice:
-            loss += config.dice * dice_loss(
-                level_logits,
-                level_labels,
-                per_sample=config.per_sample,
-                background=config.background,
-                logarithm=config.logarithm,
-            )
+        for weight, logarithm in ((config.dice, False), (config.log_dice, True)):
+            if weight:
+                loss += weight * dice_loss(
+                    level_logits,
+                    level_labels,
+                    per_sample=config.per_sample,
+                    background=config.background,
+                    logarithm=logarithm,
+                )
         if config.cross_entropy:
             loss += config.cross_entropy * cross_entropy_loss(level_logits, level_labels)
         losses.append(loss)

@@ -1,0 +1,62 @@
+"""What every backbone is built from: its size and numerics, and layers with their normalisation and ReLU."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from autocontext_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Size and numerics of a backbone.
+
+    Attributes:
+      width: channels of the first convolution; 32 in the paper.
+      depth: resolution levels inside the network; 4 in the paper. A patch edge must divide by 2^(depth - 1).
+      norm: `batch` or `none`; without it the 3^3 convolutions have a bias.
+      momentum: of the running averages that inference uses.
+      dtype: compute type of activations; parameters, statistics, softmax and loss stay float32.
+    """
+
+    width: int = 32
+    depth: int = 4
+    norm: str = "batch"
+    momentum: float = 0.99
+    dtype: str = "float32"
+
+    @property
+    def divisor(self) -> int:
+        """What a patch or tile edge must be a multiple of."""
+        return 2 ** (self.depth - 1)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of every resolution's result on the way down: 64, 128, 256, 512 in the paper."""
+        return tuple(self.width * 2 ** (resolution + 1) for resolution in range(self.depth))
+
+
+class Block(nnx.Module):
+    """A layer, its normalisation and a ReLU."""
+
+    def __init__(self, layer: nnx.Module, channels: int, config: NetworkConfig):
+        self.layer = layer
+        batch = config.norm == "batch"
+        self.norm = layers.BatchNormReLU(channels, momentum=config.momentum) if batch else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, D, H, W, C] -> what the layer gives."""
+        x = self.layer(x)
+        return jax.nn.relu(x) if self.norm is None else self.norm(x)
+
+
+def convolution_block(inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
+    """A 3^3 convolution, normalisation and ReLU."""
+    layer = layers.Convolution(inputs, outputs, bias=config.norm == "none", rngs=rngs)
+    return Block(layer, outputs, config)
+
+
+def deconvolution_block(channels: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
+    """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU, for `layers.from_blocks`."""
+    return Block(layers.Deconvolution(channels, channels, rngs=rngs), channels, config)
