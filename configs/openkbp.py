@@ -3,8 +3,8 @@
     python -m autocontext_jax.main --config configs/openkbp.py --workdir runs/openkbp --config.data.root=FOLDER
 
 The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches are
-32^3 and organs are drawn equally often. Right and left parotid rule out mirroring. Somewhat over half an hour on two
-cores; mean Dice 0.71 on the six test scans.
+32^3 and organs are drawn equally often. Right and left parotid rule out mirroring. About half an hour on two cores; an
+earlier recipe (3,000 steps of two patches, Dice loss alone) had a mean Dice of 0.71 on the six test scans.
 """
 
 from autocontext_jax.jobs.config import default_config
@@ -16,7 +16,7 @@ def get_config():
     config.feed.batch = 1
     config.feed.edge = 32
     config.feed.centre = "classes"
-    # Shoulders and skull are never near an organ's patch, and else fill with organs (95 % Hausdorff 40 mm).
+    # What lies far from every organ is else never seen, and some of it is taken for one (95 % Hausdorff 40 mm).
     config.feed.anywhere = 0.125
     config.spatial.rotation = 10.0
     config.intensity.noise = 10.0
