@@ -24,6 +24,8 @@ def get_config():
     config.intensity.scale = 0.1
     config.model.width = 8
     config.model.momentum = 0.98
+    # One patch a step: without it the brainstem comes out 1.8 times too large on held-out scans.
+    config.train.frozen_norm = 0.3
     # With the Dice itself the esophagus can vanish from the maps early and not come back.
     config.loss.log_dice = 0.1
     config.loss.cross_entropy = 0.1

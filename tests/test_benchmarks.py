@@ -58,10 +58,7 @@ def test_accuracy_at_time(tmp_path):
     }  # fmt: skip
     files = f"--data {tmp_path}/phantoms --results {tmp_path}/results.jsonl --config {QUICKSTART}"
     small = " ".join(f"--config.{key}={value}" for key, value in keys.items())
-    first = rows("accuracy_at_time.py", f"--method pyramid --minutes 0.2 {files} {small}", least=0)
-    both = rows("accuracy_at_time.py", f"--method level_1 --minutes 0.2 {files} {small}", least=0)
-    assert [row["method"] for row in both] == ["pyramid", "level_1"]
-    assert both[0] == first[0]
+    (row,) = rows("accuracy_at_time.py", f"--method level_1 --minutes 0.02 {files} {small}", least=0)
+    assert row["method"] == "level_1"
     organs = "artery", "portal_vein", "liver", "spleen", "stomach", "gallbladder", "pancreas"
-    for row in both:
-        assert row["mean Dice"] == pytest.approx(np.mean([row[organ] for organ in organs]))
+    assert row["mean Dice"] == pytest.approx(np.mean([row[organ] for organ in organs]))

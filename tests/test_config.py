@@ -108,6 +108,7 @@ BAD = [
     ("feed.centre", "middle"),
     ("feed.anywhere", -0.1),
     ("feed.anywhere", 1.5),
+    ("train.frozen_norm", 2.0),
     ("pyramid.context", "hard"),
     ("model.backbone", "vnet"),
     ("model.norm", "group"),

@@ -147,6 +147,18 @@ def test_a_step_changes_exactly_what_learns(batch, learning, weights, stop_gradi
     assert changed(before[1], after.statistics) == statistics
 
 
+def test_with_frozen_norm_all_learn_and_the_running_averages_stay(batch):
+    graph, _ = new_state(learning=[])
+    _, state = new_state()
+    before = jax.tree.map(np.array, (state.params, state.statistics))
+    after, metrics = make_train_step(graph, OPTIMIZER, LossConfig())(state, batch)
+    assert all((a != b).any() for a, b in zip(leaves(before[0]), leaves(after.params), strict=True))
+    assert all((a == b).all() for a, b in zip(leaves(before[1]), leaves(after.statistics), strict=True))
+    logits = jax.jit(lambda p, s, x: inference_model(graph, p, s)(x))(*before, batch.images)
+    wanted = [float(dice_loss(*pair)) for pair in zip(logits, batch.labels, strict=True)]
+    np.testing.assert_allclose(metrics.losses, wanted, rtol=1e-5)
+
+
 def test_a_frozen_level_uses_its_running_averages(batch):
     """The second phase trains on the maps that inference will give."""
     graph, state = new_state(learning=[1])

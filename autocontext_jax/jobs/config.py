@@ -76,6 +76,9 @@ def default_config() -> ConfigDict:
     config.train.mode = "end_to_end"
     # Of each phase: `separate` has one a level, the other modes have one.
     config.train.steps = 20_000
+    # Last share of the steps that normalise by the running averages, as inference does (Wu and Johnson, 2021): with few
+    # patches a step, batch statistics are so far from them that organs come out too large.
+    config.train.frozen_norm = 0.0
     config.train.log_every = 10
     # Validation and checkpoint together; the newest `keep` checkpoints and the best are kept.
     config.train.checkpoint_every = 500
@@ -190,8 +193,9 @@ def check(config: ConfigDict) -> None:
                 "model.depth", "train.validation_patches", "spatial.elastic_spacing"):  # fmt: skip
         if _get(config, key) < 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
-    if not 0 <= config.feed.anywhere <= 1:
-        raise UserError(f"config key feed.anywhere is {config.feed.anywhere}; wanted a share in [0, 1]")
+    for key in ("feed.anywhere", "train.frozen_norm"):
+        if not 0 <= _get(config, key) <= 1:
+            raise UserError(f"config key {key} is {_get(config, key)}; wanted a share in [0, 1]")
     if not 0 <= config.predict.overlap < 1:
         raise UserError(f"config key predict.overlap is {config.predict.overlap}; wanted a fraction in [0, 1)")
     if not 0 < config.data.validation_fraction < 1:

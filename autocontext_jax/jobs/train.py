@@ -108,11 +108,15 @@ def _train_phase(
     learning = [ladder.index(level) for level in phase.learning]
     optimizer = make_optimizer(configuration.dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
     loss = configuration.loss(config, phase)
-    graph, _ = create_state(nnx.eval_shape(lambda: make_model(config, classes)), optimizer, learning)
+    model = nnx.eval_shape(lambda: make_model(config, classes))
+    graph, _ = create_state(model, optimizer, learning)
+    frozen_graph, _ = create_state(model, optimizer, ())
     fresh = jax.jit(
         lambda: create_state(make_model(config, classes), optimizer, learning)[1], out_shardings=replicated(mesh)
     )
     train_step = make_train_step(graph, optimizer, loss, learning)
+    frozen_step = make_train_step(frozen_graph, optimizer, loss, learning)
+    frozen_from = end - round(config.train.frozen_norm * config.train.steps)
     validation_step = make_validation_step(graph, loss)
 
     # ---- restore
@@ -154,7 +158,8 @@ def _train_phase(
     try:
         for step in range(first + 1, end + 1):
             images, labels = next(feed)
-            state, metrics = train_step(state, Batch(images, labels))
+            step_now = frozen_step if step > frozen_from else train_step
+            state, metrics = step_now(state, Batch(images, labels))
             in_flight.append(metrics.loss)
             if len(in_flight) > IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
