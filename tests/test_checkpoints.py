@@ -30,6 +30,20 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     again.close()
 
 
+@pytest.mark.parametrize("statistics", [{"mean": jnp.arange(3.0)}, {}])
+def test_weights_are_restored_whatever_the_optimiser_was(tmp_path, statistics):
+    whole = {"params": state(1), "statistics": statistics, "optimizer": {"momentum": jnp.ones(7)}}
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(3, whole, {})
+    for _ in range(2):  # by what saved it, and by another
+        like = jax.eval_shape(lambda: (state(0), statistics))
+        restored = checkpoints.restore_weights(3, *like)
+        jax.tree.map(np.testing.assert_array_equal, restored, (state(1), statistics))
+        checkpoints.close()
+        checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.close()
+
+
 def test_without_validation_the_best_is_the_newest(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(7, state(7), {})

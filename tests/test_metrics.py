@@ -157,7 +157,9 @@ def test_comparison_is_the_signed_rank_test():
     assert result["artery"]["p"] == pytest.approx(signed_rank_p(differences))
     assert result["artery"]["difference"] == pytest.approx(np.mean(differences))
     assert [result[column]["cases"] for column in ("artery", "vein", "mean")] == [9, 8, 9]
-    assert compare(a, a, ["artery"])["artery"] == {"difference": 0, "p": 1, "cases": 9}
+    assert compare(a, a, ["artery"])["artery"] == {"difference": 0, "p": 1, "p_holm": 1, "cases": 9}
+    corrected = holm([column["p"] for column in result.values()])
+    assert [column["p_holm"] for column in result.values()] == corrected
     with pytest.raises(ValueError, match="case 0"):
         compare(a, {}, ["artery"])
 

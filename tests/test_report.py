@@ -5,6 +5,7 @@ import math
 
 import matplotlib.image
 import numpy as np
+import pytest
 
 from autocontext_jax.evaluation import pictures, report
 
@@ -40,6 +41,11 @@ TABLE = """\
 | min | 81.2 | 100.0 | 81.2 |
 | max | 90.0 | 100.0 | 95.0 |
 
+| Level 2 − Level 1: Dice (%) | artery | vein | mean |
+| --- | ---: | ---: | ---: |
+| mean | +30.6 | – | +33.1 |
+| p (Wilcoxon, Holm) | 1 | – | 1 |
+
 | Mean over organs, avg ± std | Jaccard (%) | volume difference (mL) | 95 % Hausdorff (mm) | surface distance (mm) \
 | surface Dice at 1.5 mm (%) |
 | --- | ---: | ---: | ---: | ---: | ---: |
@@ -73,6 +79,9 @@ def test_written_files(tmp_path):
     nothing = {"avg": None, "std": None, "min": None, "max": None, "infinite": 0}
     assert read["summary"]["level_1"]["vein"]["dice"] == nothing
     assert read["summary"]["level_2"]["mean"]["dice"]["max"] == 0.95
+    (comparison,) = read["comparisons"].values()
+    assert comparison["artery"] == {"difference": pytest.approx(0.30625), "p": 0.5, "cases": 2, "p_holm": 1}
+    assert comparison["vein"]["p"] is None
 
 
 def test_overlay_paints_outlines_in_full_and_insides_faintly():

@@ -24,7 +24,7 @@ def scores(
     """Every metric of every organ.
 
     Distances are between surfaces: the centres of an organ's voxels that have a face neighbour outside it, or outside
-    the scan. Memory beside the masks is a byte a voxel of the largest organ's box and some 100 bytes a surface voxel.
+    the scan. Memory beside the masks is a few bytes a voxel of the largest organ's box, and its surfaces' coordinates.
 
     Args:
       prediction: [D, H, W], integers; class k is `organs[k - 1]`.

@@ -1,5 +1,6 @@
 """The results of an evaluation: `evaluation.json` and a table in the layout of the paper's Table 1."""
 
+import itertools
 import json
 import math
 import os
@@ -7,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autocontext_jax.evaluation.statistics import STATISTICS, summarise
+from autocontext_jax.evaluation.statistics import STATISTICS, compare, summarise
 
 # Beside the Dice, as `metrics.scores` defines them.
 OTHER_METRICS = {
@@ -28,11 +29,20 @@ def evaluation(cases: Mapping[str, Mapping[str, Any]], organs: Sequence[str], *,
       tolerance: of the surface Dice, mm.
 
     Returns:
-      {"labels": organs, "tolerance": mm, "cases": cases, "summary": {"level_1": `statistics.summarise` of it, ...}}.
+      {"labels": organs, "tolerance": mm, "cases": cases, "summary": {"level_1": `statistics.summarise` of it, ...},
+      "comparisons": {"level_2 - level_1": `statistics.compare` of each level with the one before, ...}}.
     """
-    levels = list(next(iter(cases.values())))
-    summary = {level: summarise({case: scores[level] for case, scores in cases.items()}, organs) for level in levels}
-    return {"labels": list(organs), "tolerance": tolerance, "cases": cases, "summary": summary}
+    levels = {level: {case: scores[level] for case, scores in cases.items()} for level in next(iter(cases.values()))}
+    return {
+        "labels": list(organs),
+        "tolerance": tolerance,
+        "cases": cases,
+        "summary": {level: summarise(scores, organs) for level, scores in levels.items()},
+        "comparisons": {
+            f"{finer} - {coarser}": compare(levels[finer], levels[coarser], organs)
+            for coarser, finer in itertools.pairwise(levels)
+        },
+    }
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -44,6 +54,14 @@ def table(result: Mapping[str, Any]) -> str:
         for statistic in STATISTICS:
             values = [summary[column]["dice"][statistic] for column in columns]
             lines.append(f"| {statistic} | {' | '.join(_percent(value) for value in values)} |")
+        lines.append("")
+    for pair, comparison in result["comparisons"].items():
+        finer, coarser = map(_name, pair.split(" - "))
+        lines += [f"| {finer} − {coarser}: Dice (%) | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+        differences = [_percent(comparison[column]["difference"], sign="+") for column in columns]
+        lines.append(f"| mean | {' | '.join(differences)} |")
+        p_values = [comparison[column]["p_holm"] for column in columns]
+        lines.append(f"| p (Wilcoxon, Holm) | {' | '.join('–' if math.isnan(p) else f'{p:.2g}' for p in p_values)} |")
         lines.append("")
     names = [name.format(tolerance=result["tolerance"]) for name in OTHER_METRICS.values()]
     lines += [f"| Mean over organs, avg ± std | {' | '.join(names)} |"]
@@ -58,7 +76,7 @@ def table(result: Mapping[str, Any]) -> str:
 def write(result: Mapping[str, Any], workdir: Path) -> None:
     """Writes `evaluation.json` (NaN as null, infinity as "inf") and `table.md`, each whole or not at all."""
     for name, text in (
-        ("evaluation.json", json.dumps(_without_nan(result), indent=1) + "\n"),
+        ("evaluation.json", json.dumps(_as_json(result), indent=1) + "\n"),
         ("table.md", table(result)),
     ):
         partial = workdir / f"{name}.partial"
@@ -77,16 +95,16 @@ def _cell(metric: str, statistics: Mapping[str, float]) -> str:
     return text + (f" ({statistics['infinite']} infinite)" if statistics["infinite"] else "")
 
 
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+def _percent(value: float, sign: str = "") -> str:
+    return "–" if math.isnan(value) else f"{100 * value:{sign}.1f}"
 
 
-def _without_nan(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for a score that does not exist, "inf" for an infinite one."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: _as_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [_as_json(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value

@@ -62,8 +62,9 @@ def compare(
       metric: what is compared.
 
     Returns:
-      {organ or "mean": {"difference": mean of a - b, "p": , "cases": pairs that count}}; a case counts where both
-      scores are finite. p is 1 where all differences are 0 and NaN where no case counts.
+      {organ or "mean": {"difference": mean of a - b, "p": , "p_holm": , "cases": pairs that count}}; a case counts
+      where both scores are finite. p is 1 where all differences are 0 and NaN where no case counts; p_holm is corrected
+      for the number of columns.
 
     Raises:
       ValueError: the cases are not the same.
@@ -79,7 +80,8 @@ def compare(
             p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
         mean = float(differences.mean()) if len(differences) else math.nan
         result[organ] = {"difference": mean, "p": p, "cases": len(differences)}
-    return result
+    corrected = holm([column["p"] for column in result.values()])
+    return {organ: {**column, "p_holm": p} for (organ, column), p in zip(result.items(), corrected, strict=True)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -31,7 +31,14 @@ from autocontext_jax.training.losses import mean_dice, organ_dice
 from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
 from autocontext_jax.training.phases import Phase
 from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
-from autocontext_jax.training.state import Batch, Metrics, create_state, make_train_step, make_validation_step
+from autocontext_jax.training.state import (
+    Batch,
+    Metrics,
+    create_state,
+    inference_model,
+    make_train_step,
+    make_validation_step,
+)
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +96,7 @@ def _train_phase(
     phase: Phase,
     stop: "_StopSignal",
 ) -> bool:
+    """Trains phase `number` (from 0), from its newest checkpoint or the end of the phase before; False if stopped."""
     start, end = number * config.train.steps, (number + 1) * config.train.steps
     first = checkpoints.latest or 0
     mesh = data_mesh(config.feed.batch)
@@ -110,13 +118,13 @@ def _train_phase(
     loss = configuration.loss(config, phase)
     model = nnx.eval_shape(lambda: make_model(config, classes))
     graph, _ = create_state(model, optimizer, learning)
-    frozen_graph, _ = create_state(model, optimizer, ())
+    frozen_graph = nnx.graphdef(inference_model(*nnx.split(model, nnx.Param, ...)))
     fresh = jax.jit(
         lambda: create_state(make_model(config, classes), optimizer, learning)[1], out_shardings=replicated(mesh)
     )
     train_step = make_train_step(graph, optimizer, loss, learning)
-    frozen_step = make_train_step(frozen_graph, optimizer, loss, learning)
-    frozen_from = end - round(config.train.frozen_norm * config.train.steps)
+    frozen_norm_step = make_train_step(frozen_graph, optimizer, loss, learning)
+    frozen_norm_after = end - round(config.train.frozen_norm * config.train.steps)
     validation_step = make_validation_step(graph, loss)
 
     # ---- restore
@@ -158,8 +166,8 @@ def _train_phase(
     try:
         for step in range(first + 1, end + 1):
             images, labels = next(feed)
-            step_now = frozen_step if step > frozen_from else train_step
-            state, metrics = step_now(state, Batch(images, labels))
+            take_step = frozen_norm_step if step > frozen_norm_after else train_step
+            state, metrics = take_step(state, Batch(images, labels))
             in_flight.append(metrics.loss)
             if len(in_flight) > IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())

@@ -60,3 +60,13 @@ def convolution_block(inputs: int, outputs: int, config: NetworkConfig, rngs: nn
 def deconvolution_block(channels: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
     """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU, for `layers.from_blocks`."""
     return Block(layers.Deconvolution(channels, channels, rngs=rngs), channels, config)
+
+
+def analysis_path(inputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> nnx.List:
+    """The U-Net's way down: for each resolution two 3^3 convolutions, the second to twice the first's channels."""
+    path = []
+    for outputs in config.channels:
+        first = convolution_block(inputs, outputs // 2, config, rngs)
+        path.append(nnx.List([first, convolution_block(outputs // 2, outputs, config, rngs)]))
+        inputs = outputs
+    return nnx.List(path)

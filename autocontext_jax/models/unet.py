@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.models import layers
-from autocontext_jax.models.network import NetworkConfig, convolution_block, deconvolution_block
+from autocontext_jax.models.network import NetworkConfig, analysis_path, convolution_block, deconvolution_block
 
 
 class UNet(nnx.Module):
@@ -17,20 +17,15 @@ class UNet(nnx.Module):
 
     def __init__(self, inputs: int, classes: int, config: NetworkConfig, *, rngs: nnx.Rngs):
         self.dtype = config.dtype
-        analysis, synthesis = [], []
-        channels = inputs
-        for outputs in config.channels:
-            first = convolution_block(channels, outputs // 2, config, rngs)
-            second = convolution_block(outputs // 2, outputs, config, rngs)
-            analysis.append(nnx.List([first, second]))
-            channels = outputs
+        self.analysis = analysis_path(inputs, config, rngs)
+        synthesis = []
+        channels = config.channels[-1]
         for outputs in reversed(config.channels[:-1]):
             up = deconvolution_block(channels, config, rngs)
             first = convolution_block(channels + outputs, outputs, config, rngs)
             second = convolution_block(outputs, outputs, config, rngs)
             synthesis.append(nnx.List([up, first, second]))
             channels = outputs
-        self.analysis = nnx.List(analysis)
         self.synthesis = nnx.List(synthesis)
         self.head = layers.Convolution(channels, classes, size=1, bias=True, rngs=rngs)
 

@@ -69,11 +69,13 @@ def create_state(
       learning: numbers (from 0) of the model's networks that do; None means all. In the graph the others normalise by
         their running averages.
     """
-    if learning is not None and jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
+    graph, params, statistics = _split(model)
+    if learning is not None and jax.tree.leaves(statistics):
+        model = nnx.merge(graph, params, statistics, copy=True)
         for number, network in enumerate(model.networks):
             if number not in learning:
                 model.networks[number] = nnx.view(network, use_running_average=True)
-    graph, params, statistics = _split(model)
+        graph, _, _ = _split(model)
     learned, _ = _learned(params, learning)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(learned))
 
