@@ -3,6 +3,9 @@
 A level is counted from 1 = coarsest to S = finest; each level halves the voxel of the one before. Along one axis,
 voxel i of a level with downsample factor f covers native voxels [f i, f (i + 1)), so its centre lies at native
 coordinate f (i + 1/2) - 1/2. Tuples run (z, y, x). Everything here is plain Python and numpy.
+
+The rank is that of the networks: 3, or 2 for images that are seen slice by slice. A patch of rank 2 is one voxel thick,
+and its levels halve along y and x alone.
 """
 
 import dataclasses
@@ -21,7 +24,17 @@ def level_shape(native_shape: Triple, factors: tuple[float, float, float]) -> Tr
     return z, y, x
 
 
-def pyramid_starts(centre: Triple, edge: int, levels: int) -> tuple[Triple, ...]:
+def patch_shape(edge: int, rank: int) -> Triple:
+    """Voxels of a patch: (N, N, N), or (1, N, N) of rank 2."""
+    return (edge if rank == 3 else 1), edge, edge
+
+
+def halving(rank: int) -> Triple:
+    """Voxels of the next finer level per voxel of a level along each axis: (2, 2, 2), or (1, 2, 2) of rank 2."""
+    return (2 if rank == 3 else 1), 2, 2
+
+
+def pyramid_starts(centre: Triple, edge: int, levels: int, rank: int = 3) -> tuple[Triple, ...]:
     """First voxel of each level's patch, coarsest first, of the pyramid patch around a voxel of the finest level.
 
     Level s + 1 starts at 2 (start of level s + N/4): the voxel grids nest exactly and all patches share one centre.
@@ -32,24 +45,27 @@ def pyramid_starts(centre: Triple, edge: int, levels: int) -> tuple[Triple, ...]
       centre: a voxel of the finest level; may lie anywhere.
       edge: N, a multiple of 4.
       levels: S.
+      rank: 3 or 2.
 
     Returns:
       S starts; negative where the patch leaves the scan.
     """
-    nesting = 2 ** (levels - 1)
-    # The finest start that a coarsest start of 0 gives: the recurrence above, summed.
-    offset = (nesting - 1) * edge // 2
-    coarsest = [round_half_up((voxel - edge // 2 - offset + 0.5) / nesting) for voxel in centre]
+    coarsest = []
+    for voxel, size, step in zip(centre, patch_shape(edge, rank), halving(rank), strict=True):
+        nesting = step ** (levels - 1)
+        # The finest start that a coarsest start of 0 gives: the recurrence above, summed.
+        offset = (nesting - 1) * size / 2
+        coarsest.append(round_half_up((voxel + 0.5 - size / 2 - offset) / nesting))
     starts = [(coarsest[0], coarsest[1], coarsest[2])]
     for _ in range(levels - 1):
-        starts.append(next_level_start(starts[-1], edge))
+        starts.append(next_level_start(starts[-1], edge, rank))
     return tuple(starts)
 
 
-def next_level_start(start: Triple, edge: int) -> Triple:
+def next_level_start(start: Triple, edge: int, rank: int = 3) -> Triple:
     """Start of the patch at the next finer level that shares the centre of the patch at `start`."""
-    z, y, x = (2 * (first + edge // 4) for first in start)
-    return z, y, x
+    z, y, x = start
+    return (2 * (z + edge // 4) if rank == 3 else z), 2 * (y + edge // 4), 2 * (x + edge // 4)
 
 
 def round_half_up(value: float) -> int:
@@ -62,7 +78,8 @@ class SpatialLimits:
     """How far the spatial augmentation may move a voxel.
 
     Attributes:
-      rotation: degrees about each axis, uniform in [-rotation, rotation].
+      rotation: degrees about each axis, uniform in [-rotation, rotation]. Of rank 2 nothing moves out of its slice:
+        rotation is about z alone.
       translation: voxels of the finest level along each axis, uniform in [-translation, translation].
       elastic_sigma: standard deviation of the B-spline control vectors, voxels of the finest level.
       elastic_spacing: distance of the control points, voxels of the finest level.
@@ -84,7 +101,7 @@ class SpatialLimits:
 
 
 def crop_margins(
-    edge: int, levels: int, spacings: list[tuple[float, float, float]], limits: SpatialLimits | None
+    edge: int, levels: int, spacings: list[tuple[float, float, float]], limits: SpatialLimits | None, rank: int = 3
 ) -> tuple[Triple, ...]:
     """Voxels to read beyond each side of each level's patch so that no augmented voxel falls outside the crop.
 
@@ -93,6 +110,7 @@ def crop_margins(
       levels: S.
       spacings: the finest level's spacing in mm of every scan of the data set; the margin holds for all of them.
       limits: None means no spatial augmentation and no margin.
+      rank: 3 or 2.
 
     Returns:
       A (z, y, x) margin for each level, coarsest first.
@@ -103,7 +121,7 @@ def crop_margins(
     # Past a right angle a corner comes no further out; up to 15 degrees the extremes are at the limits.
     largest = min(limits.rotation, 90.0)
     steps = np.linspace(-1, 1, 2 * math.ceil(largest / 15) + 1)
-    angles = np.deg2rad(largest) * np.array(list(itertools.product(steps, repeat=3)))
+    angles = np.deg2rad(largest) * np.array(list(itertools.product(steps, repeat=3))) * turning_axes(rank)
     turn = np.zeros(3)
     for spacing in sorted(set(spacings)):
         for angle in angles:
@@ -113,8 +131,13 @@ def crop_margins(
     for level in range(1, levels + 1):
         shift = (limits.translation + limits.elastic_limit) / 2 ** (levels - level)
         z, y, x = (math.ceil(along + shift + 1) for along in turn)  # + 1: the interpolation's neighbour
-        margins.append((z, y, x))
+        margins.append((z if rank == 3 else 0, y, x))
     return tuple(margins)
+
+
+def turning_axes(rank: int) -> Triple:
+    """1 for each axis that a patch may be rotated about: all, or z alone of rank 2."""
+    return (1, 1, 1) if rank == 3 else (1, 0, 0)
 
 
 def rotation_matrix(angles: np.ndarray) -> np.ndarray:

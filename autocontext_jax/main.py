@@ -1,7 +1,7 @@
 """The command line: flags -> one job.
 
 python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/quickstart
-    [--mode all|prepare|train|evaluate|predict] [--input SCAN_OR_FOLDER --output PATH] [--config.key=value ...]
+    [--mode all|prepare|train|evaluate|predict|report] [--input SCAN_OR_FOLDER --output PATH] [--config.key=value ...]
 """
 
 import logging
@@ -17,7 +17,7 @@ from autocontext_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, predictions, tables.")
-MODE = flags.DEFINE_enum("mode", "all", ["all", "prepare", "train", "evaluate", "predict"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "all", ["all", "prepare", "train", "evaluate", "predict", "report"], "What to do.")
 INPUT = flags.DEFINE_string("input", "", "With --mode predict: a scan, a DICOM folder or a folder of scans.")
 OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
 
@@ -26,9 +26,11 @@ def run() -> bool:
     """Runs the job that the flags name; False if some of many scans failed."""
     # Worker processes import this module again; what follows is slow to import and is not theirs.
     from autocontext_jax.jobs.config import check
-    from autocontext_jax.jobs.evaluate import evaluate, held_out
+    from autocontext_jax.jobs.evaluate import evaluate, evaluate_elsewhere, held_out
+    from autocontext_jax.jobs.experiment import experiment
     from autocontext_jax.jobs.predict import predict
     from autocontext_jax.jobs.prepare import describe, prepare
+    from autocontext_jax.jobs.report import report
     from autocontext_jax.jobs.train import train
 
     config, workdir, mode = CONFIG.value, Path(WORKDIR.value).expanduser(), MODE.value
@@ -37,8 +39,15 @@ def run() -> bool:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}): choose another folder") from None
+    if mode == "all" and config.experiment:
+        return experiment(config, workdir)
     if mode == "predict":
         return predict(config, workdir, Path(INPUT.value), Path(OUTPUT.value))
+    if mode == "report":
+        report(config, workdir)
+        return True
+    if mode == "evaluate" and config.evaluate.root:
+        return evaluate_elsewhere(config, workdir)
     data = describe(config, workdir) if mode == "evaluate" else prepare(config, workdir)
     if mode in ("all", "train") and not train(config, workdir, data):
         return True  # a signal ended it; what was done is saved

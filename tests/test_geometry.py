@@ -105,7 +105,7 @@ def furthest_positions(edge: int, levels: int, limits: SpatialLimits):
             patch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, elastic))
             field = augment._draw_field(jax.random.key(0), limits, edge, levels)
         scales = [2 ** (levels - level) for level in range(1, levels + 1)]
-        moved = [jnp.stack(field(spacing, scale)) / scale for scale in scales]
+        moved = [jnp.stack(field(spacing, (scale,) * 3)) / scale for scale in scales]
         return jnp.stack([jnp.abs(position).max(axis=(1, 2, 3)) for position in moved])
 
     return jax.jit(jax.vmap(furthest, (0, 0, 0, None)))

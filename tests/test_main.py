@@ -212,6 +212,7 @@ def test_a_missing_config_file(tmp_path):
         (["--workdir", "W", "--mode", "fly"], ["mode", "fly"]),
         (["--workdir", "W", "--mode", "predict"], ["--input"]),
         (["--workdir", "W", "--mode", "evaluate", *SMALL], ["config.json"]),
+        (["--workdir", "W", "--mode", "report"], ["evaluation.json", "--mode evaluate"]),
         (["--workdir", "W", "--config.phantom.training=0"], ["data.root"]),
         (["--workdir", "W", "--config.phantom.training=0", "--config.data.root=/no/such"], ["/no/such"]),
         (["--workdir", "/proc/no", *SMALL], ["/proc/no"]),
@@ -240,6 +241,84 @@ def test_bad_cases_are_all_named_and_the_good_ones_prepared(tmp_path):
     assert all(f"phantom_00{number}" in everything for number in (0, 1, 2))
     assert "9" in everything
     assert [path.name for path in (tmp_path / "prepared").glob("*/zarr.json")] == ["zarr.json"]
+
+
+def test_another_data_set_with_other_labels(whole_job, tmp_path):
+    """It lacks organs, names and numbers others, and has one that is unknown here."""
+    workdir, _ = whole_job
+    root = tmp_path / "elsewhere"
+    shutil.copytree(workdir / "phantoms", root)
+    description = json.loads((root / "dataset.json").read_text())
+    description["labels"] = {"background": 0, "kidney": 1, "spleen": 2, "Leber": 3}
+    (root / "dataset.json").write_text(json.dumps(description))
+    there = np.array([0, 1, 0, 3, 2, 0, 0, 0], np.uint8)  # artery, liver and spleen are annotated
+    for path in root.glob("labels*/*.nii.gz"):
+        image = sitk.ReadImage(path)
+        label = sitk.GetImageFromArray(there[sitk.GetArrayFromImage(image)])
+        label.CopyInformation(image)
+        sitk.WriteImage(label, path)
+    arguments = ["--workdir", workdir, "--mode", "evaluate", *SMALL, f"--config.evaluate.root={root}"]
+    result = run(*arguments, "--config.evaluate.labels=('Leber=liver',)")
+    assert result.returncode == 0, result.stderr
+    own = json.loads((workdir / "evaluation.json").read_text())
+    other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_text())
+    assert other["labels"] == ["liver", "spleen"]
+    assert len(other["cases"]) == 7  # all labelled cases: none of them was trained on, as far as it is known
+    for name, levels in own["cases"].items():
+        for level, organs in levels.items():
+            assert other["cases"][name][level] == {organ: organs[organ] for organ in ("liver", "spleen")}
+    message = one_line_error(run(*arguments, "--config.evaluate.labels=('Leber=livre',)"))
+    assert "Leber=livre" in message
+
+
+def test_report_of_a_run(whole_job):
+    workdir, _ = whole_job
+    result = run("--workdir", workdir, "--mode", "report", *SMALL)
+    assert result.returncode == 0, result.stderr
+    text = (workdir / "report.html").read_text()
+    for case in ("phantom_005", "phantom_006"):
+        assert f"{case}, Dice" in text
+        assert (workdir / "pictures" / f"{case}_surfaces.png").stat().st_size > 10_000
+    assert "Roth et al. (2018), end-to-end" in text
+    assert (workdir / "dice.png").stat().st_size > 10_000
+
+
+def test_an_experiment_compares_modes_and_goes_on(whole_job, tmp_path):
+    workdir, _ = whole_job
+    shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
+    arguments = [*SMALL, "--config.train.steps=4", "--config.train.checkpoint_every=4"]
+    experiment = "--config.experiment=('separate', 'no_context')"
+    result = run("--workdir", tmp_path, *arguments, experiment)
+    assert result.returncode == 0, result.stderr
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    blocks = ["Level 1", "Level 2 auto-context", "No auto-context"]
+    assert list(evaluation["summary"]) == blocks
+    assert list(evaluation["comparisons"]) == [
+        "Level 2 auto-context - Level 1", "No auto-context - Level 1", "No auto-context - Level 2 auto-context"
+    ]  # fmt: skip
+    assert (tmp_path / "table.md").read_text() in result.stdout
+    for block, mode, level in zip(blocks, ("separate", "separate", "no_context"), (1, 2, 2), strict=True):
+        cases = json.loads((tmp_path / mode / "evaluation.json").read_text())["cases"]
+        for name, scores in evaluation["cases"].items():
+            assert scores[block] == cases[name][f"level_{level}"]
+    assert [len(metrics(tmp_path / mode)) for mode in ("separate", "no_context")] == [8, 4]
+
+    # One mode apart, then both again: what is done is not done anew, and a mode's folder is a run like any other.
+    before = (tmp_path / "separate" / "evaluation.json").stat().st_mtime_ns
+    result = run("--workdir", tmp_path, *arguments, "--config.experiment=('separate',)")
+    assert result.returncode == 0, result.stderr
+    assert list(json.loads((tmp_path / "evaluation.json").read_text())["summary"]) == blocks[:2]
+    assert (tmp_path / "separate" / "evaluation.json").stat().st_mtime_ns == before
+
+
+def test_scans_slice_by_slice(whole_job, tmp_path):
+    workdir, _ = whole_job
+    shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
+    result = run("--workdir", tmp_path, *SMALL, "--config.train.steps=4", config="configs/quickstart_2d.py")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["cases"]) == 2
+    for path in (tmp_path / "predictions").iterdir():
+        assert scans.read_grid(path) == scans.read_grid(tmp_path / "phantoms" / "labelsTs" / path.name)
 
 
 @pytest.mark.skipif(not (ROOT / "../shared/data/abdomen").exists(), reason="the real scans are not beside the checkout")

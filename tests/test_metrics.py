@@ -152,21 +152,27 @@ def test_comparison_is_the_signed_rank_test():
         for _ in range(2)
     )
     b["case 4"]["vein"]["dice"] = math.nan
-    result = compare(a, b, ["artery", "vein"])
+    every = {"a": a, "b": b, "nobody": {}}
+    result = compare(every, [("a", "b")], ["artery", "vein"])["a - b"]
     differences = [a[case]["artery"]["dice"] - b[case]["artery"]["dice"] for case in a]
     assert result["artery"]["p"] == pytest.approx(signed_rank_p(differences))
     assert result["artery"]["difference"] == pytest.approx(np.mean(differences))
     assert [result[column]["cases"] for column in ("artery", "vein", "mean")] == [9, 8, 9]
-    assert compare(a, a, ["artery"])["artery"] == {"difference": 0, "p": 1, "p_holm": 1, "cases": 9}
-    corrected = holm([column["p"] for column in result.values()])
-    assert [column["p_holm"] for column in result.values()] == corrected
+    assert compare(every, [("a", "a")], ["artery"])["a - a"]["artery"] == {
+        "difference": 0, "p": 1, "p_holm": 1, "cases": 9
+    }  # fmt: skip
+    # Several pairs are one family of tests.
+    both = compare(every, [("a", "b"), ("b", "a")], ["artery", "vein"])
+    columns = [column for comparison in both.values() for column in comparison.values()]
+    assert [column["p_holm"] for column in columns] == holm([column["p"] for column in columns])
+    assert both["b - a"]["vein"]["p_holm"] > result["vein"]["p_holm"]
     with pytest.raises(ValueError, match="case 0"):
-        compare(a, {}, ["artery"])
+        compare(every, [("a", "nobody")], ["artery"])
 
 
 def test_comparison_where_nothing_counts():
     nothing = {"one": {"vein": {"dice": math.nan}}}
-    result = compare(nothing, nothing, ["vein"])["vein"]
+    result = compare({"a": nothing, "b": nothing}, [("a", "b")], ["vein"])["a - b"]["vein"]
     assert result["cases"] == 0
     assert math.isnan(result["p"])
     assert math.isnan(result["difference"])

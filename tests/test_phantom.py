@@ -137,3 +137,19 @@ def test_write_dataset(tmp_path, monkeypatch):
     phantom.write_dataset(root, training=2, test=1, **wanted)
     with pytest.raises(UserError, match=r"dataset\.json.*another folder"):
         phantom.write_dataset(root, training=3, test=1, **wanted)
+
+
+def test_look_alikes_are_no_organs():
+    def fluid_and_vessels(**more):
+        """Unlabelled mL in the body that look like the gallbladder's content, and like vessels."""
+        found = np.zeros(2)
+        for seed in range(4):
+            image, label = phantom.make_phantom(np.random.default_rng([1, seed]), **SMALL, **more)
+            assert np.unique(label).tolist() == list(range(8))
+            middle = image[:, 12:-24, 14:-14], label[:, 12:-24, 14:-14]  # without the wall, the ribs and the spine
+            for number, (low, high) in enumerate(((-10, 40), (150, 250))):
+                found[number] += np.sum((middle[0] > low) & (middle[0] < high) & (middle[1] == 0))
+        return found * np.prod(SMALL["spacing"]) / 4000
+
+    without, many = fluid_and_vessels(), fluid_and_vessels(look_alikes=5)
+    assert (many > without + 20).all(), (without, many)

@@ -1,5 +1,6 @@
 """What an evaluation writes: JSON, table, pictures."""
 
+import csv
 import json
 import math
 
@@ -41,10 +42,9 @@ TABLE = """\
 | min | 81.2 | 100.0 | 81.2 |
 | max | 90.0 | 100.0 | 95.0 |
 
-| Level 2 − Level 1: Dice (%) | artery | vein | mean |
+| Difference in Dice (%), p (Wilcoxon, Holm) | artery | vein | mean |
 | --- | ---: | ---: | ---: |
-| mean | +30.6 | – | +33.1 |
-| p (Wilcoxon, Holm) | 1 | – | 1 |
+| Level 2 − Level 1 | +30.6 (1) | – | +33.1 (1) |
 
 | Mean over organs, avg ± std | Jaccard (%) | volume difference (mL) | 95 % Hausdorff (mm) | surface distance (mm) \
 | surface Dice at 1.5 mm (%) |
@@ -57,14 +57,14 @@ TABLE = """\
 
 
 def test_table():
-    assert report.table(report.evaluation(CASES, ORGANS, tolerance=1.5)) == TABLE
+    assert report.table(report.evaluation(CASES, ORGANS, tolerance=1.5, pairs=[("level_2", "level_1")])) == TABLE
 
 
 def test_written_files(tmp_path):
-    result = report.evaluation(CASES, ORGANS, tolerance=1.5)
+    result = report.evaluation(CASES, ORGANS, tolerance=1.5, pairs=[("level_2", "level_1")])
     report.write(result, tmp_path)
     report.write(result, tmp_path)  # again, over the first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "table.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "table.csv", "table.md"]
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == TABLE
 
     def refuse(constant):
@@ -82,6 +82,15 @@ def test_written_files(tmp_path):
     (comparison,) = read["comparisons"].values()
     assert comparison["artery"] == {"difference": pytest.approx(0.30625), "p": 0.5, "cases": 2, "p_holm": 1}
     assert comparison["vein"]["p"] is None
+
+    # What was read is what was written, NaN and infinity too.
+    assert repr(report.read_cases(tmp_path / "evaluation.json")) == repr(CASES)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = {tuple(row.values())[:4]: row["value"] for row in csv.DictReader(file)}
+    assert float(rows["level_2", "mean", "dice", "max"]) == 0.95
+    assert rows["level_1", "vein", "dice", "avg"] == ""
+    assert rows["level_1", "artery", "hausdorff_95", "infinite"] == "1"
+    assert float(rows["level_2 - level_1", "artery", "dice", "p"]) == 0.5
 
 
 def test_overlay_paints_outlines_in_full_and_insides_faintly():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autocontext_jax.geometry import SpatialLimits, Triple
+from autocontext_jax.geometry import SpatialLimits, Triple, halving, patch_shape, turning_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,11 @@ Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 
 
 def make_augment(
-    edge: int, margins: tuple[Triple | None, ...], spatial: SpatialLimits | None, intensity: IntensityLimits
+    edge: int,
+    margins: tuple[Triple | None, ...],
+    spatial: SpatialLimits | None,
+    intensity: IntensityLimits,
+    rank: int = 3,
 ) -> Augment:
     """The augmentation of a batch, jitted.
 
@@ -45,6 +49,7 @@ def make_augment(
         is not wanted: it has no place in images and labels.
       spatial: None only cuts the margins off.
       intensity: see there.
+      rank: 3 or 2; of rank 2 a patch is [1, N, N] in place of the [N, N, N] below.
 
     Returns:
       augment(key, numbers, spacing, images, labels) -> (images, labels), where
@@ -55,20 +60,23 @@ def make_augment(
         images and labels hold for each wanted level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
       and the result holds for each level [B, N, N, N] float32 HU and uint8.
     """
-    scales = [2 ** (len(margins) - level) for level in range(1, len(margins) + 1)]
+    shape = patch_shape(edge, rank)
+    scales = [tuple(step ** (len(margins) - level) for step in halving(rank)) for level in range(1, len(margins) + 1)]
     wanted = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
 
     def draw_sample(key, spacing):
         if spatial is None:
             return (None,) * len(wanted)
-        field = _draw_field(jax.random.split(key)[0], spatial, edge, len(margins))
-        return tuple([along / scale for along in field(spacing, scale)] for scale, _ in wanted)
+        field = _draw_field(jax.random.split(key)[0], spatial, edge, len(margins), rank)
+        return tuple(
+            [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in wanted
+        )
 
     def move_sample(key, positions, images, labels):
         image_out, label_out = [], []
         for image, label, position, (_, margin) in zip(images, labels, positions, wanted, strict=True):
             if position is None:
-                moved = tuple(_centre(array, edge, margin) for array in (image, label))
+                moved = tuple(_centre(array, shape, margin) for array in (image, label))
             else:
                 moved = _resample(image, label, position)
             image_out.append(moved[0].astype(jnp.float32))
@@ -88,28 +96,31 @@ def make_augment(
     return augment
 
 
-def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int):
+def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, rank: int = 3):
     """A random field as a function (spacing, scale) -> source positions.
 
-    It is evaluated on the grid of N^3 voxels that are `scale` finest voxels wide. Positions and their result are voxels
-    of the finest level about the centre, three arrays [N, N, N].
+    It is evaluated on the grid of a patch whose voxels are `scale` (z, y, x) finest voxels wide. Positions and their
+    result are voxels of the finest level about the centre, three arrays of the patch's shape.
     """
+    # What is drawn for directions that a patch of rank 2 does not have goes unused.
+    turning, moving = np.array(turning_axes(rank)), np.array(halving(rank)) - 1
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
-    angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation)
-    shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * limits.translation
+    angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation) * turning
+    shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * limits.translation * moving
     # The control grid spans the coarsest patch; a cubic spline needs one point before and two after the last interval.
     reach = edge * 2 ** (levels - 1) / 2
     points = int(np.ceil(2 * reach / limits.elastic_spacing)) + 3
     control = limits.elastic_sigma * jax.random.normal(elastic_key, (3, points, points, points))
 
-    def field(spacing: jax.Array, scale: int):
-        offsets = (np.arange(edge) + 0.5 - edge / 2) * scale
-        weights = spline_weights((offsets + reach) / limits.elastic_spacing, points)
-        elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, weights, weights, weights, optimize=True)
-        elastic = jnp.clip(elastic, -limits.elastic_limit, limits.elastic_limit)
+    def field(spacing: jax.Array, scale: Triple):
+        sizes = zip(patch_shape(edge, rank), scale, strict=True)
+        offsets = [(np.arange(size) + 0.5 - size / 2) * step for size, step in sizes]
+        weights = [spline_weights((along + reach) / limits.elastic_spacing, points) for along in offsets]
+        elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, *weights, optimize=True)
+        elastic = jnp.clip(elastic, -limits.elastic_limit, limits.elastic_limit) * moving[:, None, None, None]
         # Rotate in millimetres: voxels need not be cubes.
         turn = _rotation(angles) * spacing / spacing[:, None]
-        z, y, x = offsets[:, None, None], offsets[:, None], offsets
+        z, y, x = offsets[0][:, None, None], offsets[1][:, None], offsets[2]
         return [turn[i, 0] * z + turn[i, 1] * y + turn[i, 2] * x + shift[i] + elastic[i] for i in range(3)]
 
     return field
@@ -149,18 +160,18 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
     """Reads a level's crop at `position`: the image linearly, the label at the nearest voxel.
 
     Args:
-      image: [D, H, W], int16.
+      image: [D, H, W], int16; D may be 1.
       label: [D, H, W], uint8.
-      position: three arrays [N, N, N], voxels of this level about the crop's centre.
+      position: three arrays [N, N, N] or [1, N, N], voxels of this level about the crop's centre.
 
     Returns:
-      image [N, N, N] float32, label [N, N, N] uint8.
+      image float32 and label uint8 in the shape of the positions.
     """
     shape = image.shape
     base, fraction, nearest = [], [], []
     for along, size in zip(position, shape, strict=True):
         index = jnp.clip(along + (size - 1) / 2, 0, size - 1)
-        low = jnp.minimum(jnp.floor(index), size - 2)
+        low = jnp.minimum(jnp.floor(index), max(0, size - 2))
         base.append(low.astype(jnp.int32))
         fraction.append(index - low)
         nearest.append(jnp.round(index).astype(jnp.int32))
@@ -175,17 +186,19 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
         offset = dz * strides[0] + dy * strides[1] + dx
         return voxels.at[corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
 
+    depths = range(min(2, shape[0]))
+
     def lerp(low, high, weight):
         return low + weight * (high - low)
 
-    rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in (0, 1)]
+    rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in depths]
     planes = [lerp(row[0], row[1], fraction[1]) for row in rows]
     labels = label.ravel().at[flat(nearest)].get(mode="promise_in_bounds")
-    return lerp(planes[0], planes[1], fraction[0]), labels
+    return (planes[0] if len(planes) == 1 else lerp(planes[0], planes[1], fraction[0])), labels
 
 
-def _centre(array: jax.Array, edge: int, margin: Triple) -> jax.Array:
-    return lax.slice(array, margin, tuple(m + edge for m in margin))
+def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:
+    return lax.slice(array, margin, tuple(m + size for m, size in zip(margin, shape, strict=True)))
 
 
 def _change_intensity(key: jax.Array, images: list[jax.Array], limits: IntensityLimits) -> tuple[jax.Array, ...]:

@@ -25,7 +25,16 @@ _CAVITY_AXIS = np.array([-1e4, 0, 0, 1]), np.array([1e4, 0, 0, 1]), np.array([1,
 _WALL = 14.0  # mm of muscle around it; fat and skin follow
 _REACH = 112.0  # mm that a scan must show above and below the origin
 _SLAB = 4_000_000  # voxels painted at once: memory for them is some 100 bytes each
-_EARLY = {"artery": 35, "heart": 20, "portal_vein": -15, "vein": -15, "liver": -8}  # HU, more in an early scan
+# HU, more in an early scan.
+_EARLY = {
+    "artery": 35,
+    "other artery": 35,
+    "heart": 20,
+    "portal_vein": -15,
+    "vein": -15,
+    "other vein": -15,
+    "liver": -8,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +101,25 @@ def _small_bowel(rng: np.random.Generator) -> Iterator[Part]:
         )
 
 
-def _anatomy(rng: np.random.Generator) -> list[Part]:
+def _look_alikes(rng: np.random.Generator, count: int) -> Iterator[Part]:
+    """What only its place in the body tells from an organ, `count` of each kind anywhere between the organs.
+
+    Cysts are filled and walled as the gallbladder, loops of bowel as the stomach; vessels as the artery and the portal
+    vein cross the cavity, so that a patch rarely shows where they come from.
+    """
+    for _ in range(count):
+        start = rng.uniform((-160, -60, -95), (70, 40, 95))
+        cyst = np.vstack([start, start + rng.uniform(-25, 25, 3)])
+        yield Part("cyst", 10, np.hstack([cyst, rng.uniform(8, 17, (2, 1))]), wall=(1.5, 60), rind=1)
+        loop = rng.uniform((-110, -60, -90), (40, 20, 110), (4, 3))
+        radius = np.full((4, 1), rng.uniform(12, 20))
+        yield Part("loop", 40, np.hstack([loop, radius]), wall=(4, 75), gas=rng.choice([0, 14]), rind=3)
+        for name, hu, thickness in (("other artery", 210, (2, 6)), ("other vein", 185, (4, 7))):
+            course = rng.uniform((-190, -55, -100), (90, 45, 100), (4, 3))
+            yield Part(name, hu, np.hstack([course, np.full((4, 1), rng.uniform(*thickness))]))
+
+
+def _anatomy(rng: np.random.Generator, look_alikes: int) -> list[Part]:
     """Every part of one patient before it varies; a later one lies over an earlier one."""
     stomach, bladder = rng.uniform(0.8, 1.2), rng.uniform(0.9, 1.35)  # how full
     dome = {"flat": (1, 1.1, 1), "wall": (3, _MUSCLE), "loose": 0.5}
@@ -107,6 +134,7 @@ def _anatomy(rng: np.random.Generator) -> list[Part]:
         _part("mesentery", _FAT, (-300, 0, 0, 50), (0, 0, 0, 50), flat=(0.1, 1.8, 2.8), loose=0.3),
         # bowel
         *_small_bowel(rng),
+        *_look_alikes(rng, look_alikes),
         _part("colon", 20, (-175, 22, -98, 22), (-90, 25, -102, 20), (-58, 0, -98, 19), wall=(3, 80), gas=12),
         _part("colon", 0, (-58, 0, -98, 18), (-72, -48, -55, 17), (-84, -58, 0, 16), (-58, -48, 60, 16),
               (5, 20, 112, 15), wall=(3, 80), gas=16),
@@ -177,10 +205,10 @@ def _turn(rng: np.random.Generator, degrees: float) -> np.ndarray:
     return np.linalg.solve(np.eye(3) - skew, np.eye(3) + skew)
 
 
-def _individual(rng: np.random.Generator) -> list[Part]:
+def _individual(rng: np.random.Generator, look_alikes: int) -> list[Part]:
     """One patient's anatomy: each name's parts moved, turned, grown and enhanced together, each curve bent a little."""
     early, poses, parts = rng.uniform(-1, 1), {}, []
-    for part in _anatomy(rng):
+    for part in _anatomy(rng, look_alikes):
         if part.name not in poses:
             turn, shift = _turn(rng, 6 * part.loose), 4 * part.loose * rng.standard_normal(3)
             growth = np.exp(0.08 * part.loose * rng.standard_normal())
@@ -287,7 +315,11 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def make_phantom(
-    rng: np.random.Generator, *, size: tuple[int, int, int], spacing: tuple[float, float, float]
+    rng: np.random.Generator,
+    *,
+    size: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    look_alikes: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One patient's scan. The same draws give the same patient on any grid; a grid too small for the body shrinks it.
 
@@ -295,12 +327,13 @@ def make_phantom(
       rng: decides the anatomy, then the pose, the contrast and the noise.
       size: voxels, (z, y, x).
       spacing: mm, (z, y, x).
+      look_alikes: of each kind, what only its place in the body tells from an organ: cysts, loops of bowel, vessels.
 
     Returns:
       Image [D, H, W] int16 in HU and label [D, H, W] uint8, the place in `ORGANS` counted from 1 or 0 for background.
       z grows to the head, y to the back, x to the patient's left.
     """
-    parts = _individual(rng)
+    parts = _individual(rng, look_alikes)
     warp = _Waves(rng, 3, mm=(110, 300), rms=4)
     texture = _Waves(rng, 1, mm=(15, 50), rms=5)
     fat, sigma = rng.uniform(8, 30), rng.uniform(8, 20)
@@ -338,13 +371,17 @@ def write_dataset(
     test: int,
     size: tuple[int, int, int],
     spacing: tuple[float, float, float],
+    look_alikes: int = 0,
     seed: int,
 ) -> None:
     """An nnU-Net v2 folder of phantoms; returns at once where the same one stands already.
 
     A case depends on the seed and its number alone. `dataset.json` is written last: without it a folder is unfinished.
     """
-    wanted = {"training": training, "test": test, "size": list(size), "spacing": list(spacing), "seed": seed}
+    wanted = {
+        "training": training, "test": test, "size": list(size), "spacing": list(spacing), "look_alikes": look_alikes,
+        "seed": seed,
+    }  # fmt: skip
     index = root / "dataset.json"
     if index.exists():
         found = json.loads(index.read_text()).get("phantom")
@@ -354,7 +391,8 @@ def write_dataset(
     for unfinished in root.glob("*T[rs]/phantom_*.nii.gz"):  # perhaps of other parameters
         unfinished.unlink()
     for number in range(training + test):
-        image, label = make_phantom(np.random.default_rng([seed, number]), size=size, spacing=spacing)
+        rng = np.random.default_rng([seed, number])
+        image, label = make_phantom(rng, size=size, spacing=spacing, look_alikes=look_alikes)
         split, name = "Tr" if number < training else "Ts", f"phantom_{number:03d}"
         for path, voxels in ((f"images{split}/{name}_0000.nii.gz", image), (f"labels{split}/{name}.nii.gz", label)):
             (root / path).parent.mkdir(parents=True, exist_ok=True)

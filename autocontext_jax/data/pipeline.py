@@ -11,7 +11,7 @@ import numpy as np
 from autocontext_jax.data.augment import Augment, IntensityLimits, make_augment
 from autocontext_jax.data.sampling import case_batches, draw_anywhere, draw_entry
 from autocontext_jax.data.store import PreparedCase
-from autocontext_jax.geometry import SpatialLimits, Triple, crop_margins, pyramid_starts
+from autocontext_jax.geometry import SpatialLimits, Triple, crop_margins, patch_shape, pyramid_starts
 
 # Voxels read beyond each side of each level's patch, coarsest first; None at a level that is not read.
 Margins = tuple[Triple | None, ...]
@@ -24,6 +24,7 @@ class FeedConfig:
     Attributes:
       batch: B, pyramid patches over all processes.
       edge: N, a multiple of 4.
+      rank: 3, or 2 for patches of one slice.
       levels: those wanted, from 1 = coarsest; () means all. What the others would be changes nothing in these.
       centre: see `sampling.draw_entry`.
       anywhere: share of the patches whose centre is drawn from the whole scan instead. What lies far from every organ
@@ -36,6 +37,7 @@ class FeedConfig:
 
     batch: int
     edge: int
+    rank: int = 3
     levels: tuple[int, ...] = ()
     centre: str = "foreground"
     anywhere: float = 0.0
@@ -62,11 +64,11 @@ class Feed:
         self, cases: Sequence[PreparedCase], config: FeedConfig, *, seed: int, sharding: jax.sharding.NamedSharding
     ):
         spacings = [case.spacing for case in cases]
-        margins: Margins = crop_margins(config.edge, len(cases[0].shapes), spacings, config.spatial)
+        margins: Margins = crop_margins(config.edge, len(cases[0].shapes), spacings, config.spatial, config.rank)
         if config.levels:
             margins = tuple(m if level in config.levels else None for level, m in enumerate(margins, start=1))
         self._key = jax.random.key(seed)
-        self._augment: Augment = make_augment(config.edge, margins, config.spatial, config.intensity)
+        self._augment: Augment = make_augment(config.edge, margins, config.spatial, config.intensity, config.rank)
         self._sharding = sharding
         self._host = host_batches(
             cases, config, margins, seed=seed, process=jax.process_index(), processes=jax.process_count()
@@ -125,7 +127,7 @@ def host_batches(
         first = index * config.batch + process * share
         return {
             "numbers": np.arange(first, first + share, dtype=np.uint32),
-            **read_batch(centres, config.edge, margins),
+            **read_batch(centres, config.edge, margins, config.rank),
         }
 
     # Seeds are given to each stage, so that adding a stage does not change the others.
@@ -134,18 +136,24 @@ def host_batches(
     return iter(sequence.to_iter_dataset(options))
 
 
-def read_batch(centres: Sequence[tuple[PreparedCase, Triple]], edge: int, margins: Margins) -> dict[str, Any]:
+def read_batch(
+    centres: Sequence[tuple[PreparedCase, Triple]], edge: int, margins: Margins, rank: int = 3
+) -> dict[str, Any]:
     """Crops of the pyramid patches around given centres; `host_batches` says of what shape.
 
     All reads are under way together: levels and samples wait for the disk once, not one after another.
     """
     wanted = {level: margin for level, margin in enumerate(margins, start=1) if margin is not None}
-    sizes = {level: (len(centres), *(edge + 2 * m for m in margin)) for level, margin in wanted.items()}
+    shape = patch_shape(edge, rank)
+    sizes = {
+        level: (len(centres), *(size + 2 * m for size, m in zip(shape, margin, strict=True)))
+        for level, margin in wanted.items()
+    }
     images = {level: np.empty(size, np.int16) for level, size in sizes.items()}
     labels = {level: np.empty(size, np.uint8) for level, size in sizes.items()}
     pending = []
     for sample, (case, centre) in enumerate(centres):
-        starts = pyramid_starts(centre, edge, len(margins))
+        starts = pyramid_starts(centre, edge, len(margins), rank)
         for level, margin in wanted.items():
             z, y, x = (s - m for s, m in zip(starts[level - 1], margin, strict=True))
             _, depth, height, width = sizes[level]

@@ -52,19 +52,24 @@ class Settings:
       factors: downsample factor of each level, coarsest first: native voxels per voxel along each axis.
       finest_spacing: mm, (z, y, x). If given, the finest level has this spacing whatever the scanner's, and another
         level's is larger by the ratio of their factors.
+      rank: 3, or 2 for slices: along z every level keeps the scan's voxels.
     """
 
     factors: tuple[float, ...]
     finest_spacing: Triple | None = None
+    rank: int = 3
 
     def level_factors(self, spacing: Triple) -> tuple[Triple, ...]:
         """Native voxels per voxel of each level, coarsest first, along (z, y, x), in a scan of this spacing in mm."""
         if self.finest_spacing is None:
-            return tuple((factor, factor, factor) for factor in self.factors)
+            return tuple(self._in_plane((factor, factor, factor)) for factor in self.factors)
         # Headers hold float32: to six digits a scan that has the finest spacing gets a factor of exactly 1.
         z, y, x = (round(mm / own, 6) for mm, own in zip(self.finest_spacing, spacing, strict=True))
         ratios = [factor / self.factors[-1] for factor in self.factors]
-        return tuple((ratio * z, ratio * y, ratio * x) for ratio in ratios)
+        return tuple(self._in_plane((ratio * z, ratio * y, ratio * x)) for ratio in ratios)
+
+    def _in_plane(self, factors: Triple) -> Triple:
+        return factors if self.rank == 3 else (1.0, *factors[1:])
 
 
 def is_prepared(case: Case, root: str, settings: Settings, labels: tuple[str, ...]) -> bool:
@@ -319,7 +324,7 @@ def _times(spacing: Triple, factors: Triple) -> Triple:
 def _digest(case: Case, settings: Settings, labels: tuple[str, ...]) -> str:
     """Of all that a prepared case is made from."""
     grids = [[float(number) for number in numbers or ()] for numbers in (settings.factors, settings.finest_spacing)]
-    digest = hashlib.blake2b(json.dumps([FORMAT, labels, grids]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([FORMAT, labels, grids, settings.rank]).encode(), digest_size=16)
     for source in filter(None, (case.image, case.label)):
         try:
             slices = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -95,6 +96,27 @@ def figure(
     handles = [Patch(color=PALETTE[k % len(PALETTE)] / 255, label=organ) for k, organ in enumerate(organs)]
     canvas.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     canvas.suptitle(title)
+    canvas.savefig(path, dpi=100)
+
+
+def boxes(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a PNG: for each organ a box plot of the cases' Dice, a colour a block of `report.evaluation`."""
+    organs, blocks = result["labels"], list(result["summary"])
+    canvas = Figure(figsize=(max(6, 1.3 * len(organs)), 4), layout="constrained", facecolor="white")
+    axes = canvas.subplots()
+    width = 0.8 / len(blocks)
+    for number, block in enumerate(blocks):
+        dice = [[scores[block][organ]["dice"] for scores in result["cases"].values()] for organ in organs]
+        found = [[value for value in values if value is not None and value == value] for values in dice]
+        places = np.arange(len(organs)) + (number - (len(blocks) - 1) / 2) * width
+        colour = PALETTE[number % len(PALETTE)] / 255
+        axes.boxplot(
+            found, positions=places, widths=0.85 * width, patch_artist=True, label=block.replace("_", " ").capitalize(),
+            boxprops={"facecolor": colour, "alpha": 0.6}, medianprops={"color": "black"}, flierprops={"markersize": 3},
+        )  # fmt: skip
+    axes.set(xticks=np.arange(len(organs)), xticklabels=organs, ylabel="Dice", ylim=(0, 1))
+    axes.grid(axis="y", alpha=0.3)
+    canvas.legend(loc="outside lower center", ncols=len(blocks), frameon=False)
     canvas.savefig(path, dpi=100)
 
 

@@ -1,13 +1,16 @@
-"""The results of an evaluation: `evaluation.json` and a table in the layout of the paper's Table 1."""
+"""The results of an evaluation as JSON, CSV and a Markdown table in the layout of the paper's Table 1."""
 
-import itertools
+import csv
+import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocontext_jax.evaluation.published import ORGANS as PUBLISHED
+from autocontext_jax.evaluation.published import TABLE_2
 from autocontext_jax.evaluation.statistics import STATISTICS, compare, summarise
 
 # Beside the Dice, as `metrics.scores` defines them.
@@ -20,68 +23,123 @@ OTHER_METRICS = {
 }
 
 
-def evaluation(cases: Mapping[str, Mapping[str, Any]], organs: Sequence[str], *, tolerance: float) -> dict[str, Any]:
+def evaluation(
+    cases: Mapping[str, Mapping[str, Any]],
+    organs: Sequence[str],
+    *,
+    tolerance: float,
+    pairs: Iterable[tuple[str, str]] = (),
+) -> dict[str, Any]:
     """Everything known of a set of scored cases.
 
     Args:
-      cases: {case: {"level_1": {organ: {metric: value}}, ...}}.
+      cases: {case: {block: {organ: {metric: value}}, ...}}; a block is a level ("level_1") or a method.
       organs: in the order of the labels.
       tolerance: of the surface Dice, mm.
+      pairs: blocks to compare.
 
     Returns:
-      {"labels": organs, "tolerance": mm, "cases": cases, "summary": {"level_1": `statistics.summarise` of it, ...},
-      "comparisons": {"level_2 - level_1": `statistics.compare` of each level with the one before, ...}}.
+      {"labels": organs, "tolerance": mm, "cases": cases, "summary": {block: `statistics.summarise` of it, ...},
+      "comparisons": `statistics.compare` of the pairs}.
     """
-    levels = {level: {case: scores[level] for case, scores in cases.items()} for level in next(iter(cases.values()))}
+    blocks = {block: {case: scores[block] for case, scores in cases.items()} for block in next(iter(cases.values()))}
     return {
         "labels": list(organs),
         "tolerance": tolerance,
         "cases": cases,
-        "summary": {level: summarise(scores, organs) for level, scores in levels.items()},
-        "comparisons": {
-            f"{finer} - {coarser}": compare(levels[finer], levels[coarser], organs)
-            for coarser, finer in itertools.pairwise(levels)
-        },
+        "summary": {block: summarise(scores, organs) for block, scores in blocks.items()},
+        "comparisons": compare(blocks, pairs, organs),
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown in the layout of Table 1: levels as blocks, organs as columns, Dice in percent; then other metrics."""
+    """Markdown in the layout of Table 1: blocks of Dice in percent with a column an organ; tests; other metrics."""
     columns = [*result["labels"], "mean"]
+    rule = f"| --- |{' ---: |' * len(columns)}"
     lines = []
-    for level, summary in result["summary"].items():
-        lines += [f"| {_name(level)}: Dice (%) | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for block, summary in result["summary"].items():
+        lines += [f"| {_name(block)}: Dice (%) | {' | '.join(columns)} |", rule]
         for statistic in STATISTICS:
             values = [summary[column]["dice"][statistic] for column in columns]
             lines.append(f"| {statistic} | {' | '.join(_percent(value) for value in values)} |")
         lines.append("")
-    for pair, comparison in result["comparisons"].items():
-        finer, coarser = map(_name, pair.split(" - "))
-        lines += [f"| {finer} − {coarser}: Dice (%) | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-        differences = [_percent(comparison[column]["difference"], sign="+") for column in columns]
-        lines.append(f"| mean | {' | '.join(differences)} |")
-        p_values = [comparison[column]["p_holm"] for column in columns]
-        lines.append(f"| p (Wilcoxon, Holm) | {' | '.join('–' if math.isnan(p) else f'{p:.2g}' for p in p_values)} |")
+    if result["comparisons"]:
+        lines += [f"| Difference in Dice (%), p (Wilcoxon, Holm) | {' | '.join(columns)} |", rule]
+        for pair, comparison in result["comparisons"].items():
+            cells = [_difference(comparison[column]) for column in columns]
+            lines.append(f"| {' − '.join(map(_name, pair.split(' - ')))} | {' | '.join(cells)} |")
         lines.append("")
     names = [name.format(tolerance=result["tolerance"]) for name in OTHER_METRICS.values()]
     lines += [f"| Mean over organs, avg ± std | {' | '.join(names)} |"]
     lines += [f"| --- |{' ---: |' * len(OTHER_METRICS)}"]
-    for level, summary in result["summary"].items():
+    for block, summary in result["summary"].items():
         cells = [_cell(metric, summary["mean"][metric]) for metric in OTHER_METRICS]
-        lines.append(f"| {_name(level)} | {' | '.join(cells)} |")
+        lines.append(f"| {_name(block)} | {' | '.join(cells)} |")
     lines += ["", f"{len(result['cases'])} scans, scored on their own grids."]
     return "\n".join(lines) + "\n"
 
 
+def beside_published(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Markdown in the layout of the paper's Table 2: mean Dice in percent, then its rows where they know these organs.
+
+    Args:
+      rows: {run, level or data set: {organ: mean Dice or None}}.
+    """
+    organs = list(dict.fromkeys(organ for row in rows.values() for organ in row))
+    lines = [f"| Dice (%) | {' | '.join(organs)} | average |", f"| --- |{' ---: |' * (len(organs) + 1)}"]
+    percent = {
+        _name(name): {organ: 100 * dice for organ, dice in row.items() if dice is not None and not math.isnan(dice)}
+        for name, row in rows.items()
+    }
+    for name, scans, dice in TABLE_2:
+        known = {organ: value for organ, value in zip(PUBLISHED, dice, strict=True) if value is not None}
+        if known.keys() & set(organs):
+            percent[f"{name}, {scans}"] = known
+    for name, row in percent.items():
+        cells = [f"{row[organ]:.1f}" if organ in row else "–" for organ in organs]
+        shown = [row[organ] for organ in organs if organ in row]
+        average = f"{sum(shown) / len(shown):.1f}" if shown else "–"
+        lines.append(f"| {name} | {' | '.join(cells)} | {average} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows(result: Mapping[str, Any]) -> str:
+    """CSV with one number a row: block or pair, organ or "mean", metric, statistic, value (empty for NaN)."""
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    writer.writerow(["block", "organ", "metric", "statistic", "value"])
+    summaries = {
+        (block, organ, metric): statistics
+        for block, summary in result["summary"].items()
+        for organ, metrics in summary.items()
+        for metric, statistics in metrics.items()
+    }
+    tests = {
+        (pair, organ, "dice"): test
+        for pair, comparison in result["comparisons"].items()
+        for organ, test in comparison.items()
+    }
+    for key, statistics in (summaries | tests).items():
+        for statistic, value in statistics.items():
+            writer.writerow([*key, statistic, "" if math.isnan(value) else value])
+    return written.getvalue()
+
+
 def write(result: Mapping[str, Any], workdir: Path) -> None:
-    """Writes `evaluation.json` (NaN as null, infinity as "inf") and `table.md`, each whole or not at all."""
+    """Writes `evaluation.json` (NaN as null, infinity as "inf"), `table.md`, `table.csv`; each whole or not at all."""
     for name, text in (
         ("evaluation.json", json.dumps(_as_json(result), indent=1) + "\n"),
         ("table.md", table(result)),
+        ("table.csv", rows(result)),
     ):
         partial = workdir / f"{name}.partial"
         partial.write_text(text)
         os.replace(partial, workdir / name)
+
+
+def read_cases(path: Path) -> dict[str, dict[str, Any]]:
+    """The scored cases of an `evaluation.json`, as `evaluation` takes them."""
+    return _from_json(json.loads(path.read_text())["cases"])
 
 
 def _name(level: str) -> str:
@@ -93,6 +151,13 @@ def _cell(metric: str, statistics: Mapping[str, float]) -> str:
     number = _percent if "(%)" in OTHER_METRICS[metric] else "{:.2f}".format
     text = f"{number(statistics['avg'])} ± {number(statistics['std'])}" if math.isfinite(statistics["avg"]) else "–"
     return text + (f" ({statistics['infinite']} infinite)" if statistics["infinite"] else "")
+
+
+def _difference(test: Mapping[str, float]) -> str:
+    if not test["cases"]:
+        return "–"
+    p = "< 0.0001" if test["p_holm"] < 1e-4 else f"{test['p_holm']:.2g}"
+    return f"{_percent(test['difference'], sign='+')} ({p})"
 
 
 def _percent(value: float, sign: str = "") -> str:
@@ -108,3 +173,10 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
+
+
+def _from_json(value: Any) -> Any:
+    """What `_as_json` was given."""
+    if isinstance(value, Mapping):
+        return {key: _from_json(inner) for key, inner in value.items()}
+    return math.nan if value is None else float(value)

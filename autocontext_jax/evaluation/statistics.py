@@ -1,7 +1,7 @@
 """Scores of many cases in few numbers, as in the paper's Table 1, and whether two methods' scores differ."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -51,37 +51,45 @@ def _describe(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(
-    a: Mapping[str, OrganScores], b: Mapping[str, OrganScores], organs: Sequence[str], metric: str = "dice"
-) -> dict[str, dict[str, float]]:
-    """Paired two-sided Wilcoxon signed-rank tests of two methods on the same cases, per organ and for the mean.
+    blocks: Mapping[str, Mapping[str, OrganScores]],
+    pairs: Iterable[tuple[str, str]],
+    organs: Sequence[str],
+    metric: str = "dice",
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Paired two-sided Wilcoxon signed-rank tests between methods scored on the same cases.
 
     Args:
-      a: as `summarise` takes them.
-      b: the same cases scored for the other method.
+      blocks: each method's cases, as `summarise` takes them.
+      pairs: which to compare, (a, b).
       organs: in the order wanted.
       metric: what is compared.
 
     Returns:
-      {organ or "mean": {"difference": mean of a - b, "p": , "p_holm": , "cases": pairs that count}}; a case counts
-      where both scores are finite. p is 1 where all differences are 0 and NaN where no case counts; p_holm is corrected
-      for the number of columns.
+      {"a - b": {organ or "mean": {"difference": mean of a - b, "p": , "p_holm": , "cases": pairs that count}}}; a case
+      counts where both scores are finite. p is 1 where all differences are 0 and NaN where no case counts; p_holm is
+      corrected for the number of all tests here (Holm, 1979).
 
     Raises:
       ValueError: the cases are not the same.
     """
-    if a.keys() != b.keys():
-        raise ValueError(f"cases differ: {sorted(a.keys() ^ b.keys())}")
     result = {}
-    for organ in [*organs, "mean"]:
-        pairs = [(_value(a[case], organ, metric), _value(b[case], organ, metric)) for case in a]
-        differences = np.array([x - y for x, y in pairs if math.isfinite(x) and math.isfinite(y)])
-        p = math.nan
-        if len(differences):
-            p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
-        mean = float(differences.mean()) if len(differences) else math.nan
-        result[organ] = {"difference": mean, "p": p, "cases": len(differences)}
-    corrected = holm([column["p"] for column in result.values()])
-    return {organ: {**column, "p_holm": p} for (organ, column), p in zip(result.items(), corrected, strict=True)}
+    for a, b in pairs:
+        if blocks[a].keys() != blocks[b].keys():
+            raise ValueError(f"cases of {a} and {b} differ: {sorted(blocks[a].keys() ^ blocks[b].keys())}")
+        result[f"{a} - {b}"] = {organ: _test(blocks[a], blocks[b], organ, metric) for organ in [*organs, "mean"]}
+    columns = [column for comparison in result.values() for column in comparison.values()]
+    for column, p in zip(columns, holm([column["p"] for column in columns]), strict=True):
+        column["p_holm"] = p
+    return result
+
+
+def _test(a: Mapping[str, OrganScores], b: Mapping[str, OrganScores], organ: str, metric: str) -> dict[str, float]:
+    pairs = [(_value(a[case], organ, metric), _value(b[case], organ, metric)) for case in a]
+    differences = np.array([x - y for x, y in pairs if math.isfinite(x) and math.isfinite(y)])
+    if not len(differences):
+        return {"difference": math.nan, "p": math.nan, "cases": 0}
+    p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
+    return {"difference": float(differences.mean()), "p": p, "cases": len(differences)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

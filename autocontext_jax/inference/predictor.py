@@ -23,9 +23,9 @@ from jax import lax
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store import AIR
-from autocontext_jax.geometry import Triple, level_shape
+from autocontext_jax.geometry import Triple, halving, level_shape
 from autocontext_jax.inference.masks import MaskWriter, native_masks
-from autocontext_jax.inference.tiling import Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles
+from autocontext_jax.inference.tiling import SLICES, Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles
 from autocontext_jax.models.layers import compiler_options
 from autocontext_jax.models.pyramid import Pyramid
 
@@ -38,7 +38,7 @@ class PredictorConfig:
 
     Attributes:
       tile: T, edge of a tile in voxels of each level; need not be the training patch's. Larger is faster, to what the
-        device's memory holds.
+        device's memory holds. Of rank 2 a tile is `tiling.SLICES` such squares.
       overlap: share of a tile that the next one covers again.
       plane: native voxels in plane (height or width) that the programs are compiled for. A larger scan costs one more
         compilation; smaller ones none.
@@ -68,6 +68,10 @@ class Predictor:
         self._align = max(2, align)
         useful = config.tile - 2 * self._blend.border
         self._stride = max(1, int(useful * (1 - config.overlap)) // self._align) * self._align
+        self._rank: int = model.config.rank
+        # Along z, of a tile and from row to row.
+        depth, self._descent = (config.tile, self._stride) if self._rank == 3 else (SLICES, SLICES)
+        self._tile: Triple = (depth, config.tile, config.tile)
         self._graph, self._state = nnx.split(model)
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes
@@ -97,7 +101,8 @@ class Predictor:
         wanted = levels or (self._levels,)
         # Coarser grids are exact halves of the finest: a tile's context always lies on them.
         finest = level_shape(_shape(voxels), factors[-1])
-        plan = pyramid_tiles(finest, self._levels, self._blend, stride=self._stride, align=self._align)[: max(wanted)]
+        grid = {"stride": self._stride, "align": self._align, "rank": self._rank}
+        plan = pyramid_tiles(finest, self._levels, self._blend, **grid)[: max(wanted)]
         self._reserve(_shape(voxels), factors[-1])
         total = sum(int(np.prod([len(axis.starts) for axis in axes])) for axes in plan)
         done = 0
@@ -111,7 +116,7 @@ class Predictor:
         streams: list[Chunks] = []
         for level, (axes, factor) in enumerate(zip(plan, factors, strict=False), start=1):
             image = downsample_image(voxels, factor)
-            context = _Context(streams[-1], plan[level - 2], self._stride, self.config.tile) if streams else None
+            context = _Context(streams[-1], plan[level - 2], self._tile, self._descent, self._rank) if streams else None
             chunks = self._chunks(level, image, axes, context, advance)
             if level in wanted:
                 writers[level] = MaskWriter(_shape(voxels), _shape(image), factor, axes, self._plane)
@@ -150,52 +155,54 @@ class Predictor:
         advance: Callable[[int], None] = lambda tiles: None,
     ) -> Chunks:
         """Finished maps of one level from top to bottom, as they are asked for; each lasts until the next is."""
-        tile, stride = self.config.tile, self._stride
+        descent = self._descent
         z_axis, y_axis, x_axis = axes
         slabs = tuple(
-            jnp.zeros((stride, *self._canvas[level - 1], self._classes), jnp.float32) for _ in range(-(-tile // stride))
+            jnp.zeros((descent, *self._canvas[level - 1], self._classes), jnp.float32)
+            for _ in range(-(-self._tile[0] // descent))
         )
         for z_start, z_weights in zip(z_axis.starts, z_axis.weights, strict=True):
             start = (int(z_start), int(y_axis.starts[0]), int(x_axis.starts[0]))
             maps, first = (None, None) if context is None else context.under(start)
             for y_start, y_weights in zip(y_axis.starts, y_axis.weights, strict=True):
                 for x_start, x_weights in zip(x_axis.starts, x_axis.weights, strict=True):
-                    piece = crop(image, (start[0], int(y_start), int(x_start)), (tile,) * 3, AIR)
+                    piece = crop(image, (start[0], int(y_start), int(x_start)), self._tile, AIR)
                     corner = np.array([0, y_start - start[1], x_start - start[2]], np.int32)
                     under = None if first is None else first + corner // 2
-                    weights = np.stack([z_weights, y_weights, x_weights])
+                    weights = (z_weights, y_weights, x_weights)
                     slabs = self._add_tile[level - 1](slabs, self._state, piece, maps, weights, corner, under)
             advance(len(y_axis.starts) * len(x_axis.starts))
-            rows = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - start[0]) // stride)
+            rows = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - start[0]) // descent)
             for number in range(rows):
                 finished, *others = slabs
-                yield start[0] + number * stride, finished
+                yield start[0] + number * descent, finished
                 slabs = (*others, _cleared(finished))
 
     def _make_add_tile(self, level: int):
-        graph, tile, stride = self._graph, self.config.tile, self._stride
+        graph, descent = self._graph, self._descent
+        context_size = _context_size(self._tile, self._rank)
 
         @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
         def add_tile(slabs, state, image, maps, weights, corner, under):
             """Predicts one tile of a row and adds its maps to the slabs.
 
             Args:
-              slabs: arrays [stride, canvas y, canvas x, K], one below the other.
+              slabs: arrays [n, canvas y, canvas x, K], one below the other.
               state: of the model.
-              image: [T, T, T] int16 HU.
+              image: [T, T, T] int16 HU; of rank 2 [SLICES, T, T].
               maps: the coarser level's chunks about the row, one below the other; None at level 1.
-              weights: [3, T], along z, y, x.
+              weights: [T] each, along z, y, x.
               corner: [3], the tile's first voxel in the slabs, (0, y, x).
               under: [3], the first voxel of its context in `maps`.
             """
             model: Pyramid = nnx.merge(graph, state, copy=True)
-            context = None if maps is None else _window(maps, under, tile // 2 + 2)[None]
+            context = None if maps is None else _window(maps, under, context_size)[None]
             logits = model.level(level, image[None], context)[0]
             z, y, x = weights
             blended = _weighted_softmax(logits, z[:, None, None] * y[:, None] * x)
             where, added = (*corner, 0), []
             for number, slab in enumerate(slabs):
-                part = blended[number * stride : (number + 1) * stride]
+                part = blended[number * descent : (number + 1) * descent]
                 added.append(lax.dynamic_update_slice(slab, lax.dynamic_slice(slab, where, part.shape) + part, where))
             return tuple(added)
 
@@ -205,23 +212,25 @@ class Predictor:
 class _Context:
     """The coarser level's maps about a row of tiles: as few chunks as always hold them, moving down with the rows."""
 
-    def __init__(self, chunks: Chunks, axes: LevelTiles, stride: int, tile: int):
-        self._source, self._axes, self._stride = chunks, axes, stride
-        self._size = tile // 2 + 2
-        self._count = (self._size + stride - 2) // stride + 1  # the first of them may begin at a chunk's last plane
+    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, descent: int, rank: int):
+        self._source, self._axes, self._descent, self._rank = chunks, axes, descent, rank
+        self._depth = _context_size(tile, rank)[0]
+        self._count = (self._depth + descent - 2) // descent + 1  # the first of them may begin at a chunk's last plane
         self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
         self._end = int(axes[0].starts[0])  # of the chunks held, level voxels
 
     def under(self, start: Triple) -> tuple[tuple[jax.Array, ...], np.ndarray]:
         """The chunks, and where the context of a tile that starts at `start` of the finer level lies in them."""
-        first = np.array([s // 2 - 1 for s in start], np.int32)  # a halo of one voxel
-        while self._end < first[0] + self._size:
+        # With a halo of one voxel where the level halves.
+        halves = [step == 2 for step in halving(self._rank)]
+        first = np.array([s // 2 - 1 if half else s for s, half in zip(start, halves, strict=True)], np.int32)
+        while self._end < first[0] + self._depth:
             z, chunk = next(self._source)
             self._held.append(jnp.array(chunk, Predictor.MAPS))
-            self._end = z + self._stride
+            self._end = z + self._descent
         # Short of chunks at the top: the first stands in for those that would lie above it.
         held = (self._held[0],) * (self._count - len(self._held)) + tuple(self._held)
-        origin = (self._end - self._count * self._stride, *(int(axis.starts[0]) for axis in self._axes[1:]))
+        origin = (self._end - self._count * self._descent, *(int(axis.starts[0]) for axis in self._axes[1:]))
         return held, first - np.array(origin, np.int32)
 
 
@@ -231,10 +240,16 @@ def _cleared(slab: jax.Array) -> jax.Array:
     return jnp.zeros_like(slab)
 
 
-def _window(maps: tuple[jax.Array, ...], first: jax.Array, size: int) -> jax.Array:
-    """[size, size, size, K] at `first` [3] of arrays [n, y, x, K] one below the other."""
-    below = [lax.dynamic_slice(m, (0, first[1], first[2], 0), (m.shape[0], size, size, m.shape[3])) for m in maps]
-    return lax.dynamic_slice_in_dim(jnp.concatenate(below), first[0], size)
+def _context_size(tile: Triple, rank: int) -> Triple:
+    """Voxels of the coarser level under a tile, with the halo of one that upsampling consumes; of rank 2 in plane."""
+    z, y, x = tile
+    return (z // 2 + 2 if rank == 3 else z), y // 2 + 2, x // 2 + 2
+
+
+def _window(maps: tuple[jax.Array, ...], first: jax.Array, size: Triple) -> jax.Array:
+    """[*size, K] at `first` [3] of arrays [n, y, x, K] one below the other."""
+    below = [lax.dynamic_slice(m, (0, first[1], first[2], 0), (m.shape[0], *size[1:], m.shape[3])) for m in maps]
+    return lax.dynamic_slice_in_dim(jnp.concatenate(below), first[0], size[0])
 
 
 def _weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:

@@ -11,6 +11,9 @@ import numpy as np
 
 from autocontext_jax.geometry import Triple
 
+# Of rank 2, slices to a tile: each is predicted by itself, so these tiles need no overlap.
+SLICES = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Blend:
@@ -85,7 +88,9 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
     return AxisTiles(low, high, starts, np.stack(rows).astype(np.float32))
 
 
-def pyramid_tiles(finest: Triple, levels: int, blend: Blend, *, stride: int, align: int) -> tuple[LevelTiles, ...]:
+def pyramid_tiles(
+    finest: Triple, levels: int, blend: Blend, *, stride: int, align: int, rank: int = 3
+) -> tuple[LevelTiles, ...]:
     """Tiles of every level, coarsest first, so that each tile finds the coarser level predicted wherever it lies.
 
     Args:
@@ -94,17 +99,21 @@ def pyramid_tiles(finest: Triple, levels: int, blend: Blend, *, stride: int, ali
       blend: weights along an axis, the same for all levels and axes.
       stride: between tiles' starts.
       align: see `axis_tiles`; even, so that a tile's context starts at a coarse voxel.
+      rank: 3; of rank 2 tiles hold `SLICES` slices along z at every level.
 
     Returns:
       For each level the tiles along z, y, x.
     """
-    need = [(0, size) for size in finest]
+    slices = Blend(np.ones(SLICES, np.float32))
+    through = [] if rank == 3 else [axis_tiles(0, finest[0], slices, stride=SLICES, align=1)]
+    need = [(0, size) for size in finest[3 - rank :]]
     plan = []
     for _ in range(levels):
-        axes = tuple(axis_tiles(low, high, blend, stride=stride, align=align) for low, high in need)
-        plan.append((axes[0], axes[1], axes[2]))
+        halving = [axis_tiles(low, high, blend, stride=stride, align=align) for low, high in need]
+        z, y, x = *through, *halving
+        plan.append((z, y, x))
         # The region under the tiles in coarse voxels, with the halo of one that upsampling consumes.
-        need = [(axis.starts[0] // 2 - 1, (axis.starts[0] + axis.extent) // 2 + 1) for axis in axes]
+        need = [(axis.starts[0] // 2 - 1, (axis.starts[0] + axis.extent) // 2 + 1) for axis in halving]
     return tuple(reversed(plan))
 
 

@@ -37,13 +37,16 @@ BACKBONES: dict[str, type] = {"unet": UNet, "residual_unet": ResidualUNet, "fcn"
 # Keys that may differ between a work directory's checkpoint and the run that goes on from it: they change neither the
 # parameters' shapes nor the sequence of batches.
 FREE = ("data.root", "data.prepared", "data.workers", "data.cache_mib", "feed.threads", "feed.ahead",
-        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "predict.", "evaluate.")  # fmt: skip
+        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "predict.", "evaluate.",
+        "experiment")  # fmt: skip
 
 
 def default_config() -> ConfigDict:
     """A complete configuration; an experiment's file changes what it needs."""
     config = ConfigDict()
     config.seed = 0
+    # Training modes that `--mode all` trains, evaluates and compares: see `jobs/experiment.py`; () trains one run.
+    config.experiment = ()
     config.data = ConfigDict()
     # The data set's folder (nnU-Net v2 or Medical Segmentation Decathlon).
     config.data.root = ""
@@ -60,15 +63,17 @@ def default_config() -> ConfigDict:
     # Class names, background first; filled in from the data set.
     config.data.labels = ()
     # Phantoms to generate into `data.root` (in the work directory if that is ""); 0 uses what is there.
-    config.phantom = ConfigDict({"training": 0, "test": 0, "size": (96, 96, 96), "spacing": (3.5, 3.5, 3.5)})
-    # `finest_spacing` in mm, or () for factors of each scan's own grid.
-    config.levels = ConfigDict({"factors": (4, 2), "finest_spacing": ()})
-    config.feed = _section(FeedConfig(batch=3, edge=64), without=("levels", "spatial", "intensity"))
+    config.phantom = ConfigDict(
+        {"training": 0, "test": 0, "size": (96, 96, 96), "spacing": (3.5, 3.5, 3.5), "look_alikes": 0}
+    )
+    # `finest_spacing` in mm, or () for factors of each scan's own grid. `rank` 2 sees a scan slice by slice.
+    config.levels = ConfigDict({"factors": (4, 2), "finest_spacing": (), "rank": 3})
+    config.feed = _section(FeedConfig(batch=3, edge=64), without=("rank", "levels", "spatial", "intensity"))
     config.spatial = _section(SpatialLimits())
     config.intensity = _section(IntensityLimits())
-    config.model = _section(NetworkConfig())
+    config.model = _section(NetworkConfig(), without=("rank",))
     config.model.backbone = "unet"
-    config.pyramid = _section(PyramidConfig(levels=2, classes=2), without=("levels", "classes"))
+    config.pyramid = _section(PyramidConfig(levels=2, classes=2), without=("levels", "classes", "rank"))
     config.loss = _section(LossConfig())
     config.optimizer = _section(OptimizerConfig())
     config.train = ConfigDict()
@@ -88,8 +93,13 @@ def default_config() -> ConfigDict:
     config.predict = _section(PredictorConfig())
     # `best` by validation or `latest`.
     config.predict.checkpoint = "best"
+    config.evaluate = ConfigDict()
     # mm: surfaces that lie no farther apart count as one in the surface Dice.
-    config.evaluate = ConfigDict({"tolerance": 2.0})
+    config.evaluate.tolerance = 2.0
+    # With --mode evaluate: another data set to score all labelled cases of, and what its organs are called here where
+    # the names differ: ("aorta=artery", ...). See `jobs/evaluate.py`.
+    config.evaluate.root = ""
+    config.evaluate.labels = ()
     return config
 
 
@@ -106,7 +116,7 @@ def dataclass_of(kind: type, section: ConfigDict, **more: Any) -> Any:
 def settings(config: ConfigDict) -> Settings:
     """What the prepared data set depends on."""
     finest_spacing = tuple(config.levels.finest_spacing) or None
-    return Settings(factors=tuple(config.levels.factors), finest_spacing=finest_spacing)
+    return Settings(tuple(config.levels.factors), finest_spacing, config.levels.rank)
 
 
 def training_phases(config: ConfigDict) -> tuple[Phase, ...]:
@@ -138,7 +148,7 @@ def feed(config: ConfigDict, phase: Phase) -> FeedConfig:
     moves = spatial.rotation or spatial.translation or spatial.elastic_sigma
     intensity = dataclass_of(IntensityLimits, config.intensity)
     moved = {"spatial": spatial if moves else None, "intensity": intensity}
-    return dataclass_of(FeedConfig, config.feed, levels=phase.levels, **moved)
+    return dataclass_of(FeedConfig, config.feed, rank=config.levels.rank, levels=phase.levels, **moved)
 
 
 def check(config: ConfigDict) -> None:
@@ -164,6 +174,8 @@ def check(config: ConfigDict) -> None:
     spacing = tuple(config.levels.finest_spacing)
     if spacing and (len(spacing) != 3 or min(spacing) <= 0):
         raise UserError(f"config key levels.finest_spacing is {spacing}; wanted (z, y, x) in mm, or ()")
+    if config.levels.rank not in (2, 3):
+        raise UserError(f"config key levels.rank is {config.levels.rank}; wanted 3, or 2 to see a scan slice by slice")
     weights = config.loss.level_weights
     if weights and len(weights) != len(factors):
         raise UserError(
@@ -183,6 +195,8 @@ def check(config: ConfigDict) -> None:
         value = _get(config, key)
         if value not in allowed:
             raise UserError(f"config key {key} is {value!r}; wanted one of {', '.join(allowed)}")
+    if wrong := [mode for mode in config.experiment if mode not in MODES]:
+        raise UserError(f"config key experiment holds {wrong[0]!r}; wanted some of {', '.join(MODES)}")
     low, high = config.pyramid.window
     if not low < high:
         raise UserError(f"config key pyramid.window is ({low}, {high}); wanted (low, high) in HU with low < high")

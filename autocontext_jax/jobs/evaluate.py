@@ -1,5 +1,11 @@
-"""--mode evaluate: predict held-out whole scans and score every level on the scans' own grids."""
+"""--mode evaluate: predict held-out whole scans and score every level on the scans' own grids.
 
+With `config.evaluate.root` these are all labelled scans of another data set. It may number and name its organs
+otherwise and know fewer or more of them: what it does not annotate is left out, what the checkpoint does not know is
+background.
+"""
+
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from autocontext_jax.data import scans
-from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.jobs.config import model_factors, model_levels
@@ -22,8 +28,15 @@ log = logging.getLogger(__name__)
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its label
 
 
+def evaluate_elsewhere(config: ConfigDict, workdir: Path) -> bool:
+    """As `evaluate`, for the data set `config.evaluate.root`, into a folder of its name in the work directory."""
+    dataset = read_dataset(Path(config.evaluate.root).expanduser())
+    cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
+    return _score(config, workdir, dataset, cases, workdir / f"on_{dataset.root.resolve().name}")
+
+
 def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
-    """Writes predictions, pictures, `evaluation.json` and `table.md`, and prints the table.
+    """Writes predictions, pictures, `evaluation.json`, `table.csv` and `table.md`, and prints the last.
 
     The scans are the data set's labelled test cases; without any, its validation cases.
 
@@ -39,21 +52,27 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
             f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
             "that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
+    return _score(config, workdir, data.dataset, cases, workdir)
+
+
+def _score(config: ConfigDict, workdir: Path, dataset: Dataset, cases: Sequence[Case], folder: Path) -> bool:
+    """`evaluate` for these cases, into `folder`."""
     predictor, labels = restore_predictor(config, workdir)
-    organs = labels[1:]
-    if labels != data.dataset.labels:
+    if not config.evaluate.root and labels != dataset.labels:
         raise UserError(
-            f"the data set {data.dataset.root} has labels {data.dataset.labels}; the checkpoint knows {tuple(labels)}"
+            f"the data set {dataset.root} has labels {dataset.labels}; the checkpoint knows {tuple(labels)}"
         )
+    ours = translation(dataset, labels, config.evaluate.labels)
+    annotated = [labels[number] for number in sorted(set(ours.tolist()) - {0})]
     levels = model_levels(config)
     tolerance = config.evaluate.tolerance
-    for folder in ("predictions", "pictures"):
-        (workdir / folder).mkdir(exist_ok=True)
+    for name in ("pictures", "predictions", *(f"predictions/level_{level}" for level in levels[:-1])):
+        (folder / name).mkdir(parents=True, exist_ok=True)
 
     def read(case: Case) -> Labelled:
         assert case.label is not None
         scan = scans.read_scan(case.image)
-        return scan, scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
+        return scan, ours[scans.read_label(case.label, labels=range(len(ours)), like=scan.grid, case=case.name)]
 
     def masks_of(case: Case, labelled: Labelled) -> tuple[Labelled, dict[int, np.ndarray]]:
         scan, _ = labelled
@@ -63,14 +82,17 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
 
     def score(case: Case, made: tuple[Labelled, dict[int, np.ndarray]]) -> dict:
         (scan, truth), masks = made
-        scans.write_mask(workdir / "predictions" / f"{case.name}.nii.gz", masks[levels[-1]], scan.grid)
+        for level, mask in masks.items():
+            place = folder / "predictions" / ("" if level == levels[-1] else f"level_{level}")
+            scans.write_mask(place / f"{case.name}.nii.gz", mask, scan.grid)
         columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
-        path = workdir / "pictures" / f"{case.name}.png"
-        pictures.figure(path, scan.voxels, columns, organs, scan.spacing, title=case.name)
-        return {
-            f"level_{level}": metrics.scores(mask, truth, organs, scan.spacing, tolerance=tolerance)
-            for level, mask in masks.items()
-        }
+        path = folder / "pictures" / f"{case.name}.png"
+        pictures.figure(path, scan.voxels, columns, labels[1:], scan.spacing, title=case.name)
+        scored = {}
+        for level, mask in masks.items():
+            every = metrics.scores(mask, truth, labels[1:], scan.spacing, tolerance=tolerance)
+            scored[f"level_{level}"] = {organ: every[organ] for organ in annotated}
+        return scored
 
     results, bad = {}, []
     for case, outcome in tqdm(in_stages(cases, read, masks_of, score), total=len(cases), desc="evaluate", unit="scan"):
@@ -80,8 +102,10 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
             results[case.name] = outcome
 
     if results:
-        result = report.evaluation(results, organs, tolerance=tolerance)
-        report.write(result, workdir)
+        names = [f"level_{level}" for level in levels]
+        pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
+        result = report.evaluation(results, annotated, tolerance=tolerance, pairs=pairs)
+        report.write(result, folder)
         print(report.table(result))
     for message in bad:
         log.error("%s", message)
@@ -93,3 +117,35 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
 def held_out(data: Data) -> Sequence[Case]:
     """The cases to score: labelled test cases, else validation cases; empty if there is neither."""
     return [case for case in data.dataset.test if case.label is not None] or data.validation
+
+
+def translation(dataset: Dataset, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """What a data set's label values are here.
+
+    Args:
+      dataset: with names of its own.
+      labels: [K] the checkpoint's names, background first.
+      names: "theirs=ours" for each organ that is called otherwise there.
+
+    Returns:
+      [its number of labels] uint8: the checkpoint's value of each, 0 where the checkpoint does not know it.
+
+    Raises:
+      UserError: a name that is not there, or no organ in common.
+    """
+    ours = {organ: organ for organ in dataset.labels[1:] if organ in labels}
+    for name in names:
+        there, _, here = name.partition("=")
+        if there not in dataset.labels[1:] or here not in labels[1:]:
+            raise UserError(
+                f"config key evaluate.labels holds {name!r}; wanted THEIRS=OURS with one of {dataset.labels[1:]} of "
+                f"{dataset.root} and one of {tuple(labels[1:])} of the checkpoint"
+            )
+        ours[there] = here
+    if not ours:
+        raise UserError(
+            f"data set {dataset.root} has the organs {dataset.labels[1:]}, the checkpoint knows {tuple(labels[1:])}: "
+            "name those that are the same, --config.evaluate.labels=\"('theirs=ours',)\""
+        )
+    known = {name: number for number, name in enumerate(labels)}
+    return np.array([known.get(ours.get(organ, ""), 0) for organ in dataset.labels], np.uint8)

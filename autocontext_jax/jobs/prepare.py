@@ -47,6 +47,7 @@ def describe(config: ConfigDict, workdir: Path) -> Data:
             test=config.phantom.test,
             size=tuple(config.phantom.size),
             spacing=tuple(config.phantom.spacing),
+            look_alikes=config.phantom.look_alikes,
             seed=config.seed,
         )
     elif not config.data.root:

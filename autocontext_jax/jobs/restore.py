@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 def make_model(config: ConfigDict, classes: int) -> Pyramid:
     """The pyramid with fresh parameters drawn from `config.seed`."""
-    network, backbone = dataclass_of(NetworkConfig, config.model), BACKBONES[config.model.backbone]
-    pyramid = dataclass_of(PyramidConfig, config.pyramid, levels=len(model_levels(config)), classes=classes)
+    rank, backbone = config.levels.rank, BACKBONES[config.model.backbone]
+    network = dataclass_of(NetworkConfig, config.model, rank=rank)
+    pyramid = dataclass_of(PyramidConfig, config.pyramid, levels=len(model_levels(config)), classes=classes, rank=rank)
     return Pyramid(
         pyramid, lambda inputs, rngs: backbone(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(config.seed)
     )

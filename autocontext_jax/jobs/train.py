@@ -218,7 +218,8 @@ def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, phase:
         centres.append((case, case.foreground_voxel(draw_entry(case.foreground_offsets, rng, centre="classes"))))
     ladder = range(1, len(config.levels.factors) + 1)
     margins = tuple((0, 0, 0) if level in phase.levels else None for level in ladder)
-    return [read_batch(centres[start : start + batch], config.feed.edge, margins) for start in range(0, count, batch)]
+    batches = [centres[start : start + batch] for start in range(0, count, batch)]
+    return [read_batch(some, config.feed.edge, margins, config.levels.rank) for some in batches]
 
 
 def validate(

@@ -1,9 +1,11 @@
 """Convolution, deconvolution, pooling and normalisation; the only file that knows a platform.
 
 Shapes are [B, D, H, W, C]; kernels are [O, kd, kh, kw, C], as the libraries of GPUs read them, so that no step copies
-them into another order. A layer computes in its input's type; parameters are float32.
+them into another order. Of rank 2 kernels are flat, kd = 1: each of the D slices is an image of its own. A layer
+computes in its input's type; parameters are float32.
 """
 
+import functools
 import json
 import platform
 
@@ -13,6 +15,8 @@ import jaxlib
 import numpy as np
 from flax import nnx
 from jax import lax
+
+from autocontext_jax.geometry import halving, patch_shape
 
 # Releases of jaxlib whose call of oneDNN is known to take the arguments that `onednn_convolution` gives it.
 ONEDNN_RELEASES = ("0.10.2",)
@@ -36,12 +40,12 @@ def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Args:
       x: [B, D, H, W, C].
-      kernel: [O, k, k, k, C], k odd.
+      kernel: [O, kd, kh, kw, C], odd sizes.
 
     Returns:
       [B, D, H, W, O].
     """
-    if kernel.shape[1] == 1:  # a matrix product needs no convolution
+    if kernel.shape[1:4] == (1, 1, 1):  # a matrix product needs no convolution
         return x @ kernel[:, 0, 0, 0].T
     return lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "ODHWI", "NDHWC"))
 
@@ -133,7 +137,7 @@ def onednn_convolution(x: jax.Array, kernel: jax.Array, padding: tuple[int, int,
     return call(x, kernel)
 
 
-def onednn_filter_gradient(x: jax.Array, gradient: jax.Array, size: int) -> jax.Array:
+def onednn_filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, int, int]) -> jax.Array:
     """Gradient of a same-size convolution with respect to its kernel, as a convolution whose kernel is `gradient`.
 
     That kernel is as large as the volume. Rows along W take the place of channels, so that they are summed over; copies
@@ -142,25 +146,25 @@ def onednn_filter_gradient(x: jax.Array, gradient: jax.Array, size: int) -> jax.
     Args:
       x: [B, D, H, W, C], the convolution's input.
       gradient: [B, D, H, W, O], with respect to its output.
-      size: k, odd.
+      size: of the kernel, (kd, kh, kw), odd.
 
     Returns:
-      [O, k, k, k, C].
+      [O, kd, kh, kw, C].
     """
     batch, _, height, width, channels = x.shape
-    outputs, reach = gradient.shape[-1], size // 2
+    outputs, (z, y, x_reach) = gradient.shape[-1], (along // 2 for along in size)
     # Either may be the one that is shifted, with offsets of the other sign: copies of the smaller cost less.
     if channels > outputs:
         return _turned(onednn_filter_gradient(gradient, x, size))
     # Samples follow each other along D, with zeros between them.
-    gap = reach if batch > 1 else 0
-    rows = jnp.pad(x, ((0, 0), (0, gap), (0, 0), (reach, reach), (0, 0))).swapaxes(3, 4)
-    shifted = jnp.concatenate([rows[..., i : i + width] for i in range(size)], axis=3)  # [B, D + gap, H, k C, W]
+    gap = z if batch > 1 else 0
+    rows = jnp.pad(x, ((0, 0), (0, gap), (0, 0), (x_reach, x_reach), (0, 0))).swapaxes(3, 4)
+    shifted = jnp.concatenate([rows[..., i : i + width] for i in range(size[2])], axis=3)  # [B, D + gap, H, kw C, W]
     kernel = jnp.pad(gradient, ((0, 0), (0, gap), (0, 0), (0, 0), (0, 0)))
     volume = shifted.reshape(1, -1, *shifted.shape[2:])
     kernel = kernel.reshape(-1, height, 1, width, outputs)
-    total = onednn_convolution(volume, kernel, (reach, reach, 0), "DHWIO")
-    return jnp.moveaxis(total.reshape(size, size, size, channels, outputs), -1, 0)
+    total = onednn_convolution(volume, kernel, (z, y, 0), "DHWIO")
+    return jnp.moveaxis(total.reshape(*size, channels, outputs), -1, 0)
 
 
 def _turned(kernel: jax.Array) -> jax.Array:
@@ -176,11 +180,11 @@ def has_onednn() -> bool:
 
 def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The fastest same-size convolution on the CPU here."""
-    size = kernel.shape[1]
-    if size == 1:
+    z, y, x_size = kernel.shape[1:4]
+    if z == y == x_size == 1:
         return direct_convolution(x, kernel)
     if x.dtype == jnp.float32 and has_onednn():
-        return onednn_convolution(x, kernel, (size // 2,) * 3, "ODHWI")
+        return onednn_convolution(x, kernel, (z // 2, y // 2, x_size // 2), "ODHWI")
     return planar_convolution(x, kernel)
 
 
@@ -190,7 +194,7 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Args:
       x: [B, D, H, W, C].
-      kernel: [O, k, k, k, C], k odd.
+      kernel: [O, kd, kh, kw, C], odd sizes.
 
     Returns:
       [B, D, H, W, O].
@@ -213,8 +217,8 @@ def _direct_gradients(x, kernel, gradient):
 def _cpu_gradients(x, kernel, gradient):
     x_gradient = cpu_convolution(gradient, _turned(kernel))
     if x.dtype == jnp.float32 and has_onednn():
-        return x_gradient, onednn_filter_gradient(x, gradient, kernel.shape[1])
-    if kernel.shape[1] == 3:
+        return x_gradient, onednn_filter_gradient(x, gradient, kernel.shape[1:4])
+    if kernel.shape[1:4] == (3, 3, 3):
         return x_gradient, planar_filter_gradient(x, gradient)
     return x_gradient, jax.vjp(lambda k: direct_convolution(x, k), kernel)[1](gradient)[0]
 
@@ -222,45 +226,49 @@ def _cpu_gradients(x, kernel, gradient):
 convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
-@jax.custom_vjp
-def max_pool(x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(x: jax.Array, rank: int = 3) -> jax.Array:
     """Largest of each 2x2x2 block: [B, D, H, W, C] -> [B, D/2, H/2, W/2, C]; sizes must be even.
 
-    The gradient goes to the first largest voxel of a block. Only that voxel's number is kept for it, a byte a block.
+    Of rank 2 blocks are 1x2x2 and D stays. The gradient goes to the first largest voxel of a block. Only that voxel's
+    number is kept for it, a byte a block.
     """
-    return _max_and_corner(x)[0]
+    return _max_and_corner(x, rank)[0]
 
 
-def _max_and_corner(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _max_and_corner(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """The largest voxel of each block and its number in the block, 0 to 7, uint8."""
-    largest, chosen = x[:, ::2, ::2, ::2], jnp.uint8(0)
-    for number in range(1, 8):
+    deep = halving(rank)[0]
+    largest, chosen = x[:, ::deep, ::2, ::2], jnp.uint8(0)
+    for number in range(1, 4 * deep):
         i, j, k = number // 4, number // 2 % 2, number % 2
-        corner = x[:, i::2, j::2, k::2]
+        corner = x[:, i::deep, j::2, k::2]
         chosen = jnp.where(corner > largest, jnp.uint8(number), chosen)
         largest = jnp.maximum(largest, corner)
     return largest, chosen
 
 
-def _max_pool_backward(chosen, gradient):
+def _max_pool_backward(rank, chosen, gradient):
+    deep = halving(rank)[0]
     b, d, h, w, c = gradient.shape
-    number = np.arange(8, dtype=np.uint8).reshape(1, 1, 2, 1, 2, 1, 2, 1)
+    number = np.arange(4 * deep, dtype=np.uint8).reshape(1, 1, deep, 1, 2, 1, 2, 1)
     shape = (b, d, 1, h, 1, w, 1, c)
     blocks = jnp.where(chosen.reshape(shape) == number, gradient.reshape(shape), 0)
-    return (blocks.reshape(b, 2 * d, 2 * h, 2 * w, c),)
+    return (blocks.reshape(b, deep * d, 2 * h, 2 * w, c),)
 
 
 max_pool.defvjp(_max_and_corner, _max_pool_backward)
 
 
 def from_blocks(blocks: jax.Array) -> jax.Array:
-    """Lays 2x2x2 blocks out in space: [B, D, H, W, 8, C] -> [B, 2D, 2H, 2W, C]."""
-    b, d, h, w, _, c = blocks.shape
-    split = blocks.reshape(b, d, h, w, 2, 2, 2, c)
-    return split.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, 2 * d, 2 * h, 2 * w, c)
+    """Lays 2x2x2 blocks out in space: [B, D, H, W, 8, C] -> [B, 2D, 2H, 2W, C]; or 1x2x2 blocks of 4 voxels."""
+    b, d, h, w, size, c = blocks.shape
+    deep = size // 4
+    split = blocks.reshape(b, d, h, w, deep, 2, 2, c)
+    return split.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, deep * d, 2 * h, 2 * w, c)
 
 
-def upsample_by_two(x: jax.Array) -> jax.Array:
+def upsample_by_two(x: jax.Array, rank: int = 3) -> jax.Array:
     """Doubles the grid by linear interpolation between voxel centres, consuming a halo of one voxel on each side.
 
     A coarse voxel i covers fine voxels 2i and 2i + 1, whose centres lie a quarter of a coarse voxel before and after
@@ -268,11 +276,12 @@ def upsample_by_two(x: jax.Array) -> jax.Array:
 
     Args:
       x: [B, n + 2, n + 2, n + 2, C].
+      rank: 3; of rank 2 the first of the three axes stays as it is.
 
     Returns:
       [B, 2n, 2n, 2n, C].
     """
-    for axis in (1, 2, 3):
+    for axis in (1, 2, 3)[3 - rank :]:
         n = x.shape[axis] - 2
         before, here, after = (lax.slice_in_dim(x, i, i + n, axis=axis) for i in range(3))
         halves = jnp.stack([0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after], axis=axis + 1)
@@ -281,12 +290,12 @@ def upsample_by_two(x: jax.Array) -> jax.Array:
 
 
 class Convolution(nnx.Module):
-    """A k^3 convolution to the same size, He-initialised."""
+    """A k^3 convolution to the same size, He-initialised; of rank 2 1 x k^2."""
 
-    def __init__(self, inputs: int, outputs: int, size: int = 3, *, bias: bool, rngs: nnx.Rngs):
-        # The same fan-in as [outputs, size, size, size, inputs]; XLA compiles the flat draw five times as fast.
-        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, size**3 * inputs))
-        self.kernel = nnx.Param(flat.reshape(outputs, size, size, size, inputs))
+    def __init__(self, inputs: int, outputs: int, size: int = 3, *, rank: int = 3, bias: bool, rngs: nnx.Rngs):
+        # The same fan-in as of the kernel's own shape; XLA compiles the flat draw five times as fast.
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, size**rank * inputs))
+        self.kernel = nnx.Param(flat.reshape(outputs, *patch_shape(size, rank), inputs))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -296,23 +305,23 @@ class Convolution(nnx.Module):
 
 
 class Deconvolution(nnx.Module):
-    """A 2^3 transposed convolution of stride 2, without bias.
+    """A 2^3 transposed convolution of stride 2, without bias; of rank 2 1 x 2^2.
 
     Kernel and stride are equal, so blocks of the output do not overlap: one matrix product to 8 values a voxel.
     (Written as an input-dilated convolution its gradient is tens of times slower on some backends.) Normalisation and
     ReLU come before the values are laid out in space, which then costs no pass of its own.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, rank: int = 3, rngs: nnx.Rngs):
         # Each output voxel sees `inputs` values, not 8 times as many: hence the flat shape for the initialiser.
-        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (8 * outputs, inputs))
-        self.kernel = nnx.Param(flat.reshape(2, 2, 2, outputs, inputs))
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (2**rank * outputs, inputs))
+        self.kernel = nnx.Param(flat.reshape(*halving(rank), outputs, inputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, D, H, W, inputs] -> [B, D, H, W, 8, outputs]: each voxel's block, for `from_blocks` to lay out."""
+        """[B, D, H, W, inputs] -> [B, D, H, W, 8 or 4, outputs]: each voxel's block, for `from_blocks` to lay out."""
         kernel = self.kernel[...].astype(x.dtype)
         flat = convolution(x, kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]))
-        return flat.reshape(*x.shape[:4], 8, -1)
+        return flat.reshape(*x.shape[:4], -1, kernel.shape[3])
 
 
 class BatchNormReLU(nnx.Module):

@@ -18,6 +18,7 @@ class NetworkConfig:
       norm: `batch` or `none`; without it the 3^3 convolutions have a bias.
       momentum: of the running averages that inference uses.
       dtype: compute type of activations; parameters, statistics, softmax and loss stay float32.
+      rank: 3, or 2 for flat kernels: 3^2 where 3^3 is written, 2^2 where 2^3 is.
     """
 
     width: int = 32
@@ -25,6 +26,7 @@ class NetworkConfig:
     norm: str = "batch"
     momentum: float = 0.99
     dtype: str = "float32"
+    rank: int = 3
 
     @property
     def divisor(self) -> int:
@@ -53,13 +55,13 @@ class Block(nnx.Module):
 
 def convolution_block(inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
     """A 3^3 convolution, normalisation and ReLU."""
-    layer = layers.Convolution(inputs, outputs, bias=config.norm == "none", rngs=rngs)
+    layer = layers.Convolution(inputs, outputs, rank=config.rank, bias=config.norm == "none", rngs=rngs)
     return Block(layer, outputs, config)
 
 
 def deconvolution_block(channels: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
     """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU, for `layers.from_blocks`."""
-    return Block(layers.Deconvolution(channels, channels, rngs=rngs), channels, config)
+    return Block(layers.Deconvolution(channels, channels, rank=config.rank, rngs=rngs), channels, config)
 
 
 def analysis_path(inputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> nnx.List:

@@ -22,6 +22,8 @@ class PyramidConfig:
       context: what the next level sees of this level's prediction: its `softmax` maps, `onehot` maps, or `none`.
       stop_gradient: True keeps a level's loss from training the levels before it.
       window: HU that map to -1 and 1; beyond, intensities are clipped.
+      rank: 3, or 2 for images that are seen slice by slice: D below is then any number of slices, the same at every
+        level.
     """
 
     levels: int
@@ -29,6 +31,7 @@ class PyramidConfig:
     context: str = "softmax"
     stop_gradient: bool = False
     window: tuple[float, float] = (-500.0, 500.0)
+    rank: int = 3
 
 
 class Pyramid(nnx.Module):
@@ -60,7 +63,7 @@ class Pyramid(nnx.Module):
         """
         logits: list[jax.Array] = []
         for level, image in enumerate(images, start=1):
-            maps = None if level == 1 else context_of(logits[-1])
+            maps = None if level == 1 else context_of(logits[-1], self.config.rank)
             logits.append(self.level(level, image, maps))
         return tuple(logits)
 
@@ -71,7 +74,7 @@ class Pyramid(nnx.Module):
           level: 1 = coarsest.
           image: [B, D, H, W] in HU.
           maps: the coarser level's softmax maps over the same region with a halo of one coarse voxel,
-            [B, D/2 + 2, H/2 + 2, W/2 + 2, K]; None at level 1.
+            [B, D/2 + 2, H/2 + 2, W/2 + 2, K], of rank 2 [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
 
         Returns:
           [B, D, H, W, K], float32.
@@ -84,15 +87,16 @@ class Pyramid(nnx.Module):
                 maps = jax.nn.one_hot(jnp.argmax(maps, axis=-1), self.config.classes)
             if self.config.stop_gradient:
                 maps = jax.lax.stop_gradient(maps)
-            x = jnp.concatenate([x, layers.upsample_by_two(maps.astype(jnp.float32))], axis=-1)
+            maps = layers.upsample_by_two(maps.astype(jnp.float32), self.config.rank)
+            x = jnp.concatenate([x, maps], axis=-1)
         return self.networks[level - 1](x)
 
 
-def context_of(logits: jax.Array) -> jax.Array:
+def context_of(logits: jax.Array, rank: int = 3) -> jax.Array:
     """Softmax maps over the next level's patch with a halo of one voxel: [B, N, N, N, K] -> [B, (N/2 + 2)^3, K].
 
-    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`).
+    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). Of rank 2 D stays.
     """
-    edge = logits.shape[1]
+    edge = logits.shape[2]
     inner = slice(edge // 4 - 1, 3 * edge // 4 + 1)
-    return jax.nn.softmax(logits[:, inner, inner, inner])
+    return jax.nn.softmax(logits[:, inner if rank == 3 else slice(None), inner, inner])

@@ -1,0 +1,185 @@
+"""`report.html`: tables, curves, slices and surfaces in one file that opens offline."""
+
+import base64
+import dataclasses
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from autocontext_jax.evaluation.pictures import PALETTE
+from autocontext_jax.evaluation.surfaces import Surface
+
+TEMPLATE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .15em .7em; text-align: right; } th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 1px solid #888; }
+img { max-width: 100%; } .row { display: flex; flex-wrap: wrap; } .row > div { flex: 1 1 340px; height: 420px; }
+</style>
+<script>$plotly</script></head><body>
+<h1>$title</h1>
+$tables
+<h2>Dice per organ</h2><div id="dice"></div>
+<h2>Training</h2><div id="training"></div>
+<h2>Cases</h2>
+<p>The best, the median and the worst by mean Dice: <select id="case">$options</select></p>
+<div id="slices"></div>
+<p>Surfaces turn with the mouse.</p><div id="surfaces" class="row"></div>
+<script id="figures" type="application/json">$figures</script>
+<script>
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const plain = { responsive: true, displaylogo: false };
+Plotly.newPlot("dice", figures.dice.data, figures.dice.layout, plain);
+Plotly.newPlot("training", figures.training.data, figures.training.layout, plain);
+const picker = document.getElementById("case");
+function show() {
+  const shown = figures.cases[picker.value];
+  document.getElementById("slices").innerHTML = '<img alt="slices" src="' + shown.slices + '">';
+  const row = document.getElementById("surfaces");
+  for (const old of row.children) Plotly.purge(old);
+  row.replaceChildren(...shown.surfaces.map(() => document.createElement("div")));
+  shown.surfaces.forEach((scene, i) => Plotly.newPlot(row.children[i], scene.data, scene.layout, plain));
+}
+if (picker.value) { picker.addEventListener("change", show); show(); }
+</script></body></html>
+""")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A case to look at.
+
+    Attributes:
+      name: with its score, as the picker shows it.
+      slices: a PNG's bytes.
+      surfaces: {column's name: `surfaces.organ_surfaces`}.
+    """
+
+    name: str
+    slices: bytes
+    surfaces: Mapping[str, Mapping[str, Surface]]
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    tables: str,
+    result: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    cases: Sequence[Shown],
+) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+      path: of the HTML file.
+      title: of the page.
+      tables: Markdown with tables, such as `report.table` gives.
+      result: `report.evaluation`, for the Dice of every case.
+      curves: {run: the rows of its `metrics.jsonl`}.
+      cases: to look at.
+    """
+    organs = result["labels"]
+    figures = {
+        "dice": _figure(_boxes(result)),
+        "training": _figure(_curves(curves)),
+        "cases": [
+            {
+                "slices": "data:image/png;base64," + base64.b64encode(case.slices).decode(),
+                "surfaces": [_figure(_scene(name, surfaces, organs)) for name, surfaces in case.surfaces.items()],
+            }
+            for case in cases
+        ],
+    }
+    text = TEMPLATE.substitute(
+        title=html.escape(title),
+        plotly=get_plotlyjs(),
+        tables=as_html(tables),
+        options="".join(f'<option value="{i}">{html.escape(case.name)}</option>' for i, case in enumerate(cases)),
+        figures=json.dumps(figures).replace("</", "<\\/"),  # nothing in it may end the script
+    )
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def as_html(markdown: str) -> str:
+    """The little Markdown that reports are made of: pipe tables, headings, paragraphs."""
+    parts = []
+    for block in filter(None, (block.strip() for block in markdown.split("\n\n"))):
+        lines = block.splitlines()
+        if lines[0].startswith("|"):
+            rows = [[html.escape(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines]
+            head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+            body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
+            parts.append(f"<table><tr>{head}</tr>{body}</table>")
+        elif lines[0].startswith("#"):
+            parts.append(f"<h2>{html.escape(lines[0].lstrip('# '))}</h2>")
+        else:
+            parts.append(f"<p>{html.escape(block)}</p>")
+    return "\n".join(parts)
+
+
+def _figure(figure: go.Figure) -> dict[str, Any]:
+    """As Plotly's script takes it."""
+    return json.loads(figure.to_json())
+
+
+def _boxes(result: Mapping[str, Any]) -> go.Figure:
+    """A box an organ and block, a point a case."""
+    figure = go.Figure()
+    for block in result["summary"]:
+        points = [
+            (organ, scores[block][organ]["dice"]) for scores in result["cases"].values() for organ in result["labels"]
+        ]
+        x, y = zip(*points, strict=True)
+        figure.add_box(x=x, y=y, name=block.replace("_", " ").capitalize(), boxpoints="all", pointpos=0, jitter=0.3)
+    figure.update_layout(template="plotly_white", boxmode="group", yaxis={"title": "Dice", "range": [0, 1.02]})
+    return figure
+
+
+def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
+    """Each run's loss, in training and on held-out patches, and the latter's Dice at each level."""
+    figure = go.Figure()
+    for run, rows in curves.items():
+        prefix = f"{run}: " if run else ""
+        for key in dict.fromkeys(key for row in rows for key in row):
+            loss = key in ("loss", "validation_loss")
+            level = key.removeprefix("validation_dice_level_")
+            if not loss and not level.isdigit():
+                continue
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            x, y = zip(*points, strict=True)
+            name = prefix + (key.replace("_", " ") if loss else f"validation Dice, level {level}")
+            lines = {"width": 1, "dash": "solid" if key == "loss" else "dot"} if loss else {"width": 2}
+            figure.add_scatter(x=x, y=y, name=name, line=lines, opacity=0.5 if key == "loss" else 1)
+    figure.update_layout(template="plotly_white", xaxis={"title": "step"}, yaxis={"title": "loss, Dice"})
+    return figure
+
+
+def _scene(name: str, surfaces: Mapping[str, Surface], organs: Sequence[str]) -> go.Figure:
+    """Surfaces that turn with the mouse, seen from the patient's front."""
+    figure = go.Figure()
+    for organ, surface in surfaces.items():
+        z, y, x = surface.vertices.T
+        i, j, k = surface.faces.T
+        r, g, b = PALETTE[organs.index(organ) % len(PALETTE)].astype(int)
+        figure.add_mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, color=f"rgb({r},{g},{b})", name=organ, hoverinfo="name")
+    hidden = {"visible": False}
+    camera = {"eye": {"x": 0.0, "y": -2.0, "z": 0.3}, "projection": {"type": "orthographic"}}
+    figure.update_layout(
+        template="plotly_white",
+        title=name,
+        margin={"l": 0, "r": 0, "b": 0, "t": 40},
+        scene={"xaxis": hidden, "yaxis": hidden, "zaxis": hidden, "aspectmode": "data", "camera": camera},
+    )
+    return figure

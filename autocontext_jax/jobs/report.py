@@ -1,0 +1,97 @@
+"""--mode report: what stands in a work directory as one page, `report.html`, and as PNG files."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from autocontext_jax.data import scans
+from autocontext_jax.errors import UserError
+from autocontext_jax.evaluation import page, pictures, surfaces
+from autocontext_jax.evaluation.report import beside_published
+from autocontext_jax.jobs.prepare import Data, describe
+from autocontext_jax.training.phases import MODES
+
+log = logging.getLogger(__name__)
+
+
+def report(config: ConfigDict, workdir: Path) -> None:
+    """Writes the page of a run's or an experiment's evaluation, and pictures of the best, median and worst case.
+
+    Of an experiment the cases are those of its end-to-end run, or of its first without one.
+
+    Raises:
+      UserError: nothing was evaluated there; a scan or a mask is missing.
+    """
+    result = _read(workdir)
+    modes = [mode for mode in MODES if (workdir / mode / "evaluation.json").exists()]
+    run = workdir / modes[0] if modes else workdir
+    curves = {}
+    for name, folder in {mode: workdir / mode for mode in modes}.items() if modes else [("", workdir)]:
+        curves[name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tables = (workdir / "table.md").read_text()
+    tables += "\n## Beside the paper's Table 2\n\n" + beside_published(_finest_blocks(workdir, run))
+
+    organs, shown = result["labels"], []
+    pictures.boxes(workdir / "dice.png", result)
+    data = describe(config, workdir)
+    for title, case in _best_median_worst(_read(run)).items():
+        columns = _surfaces(run, case, data)
+        surfaces.figure(run / "pictures" / f"{case}_surfaces.png", columns, organs, title=title)
+        shown.append(page.Shown(title, (run / "pictures" / f"{case}.png").read_bytes(), columns))
+    page.write_page(
+        workdir / "report.html", title=workdir.resolve().name, tables=tables, result=result, curves=curves, cases=shown
+    )
+    log.info("wrote %s", workdir / "report.html")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "evaluation.json"
+    if not path.exists():
+        raise UserError(f"work directory {folder} has no evaluation.json: evaluate there first (--mode evaluate)")
+    return json.loads(path.read_text())
+
+
+def _finest_blocks(workdir: Path, run: Path) -> dict[str, dict[str, float | None]]:
+    """Mean Dice per organ of every block of the work directory, and of the finest level on other data sets."""
+    found = {name: _read(workdir)["summary"][name] for name in _read(workdir)["summary"]}
+    for path in sorted(run.glob("on_*/evaluation.json")):
+        *_, finest = json.loads(path.read_text())["summary"].values()
+        found[path.parent.name.replace("_", " ", 1)] = finest
+    return {
+        name: {organ: summary[organ]["dice"]["avg"] for organ in summary if organ != "mean"}
+        for name, summary in found.items()
+    }
+
+
+def _best_median_worst(result: dict[str, Any]) -> dict[str, str]:
+    """{what the picker says: case} by the finest level's mean Dice."""
+    *_, finest = result["summary"]
+    scored = {}
+    for case, blocks in result["cases"].items():
+        dice = [scores["dice"] for scores in blocks[finest].values() if scores["dice"] is not None]
+        scored[case] = float(np.mean(dice)) if dice else 0.0
+    order = sorted(scored, key=lambda case: scored[case], reverse=True)
+    places = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    return {f"{place}: {case}, Dice {100 * scored[case]:.1f} %": case for place, case in places.items()}
+
+
+def _surfaces(run: Path, name: str, data: Data) -> dict[str, dict[str, surfaces.Surface]]:
+    """Of the truth and of every level's mask."""
+    dataset = data.dataset
+    (case,) = [case for case in (*dataset.training, *dataset.test) if case.name == name]
+    assert case.label is not None
+    grid = scans.read_grid(case.image)
+    files = {"truth": case.label}
+    for folder in sorted((run / "predictions").glob("level_*")):
+        files[folder.name.replace("_", " ")] = folder / f"{name}.nii.gz"
+    files["finest level"] = run / "predictions" / f"{name}.nii.gz"
+    return {
+        column: surfaces.organ_surfaces(
+            scans.read_label(path, labels=range(256), like=grid, case=name), dataset.labels[1:], grid.canonical_spacing
+        )
+        for column, path in files.items()
+    }

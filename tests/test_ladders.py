@@ -1,0 +1,201 @@
+"""Any ladder: one to three levels of 3D and of 2D networks; and what rank 2 promises, that no slice sees another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from autocontext_jax.data import phantom, scans, store
+from autocontext_jax.data.augment import IntensityLimits, make_augment
+from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.pipeline import read_batch
+from autocontext_jax.data.store import AIR
+from autocontext_jax.geometry import SpatialLimits, crop_margins, next_level_start, pyramid_starts
+from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
+from autocontext_jax.inference.tiling import SLICES, pyramid_tiles
+from autocontext_jax.models import layers
+from autocontext_jax.models.fcn import FCN
+from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
+from autocontext_jax.models.residual_unet import ResidualUNet
+from autocontext_jax.models.unet import UNet
+from autocontext_jax.training.losses import LossConfig
+from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
+
+EDGE, CLASSES = 16, 3
+FLAT = ((1.0, 2.0, 2.0), (1.0, 1.0, 1.0))  # native voxels per voxel of two levels of rank 2
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def pyramid(levels: int, rank: int, backbone=UNet) -> Pyramid:
+    network = NetworkConfig(width=2, depth=2, rank=rank)
+    return Pyramid(
+        PyramidConfig(levels=levels, classes=CLASSES, rank=rank),
+        lambda inputs, rngs: backbone(inputs, CLASSES, network, rngs=rngs),
+        rngs=nnx.Rngs(0),
+    )
+
+
+def at_inference(model: Pyramid) -> Pyramid:
+    """As after training: with running averages that differ from channel to channel."""
+    graph, params, statistics = nnx.split(model, nnx.Param, ...)
+    rng = np.random.default_rng(0)
+    statistics = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.05, 0.3, leaf.shape), leaf.dtype), statistics)
+    return inference_model(graph, params, statistics)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_every_ladder_trains_and_predicts(levels, rank):
+    optimizer = optax.adam(1e-2)
+    graph, state = create_state(pyramid(levels, rank), optimizer)
+    before = jax.tree.map(np.array, state.params)
+    shape = (2, *((EDGE,) * 3 if rank == 3 else (1, EDGE, EDGE)))
+    images = tuple(200 * normal(level, *shape) for level in range(levels))
+    labels = tuple(np.random.default_rng(level).integers(0, CLASSES, shape).astype(np.uint8) for level in range(levels))
+    state, metrics = make_train_step(graph, optimizer, LossConfig())(state, Batch(images, labels))
+    assert np.isfinite(metrics.losses).all()
+    assert metrics.losses.shape == (levels,)
+    for number in range(levels):
+        old, new = before["networks"][number], state.params["networks"][number]
+        assert any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
+
+    predictor = Predictor(
+        inference_model(graph, state.params, state.statistics), PredictorConfig(EDGE, 0.5, plane=32), align=2
+    )
+    steps = [2.0 ** (levels - level) for level in range(1, levels + 1)]
+    factors = tuple((step if rank == 3 else 1.0, step, step) for step in steps)
+    scan = (200 * normal(9, 6, 20, 28)).astype(np.int16)
+    masks = predictor.masks(scan, factors, levels=tuple(range(1, levels + 1)))
+    assert {level: mask.shape for level, mask in masks.items()} == dict.fromkeys(range(1, levels + 1), scan.shape)
+    assert len(np.unique(masks[levels])) > 1
+
+
+# ---- rank 2 ----
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_flat_convolution_is_a_deep_one_with_zeros_around(onednn, monkeypatch):
+    x, kernel, cotangent = normal(0, 2, 3, 6, 5, 4), normal(1, 5, 1, 3, 3, 4), normal(2, 2, 3, 6, 5, 5)
+    if not onednn:
+        monkeypatch.setattr(layers, "has_onednn", lambda: False)
+        jax.clear_caches()
+    value, pullback = jax.vjp(lambda x, w: layers.convolution(x, w), x, kernel)
+    deep = np.pad(kernel, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    wanted, deep_pullback = jax.vjp(layers.direct_convolution, x, deep)
+    np.testing.assert_allclose(value, wanted, atol=1e-4)
+    (x_gradient, gradient), (wanted_x, wanted_deep) = pullback(cotangent), deep_pullback(cotangent)
+    np.testing.assert_allclose(x_gradient, wanted_x, atol=1e-4)
+    np.testing.assert_allclose(gradient, wanted_deep[:, 1:2], atol=1e-4)
+
+
+def test_a_flat_pool_and_its_gradient():
+    x = normal(0, 2, 3, 4, 6, 2)
+    value, pullback = jax.vjp(lambda x: layers.max_pool(x, 2), x)
+    blocks = x.reshape(2, 3, 2, 2, 3, 2, 2).transpose(0, 1, 2, 4, 3, 5, 6).reshape(2, 3, 2, 3, 4, 2)
+    np.testing.assert_array_equal(value, blocks.max(4))
+    (gradient,) = pullback(jnp.ones_like(value))
+    np.testing.assert_array_equal(gradient, layers.from_blocks(jnp.asarray(blocks == blocks.max(4, keepdims=True))))
+
+
+@pytest.mark.parametrize("backbone", [UNet, ResidualUNet, FCN])
+def test_no_slice_sees_another(backbone):
+    model = at_inference(pyramid(2, 2, backbone))
+    kernels = [leaf for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if leaf.ndim == 5]
+    assert {kernel.shape[:3] for kernel in kernels if kernel.shape[:3] == (1, 2, 2)}  # deconvolutions
+    assert all(1 in (kernel.shape[0], kernel.shape[1]) for kernel in kernels)
+    images = tuple(200 * normal(level, 1, 3, EDGE, EDGE) for level in range(2))
+    together = model(images)
+    apart = [model(tuple(image[:, z : z + 1] for image in images)) for z in range(3)]
+    for level in range(2):
+        assert together[level].shape == (1, 3, EDGE, EDGE, CLASSES)
+        np.testing.assert_allclose(together[level], np.concatenate([one[level] for one in apart], 1), atol=1e-4)
+
+
+def test_patches_nest_in_plane_and_keep_their_slice():
+    for centre in ((0, 0, 0), (7, 12, 31), (-3, 40, 5)):
+        flat, deep = (pyramid_starts(centre, EDGE, 3, rank) for rank in (2, 3))
+        assert [start[0] for start in flat] == [centre[0]] * 3
+        assert [start[1:] for start in flat] == [start[1:] for start in deep]
+        assert next_level_start(flat[0], EDGE, 2) == flat[1]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> store.PreparedCase:
+    folder = tmp_path_factory.mktemp("flat")
+    image, label = phantom.make_phantom(np.random.default_rng(0), size=(24, 40, 44), spacing=(11.0, 8.0, 8.0))
+    for name, voxels in (("image", image), ("label", label)):
+        scans.write_scan(folder / f"{name}.nii.gz", voxels, (11.0, 8.0, 8.0), origin=(0.0, 0.0, 0.0))
+    one = Case("one", folder / "image.nii.gz", folder / "label.nii.gz")
+    settings = store.Settings((2, 1), rank=2)
+    assert settings.level_factors((11.0, 8.0, 8.0)) == FLAT
+    assert store.Settings((2, 1), (5.0, 4.0, 4.0), rank=2).level_factors((11.0, 8.0, 8.0)) == ((1, 1, 1), (1, 0.5, 0.5))
+    store.prepare_case(one, str(folder / "store"), settings, ("background", *phantom.ORGANS))
+    return store.PreparedCase.open(str(folder / "store"), "one")
+
+
+def test_levels_read_from_the_store_are_one_slice(case):
+    assert case.shapes == ((24, 20, 22), (24, 40, 44))
+    batch = read_batch([(case, (11, 20, 21)), (case, (12, 19, 24))], EDGE, ((0, 0, 0),) * 2, rank=2)
+    coarse, fine = batch["images"]
+    assert coarse.shape == fine.shape == (2, 1, EDGE, EDGE)
+    inner = slice(EDGE // 4, 3 * EDGE // 4)
+    means = fine.reshape(2, 1, EDGE // 2, 2, EDGE // 2, 2).mean((3, 5))
+    np.testing.assert_allclose(coarse[:, :, inner, inner], means, atol=0.51)
+    assert fine.std() > 50
+
+
+def test_augmentation_stays_in_its_slice_and_moves_levels_together():
+    limits, spacing = SpatialLimits(rotation=10, translation=3, elastic_sigma=2, elastic_spacing=16), (5.0, 1.0, 2.0)
+    margins = crop_margins(EDGE, 2, [spacing], limits, rank=2)
+    assert [margin[0] for margin in margins] == [0, 0]
+    run = make_augment(EDGE, margins, limits, IntensityLimits(), rank=2)
+    # Crops that hold their own place along y (first sample) and x, in finest voxels: the same number, the same field.
+    images = []
+    for (_, y, x), step in zip(margins, (2, 1), strict=True):
+        places = [(np.arange(EDGE + 2 * m) - (EDGE - 1) / 2 - m) * step for m in (y, x)]
+        images.append(np.rint(100 * np.stack(np.meshgrid(*places, indexing="ij")))[:, None].astype(np.int16))
+    labels = [(image > 0).astype(np.uint8) for image in images]
+    moved, _ = run(jax.random.key(1), np.zeros(2, np.uint32), np.array([spacing] * 2, np.float32), images, labels)
+    coarse, fine = (np.asarray(image, np.float64) / 100 for image in moved)
+    assert coarse.shape == fine.shape == (2, 1, EDGE, EDGE)
+    own = images[1][(..., *(slice(m, m + EDGE) for m in margins[1][1:]))] / 100
+    assert np.abs(fine - own).max() > 1
+    inner = slice(EDGE // 4, 3 * EDGE // 4)
+    means = fine.reshape(2, 1, EDGE // 2, 2, EDGE // 2, 2).mean((3, 5))
+    np.testing.assert_allclose(coarse[:, :, inner, inner], means, atol=0.1)
+
+
+def test_a_scan_is_predicted_slice_by_slice():
+    model = at_inference(pyramid(2, 2))
+    scan = (300 * normal(5, SLICES + 2, 40, 30)).astype(np.int16)
+    predictor = Predictor(model, PredictorConfig(EDGE, 0.5, plane=48), align=2)
+    whole = predictor.masks(scan, FLAT, levels=(1, 2))
+    alone = [predictor.masks(scan[z : z + 1], FLAT, levels=(1, 2)) for z in range(len(scan))]
+    for level in (1, 2):
+        assert len(np.unique(whole[level])) == CLASSES
+        assert np.mean(whole[level] != np.concatenate([one[level] for one in alone])) < 1e-3  # rounding where maps tie
+
+
+def test_one_tile_of_slices_is_the_model_itself():
+    model = at_inference(pyramid(2, 2))
+    scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
+    predictor = Predictor(model, PredictorConfig(32, 0.5, plane=32), align=2)
+    coarse, fine = pyramid_tiles(scan.shape, 2, predictor._blend, stride=predictor._stride, align=2, rank=2)
+    assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
+    start = [int(axis.starts[0]) for axis in coarse]
+    small = np.rint(scan.reshape(SLICES, 16, 2, 16, 2).astype(np.float32).mean((2, 4))).astype(np.int16)
+    logits = model.level(1, crop(small, start, (SLICES, 32, 32), AIR)[None], None)
+    y, x = (slice(-1 - s, 17 - s) for s in start[1:])
+    maps = jax.nn.softmax(logits)[:, :, y, x]
+    wanted = np.asarray(model.level(2, scan[None], maps)[0])
+    mask = predictor.masks(scan, FLAT)[2]
+    best = np.sort(wanted, axis=-1)
+    sure = best[..., -1] - best[..., -2] > 0.02  # the context crosses in half precision
+    assert sure.mean() > 0.5
+    np.testing.assert_array_equal(mask[sure], wanted.argmax(-1)[sure])
