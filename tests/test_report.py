@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from autocontext_jax.evaluation import pictures, report
+from autocontext_jax.jobs.experiment import side_by_side
 
 ORGANS = ("artery", "vein")
 
@@ -148,3 +149,24 @@ def test_figure_is_a_picture_of_the_masks(tmp_path):
     in_air[:, 10:20, 10:20] = 0  # the picture shows this and 3 voxels around it
     pictures.figure(path, in_air, {"truth": np.zeros_like(in_air)}, ORGANS, (1.0, 1.0, 1.0))
     assert matplotlib.image.imread(path).shape[:2] == (round(100 * (3 * (1 + 2 * 12 / 16) + 1)), 300)
+
+
+def test_the_blocks_of_table_1():
+    """Each mode's own scores under the paper's names, over the cases that all modes have, and every pair once."""
+
+    def cases(start, levels=2):
+        return {
+            case: {f"level_{level}": {"artery": scored(start + 0.01 * level)} for level in range(1, levels + 1)}
+            for case in ("one", "two")
+        }
+
+    modes = {"end_to_end": cases(0.5), "separate": cases(0.3) | {"three": {}}, "no_context": cases(0.1)}
+    result = side_by_side(modes, 2, {"labels": ["artery"], "tolerance": 2.0})
+    assert list(result["cases"]) == ["one", "two"]
+    averages = {block: summary["mean"]["dice"]["avg"] for block, summary in result["summary"].items()}
+    assert averages == pytest.approx(
+        {"Level 1": 0.31, "Level 2 auto-context": 0.32, "End-to-end": 0.52, "No auto-context": 0.12}
+    )
+    assert len(result["comparisons"]) == 6
+    assert result["comparisons"]["End-to-end - Level 2 auto-context"]["artery"]["difference"] == pytest.approx(0.2)
+    assert list(side_by_side({"first_level": cases(0.1, 1)}, 2, result)["summary"]) == ["Level 1"]

@@ -41,6 +41,8 @@ def experiment(config: ConfigDict, workdir: Path) -> bool:
             return True  # a signal ended it; what was done is saved
         if not _evaluated(folder):
             good &= evaluate(run, folder, data)
+        if not (folder / "evaluation.json").exists():
+            return False  # no scan could be scored; each has been named
         cases[mode] = report.read_cases(folder / "evaluation.json")
     result = side_by_side(cases, len(config.levels.factors), json.loads((folder / "evaluation.json").read_text()))
     report.write(result, workdir)
