@@ -5,11 +5,12 @@ import dataclasses
 import html
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -95,7 +96,7 @@ def write_page(
         "cases": [
             {
                 "slices": "data:image/png;base64," + base64.b64encode(case.slices).decode(),
-                "surfaces": [_figure(_scene(name, surfaces, organs)) for name, surfaces in case.surfaces.items()],
+                "surfaces": [_figure(scene) for scene in _scenes(case.surfaces, organs)],
             }
             for case in cases
         ],
@@ -161,25 +162,50 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
             x, y = zip(*points, strict=True)
             name = prefix + (key.replace("_", " ") if loss else f"validation Dice, level {level}")
             lines = {"width": 1, "dash": "solid" if key == "loss" else "dot"} if loss else {"width": 2}
-            figure.add_scatter(x=x, y=y, name=name, line=lines, opacity=0.5 if key == "loss" else 1)
-    figure.update_layout(template="plotly_white", xaxis={"title": "step"}, yaxis={"title": "loss, Dice"})
+            opacity = 0.5 if key == "loss" else 1
+            figure.add_scatter(x=x, y=y, name=name, line=lines, opacity=opacity, yaxis="y" if loss else "y2")
+    figure.update_layout(
+        template="plotly_white",
+        xaxis={"title": "step"},
+        yaxis={"title": "loss"},
+        yaxis2={
+            "title": "Dice",
+            "range": [0, 1],
+            "overlaying": "y",
+            "side": "right",
+            "showgrid": False,
+            "tickmode": "auto",
+        },
+        legend={"orientation": "h", "y": 1.1},
+    )
     return figure
 
 
-def _scene(name: str, surfaces: Mapping[str, Surface], organs: Sequence[str]) -> go.Figure:
-    """Surfaces that turn with the mouse, seen from the patient's front."""
+def _scenes(columns: Mapping[str, Mapping[str, Surface]], organs: Sequence[str]) -> Iterator[go.Figure]:
+    """Each column's surfaces, to be turned with the mouse; first from the patient's front, all to the same scale."""
+    vertices = [surface.vertices for surfaces in columns.values() for surface in surfaces.values()]
+    everything = np.concatenate(vertices or [np.zeros((1, 3), np.float32)])
+    low, size = everything.min(0) - 1, np.ptp(everything, axis=0) + 2
+    scene: dict[str, Any] = {"aspectmode": "manual", "aspectratio": {}}
+    for name, start, length in zip("zyx", low.tolist(), size.tolist(), strict=True):
+        scene[f"{name}axis"] = {"visible": False, "range": [start, start + length]}
+        scene["aspectratio"][name] = 1.5 * length / float(size.max())
+    for name, surfaces in columns.items():
+        yield _scene(name, surfaces, organs, scene)
+
+
+def _scene(name: str, surfaces: Mapping[str, Surface], organs: Sequence[str], scene: Mapping[str, Any]) -> go.Figure:
     figure = go.Figure()
     for organ, surface in surfaces.items():
         z, y, x = surface.vertices.T
         i, j, k = surface.faces.T
         r, g, b = PALETTE[organs.index(organ) % len(PALETTE)].astype(int)
         figure.add_mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, color=f"rgb({r},{g},{b})", name=organ, hoverinfo="name")
-    hidden = {"visible": False}
     camera = {"eye": {"x": 0.0, "y": -2.0, "z": 0.3}, "projection": {"type": "orthographic"}}
     figure.update_layout(
         template="plotly_white",
         title=name,
         margin={"l": 0, "r": 0, "b": 0, "t": 40},
-        scene={"xaxis": hidden, "yaxis": hidden, "zaxis": hidden, "aspectmode": "data", "camera": camera},
+        scene={**scene, "camera": camera},
     )
     return figure
