@@ -34,7 +34,7 @@ def prepared_cases(data: str, factors: tuple[float, ...], folder: Path) -> list[
     config = default_config()
     config.levels.factors = factors
     if data == "phantoms":
-        config.phantom = {"training": 4, "test": 0, "size": (128, 192, 192), "spacing": (3.0, 2.0, 2.0)}
+        config.phantom.update({"training": 4, "test": 0, "size": (128, 192, 192), "spacing": (3.0, 2.0, 2.0)})
         data = prepare(config, folder).store
     elif (Path(data) / "dataset.json").exists():
         config.data.root = data
