@@ -46,7 +46,7 @@ def store(tmp_path_factory) -> Path:
 
 def small_config(folder: Path, mode: str = "end_to_end"):
     config = default_config()
-    config.phantom = {"training": 3, "test": 1, "size": (40, 40, 40), "spacing": (8.0, 8.0, 8.0)}
+    config.phantom.update({"training": 3, "test": 1, "size": (40, 40, 40), "spacing": (8.0, 8.0, 8.0)})
     config.data.root, config.data.prepared, config.data.workers = str(folder / "phantoms"), str(folder / "prepared"), 1
     config.levels.factors = (2, 1)
     config.feed.edge, config.feed.batch = 16, 1
