@@ -4,7 +4,9 @@ import json
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 
 from autocontext_jax.data.augment import IntensityLimits
 from autocontext_jax.data.pipeline import FeedConfig
@@ -13,6 +15,7 @@ from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import PredictorConfig
 from autocontext_jax.jobs import config as configuration
 from autocontext_jax.jobs.config import dataclass_of, default_config
+from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.training.losses import LossConfig
@@ -90,6 +93,19 @@ def test_the_model_has_the_modes_levels_and_their_factors():
         assert configuration.model_factors(config, (1.0, 1.0, 1.0)) == tuple((factor,) * 3 for factor in factors)
 
 
+def test_the_rank_reaches_all_that_depend_on_it():
+    config = changed(levels__rank=2, model__width=2)
+    (phase,) = configuration.training_phases(config)
+    assert configuration.settings(config).rank == 2
+    assert configuration.feed(config, phase).rank == 2
+    model = nnx.eval_shape(lambda: make_model(config, 3))
+    assert model.config.rank == 2
+    kernels = [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if len(leaf.shape) == 5]
+    # [O, 1, k, k, C], and [1, 2, 2, O, C] of deconvolutions.
+    assert kernels
+    assert all(shape[1] == 1 or shape[:3] == (1, 2, 2) for shape in kernels)
+
+
 BAD = [
     ("feed.edge", 30),
     ("feed.edge", 0),
@@ -104,6 +120,9 @@ BAD = [
     ("levels.factors", (0, 0)),
     ("levels.factors", (-2, -1)),
     ("levels.finest_spacing", (1.0, 1.0)),
+    ("levels.rank", 1),
+    ("levels.rank", 4),
+    ("experiment", ("separate", "together")),
     ("loss.level_weights", (1.0,)),
     ("feed.centre", "middle"),
     ("feed.anywhere", -0.1),

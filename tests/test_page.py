@@ -111,7 +111,12 @@ def written(tmp_path) -> Path:
     cases = [page.Shown(f"<{name}>", picture.read_bytes(), columns) for name in "abc"]
     path = tmp_path / "report.html"
     page.write_page(
-        path, title="A & B", tables=report.table(RESULT), result=RESULT, curves={"": [{"step": 0}, *rows]}, cases=cases
+        path,
+        title="A & B",
+        tables=report.table(RESULT) + "\n<b>bold</b>\n",
+        result=RESULT,
+        curves={"": [{"step": 0}, *rows]},
+        cases=cases,
     )
     return path
 
@@ -121,7 +126,8 @@ def test_the_page_needs_nothing_else(written):
     body = text[text.index("</script></head>") :]
     assert not re.search(r"(src|href)\s*=\s*[\"']?(\w+:)?//", body)
     assert "<h1>A &amp; B</h1>" in body
-    assert "<tr><td>avg</td>" in body
+    assert re.search(r"<tr>\s*<td>avg</td>", body)
+    assert "&lt;b&gt;" in body
     assert '<option value="2">&lt;c&gt;</option>' in body
     assert sorted(path.name for path in written.parent.iterdir()) == ["report.html", "slices.png"]
 

@@ -161,7 +161,7 @@ def test_the_blocks_of_table_1():
         }
 
     modes = {"end_to_end": cases(0.5), "separate": cases(0.3) | {"three": {}}, "no_context": cases(0.1)}
-    result = side_by_side(modes, 2, {"labels": ["artery"], "tolerance": 2.0})
+    result = side_by_side(modes, 2, ["artery"], tolerance=2.0)
     assert list(result["cases"]) == ["one", "two"]
     averages = {block: summary["mean"]["dice"]["avg"] for block, summary in result["summary"].items()}
     assert averages == pytest.approx(
@@ -169,4 +169,4 @@ def test_the_blocks_of_table_1():
     )
     assert len(result["comparisons"]) == 6
     assert result["comparisons"]["End-to-end - Level 2 auto-context"]["artery"]["difference"] == pytest.approx(0.2)
-    assert list(side_by_side({"first_level": cases(0.1, 1)}, 2, result)["summary"]) == ["Level 1"]
+    assert list(side_by_side({"first_level": cases(0.1, 1)}, 2, ["artery"], tolerance=2.0)["summary"]) == ["Level 1"]

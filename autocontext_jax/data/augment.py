@@ -103,7 +103,7 @@ def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, r
     result are voxels of the finest level about the centre, three arrays of the patch's shape.
     """
     # What is drawn for directions that a patch of rank 2 does not have goes unused.
-    turning, moving = np.array(turning_axes(rank)), np.array(halving(rank)) - 1
+    turning, moving = np.array(turning_axes(rank)), np.array(halving(rank)) > 1
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
     angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation) * turning
     shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * limits.translation * moving

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
 from autocontext_jax.evaluation.pictures import PALETTE
@@ -22,7 +23,7 @@ TEMPLATE = Template("""<!doctype html>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .15em .7em; text-align: right; } th:first-child, td:first-child { text-align: left; }
+th, td { padding: .15em .7em; } th:first-child { text-align: left; }
 th { border-bottom: 1px solid #888; }
 img { max-width: 100%; } .row { display: flex; flex-wrap: wrap; } .row > div { flex: 1 1 340px; height: 420px; }
 </style>
@@ -104,30 +105,13 @@ def write_page(
     text = TEMPLATE.substitute(
         title=html.escape(title),
         plotly=get_plotlyjs(),
-        tables=as_html(tables),
+        tables=MarkdownIt("js-default").render(tables),  # without raw HTML
         options="".join(f'<option value="{i}">{html.escape(case.name)}</option>' for i, case in enumerate(cases)),
         figures=json.dumps(figures).replace("</", "<\\/"),  # nothing in it may end the script
     )
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def as_html(markdown: str) -> str:
-    """The little Markdown that reports are made of: pipe tables, headings, paragraphs."""
-    parts = []
-    for block in filter(None, (block.strip() for block in markdown.split("\n\n"))):
-        lines = block.splitlines()
-        if lines[0].startswith("|"):
-            rows = [[html.escape(cell.strip()) for cell in line.strip().strip("|").split("|")] for line in lines]
-            head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-            body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[2:])
-            parts.append(f"<table><tr>{head}</tr>{body}</table>")
-        elif lines[0].startswith("#"):
-            parts.append(f"<h2>{html.escape(lines[0].lstrip('# '))}</h2>")
-        else:
-            parts.append(f"<p>{html.escape(block)}</p>")
-    return "\n".join(parts)
 
 
 def _figure(figure: go.Figure) -> dict[str, Any]:

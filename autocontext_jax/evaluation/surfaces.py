@@ -37,17 +37,22 @@ def organ_surfaces(mask: np.ndarray, organs: Sequence[str], spacing: tuple[float
       organs: names; class k is organs[k - 1].
       spacing: mm, (z, y, x).
     """
-    surfaces = {}
-    for organ, box in zip(organs, ndimage.find_objects(mask, max_label=len(organs)), strict=True):
-        if box is not None:
-            number = organs.index(organ) + 1
-            corner = np.array([along.start for along in box])
-            surfaces[organ] = _surface(mask[box] == number, corner, np.array(spacing))
-    return surfaces
+    boxes = ndimage.find_objects(mask, max_label=len(organs))
+    return {
+        organ: _surface(mask[box] == number, np.array([along.start for along in box]), np.array(spacing))
+        for number, (organ, box) in enumerate(zip(organs, boxes, strict=True), start=1)
+        if box is not None
+    }
 
 
 def _surface(mask: np.ndarray, corner: np.ndarray, spacing: np.ndarray) -> Surface:
-    """Marching cubes (Lewiner et al., 2003) over the share of the organ in blocks of voxels, a little smoothed."""
+    """Marching cubes (Lewiner et al., 2003) over the share of the organ in blocks of voxels, a little smoothed.
+
+    Args:
+      mask: [D, H, W] bool, the organ's box.
+      corner: the box's first voxel in the scan, (z, y, x).
+      spacing: mm, (z, y, x).
+    """
     block = -(-max(mask.shape) // LARGEST)
     padded = np.pad(mask.astype(np.float32), [(2 * block, 2 * block + -size % block) for size in mask.shape])
     d, h, w = (size // block for size in padded.shape)

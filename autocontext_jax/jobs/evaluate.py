@@ -32,7 +32,8 @@ def evaluate_elsewhere(config: ConfigDict, workdir: Path) -> bool:
     """As `evaluate`, for the data set `config.evaluate.root`, into a folder of its name in the work directory."""
     dataset = read_dataset(Path(config.evaluate.root).expanduser())
     cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
-    return _score(config, workdir, dataset, cases, workdir / f"on_{dataset.root.resolve().name}")
+    folder = workdir / f"on_{dataset.root.resolve().name}"
+    return _score(config, workdir, dataset, cases, folder, names=config.evaluate.labels)
 
 
 def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
@@ -52,17 +53,34 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
             f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
             "that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
-    return _score(config, workdir, data.dataset, cases, workdir)
+    return _score(config, workdir, data.dataset, cases, workdir, names=None)
 
 
-def _score(config: ConfigDict, workdir: Path, dataset: Dataset, cases: Sequence[Case], folder: Path) -> bool:
-    """`evaluate` for these cases, into `folder`."""
+def _score(
+    config: ConfigDict,
+    workdir: Path,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    names: Sequence[str] | None,
+) -> bool:
+    """`evaluate` for these cases, into `folder`.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      dataset: of the cases.
+      cases: labelled.
+      folder: where all is written.
+      names: as for `translation`; None means that the data set's labels must be the checkpoint's.
+    """
     predictor, labels = restore_predictor(config, workdir)
-    if not config.evaluate.root and labels != dataset.labels:
+    if names is None and labels != dataset.labels:
         raise UserError(
             f"the data set {dataset.root} has labels {dataset.labels}; the checkpoint knows {tuple(labels)}"
         )
-    ours = translation(dataset, labels, config.evaluate.labels)
+    ours = translation(dataset, labels, names or ())
     annotated = [labels[number] for number in sorted(set(ours.tolist()) - {0})]
     levels = model_levels(config)
     tolerance = config.evaluate.tolerance

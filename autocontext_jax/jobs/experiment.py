@@ -1,8 +1,8 @@
 """--mode all with the key `experiment`: several training modes on the same data, side by side as in Table 1."""
 
 import itertools
-import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,26 @@ def experiment(config: ConfigDict, workdir: Path) -> bool:
         if not (folder / "evaluation.json").exists():
             return False  # no scan could be scored; each has been named
         cases[mode] = report.read_cases(folder / "evaluation.json")
-    result = side_by_side(cases, len(config.levels.factors), json.loads((folder / "evaluation.json").read_text()))
+    levels, organs = len(config.levels.factors), data.dataset.labels[1:]
+    result = side_by_side(cases, levels, organs, tolerance=config.evaluate.tolerance)
     report.write(result, workdir)
     print(report.table(result))
     return good
 
 
-def side_by_side(cases: dict[str, dict[str, Any]], levels: int, like: dict[str, Any]) -> dict[str, Any]:
+def side_by_side(
+    cases: dict[str, dict[str, Any]], levels: int, organs: Sequence[str], *, tolerance: float
+) -> dict[str, Any]:
     """The blocks of Table 1, each compared with every other, over the cases that all modes scored.
 
     Args:
       cases: of each mode, as `report.evaluation` takes them.
       levels: S.
-      like: an evaluation with the organs and the tolerance.
+      organs: in the order of the labels.
+      tolerance: of the surface Dice, mm.
+
+    Returns:
+      `report.evaluation` of them.
     """
     finest = f"level_{levels}"
     blocks = {
@@ -78,7 +85,7 @@ def side_by_side(cases: dict[str, dict[str, Any]], levels: int, like: dict[str, 
     }
     names = list(next(iter(merged.values())))
     pairs = [(b, a) for a, b in itertools.combinations(names, 2)]
-    return report.evaluation(merged, like["labels"], tolerance=like["tolerance"], pairs=pairs)
+    return report.evaluation(merged, organs, tolerance=tolerance, pairs=pairs)
 
 
 def _run(config: ConfigDict, mode: str, root: str, store: str) -> ConfigDict:
@@ -91,7 +98,7 @@ def _run(config: ConfigDict, mode: str, root: str, store: str) -> ConfigDict:
 
 
 def _evaluated(folder: Path) -> bool:
-    """Whether an evaluation stands there that is newer than the newest checkpoint."""
+    """Whether an evaluation stands there that is newer than the newest checkpoint; delete it to have it made anew."""
     evaluation = folder / "evaluation.json"
     newest = max(path.stat().st_mtime for path in (folder / "checkpoints").iterdir())
     return evaluation.exists() and evaluation.stat().st_mtime > newest

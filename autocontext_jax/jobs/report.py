@@ -31,9 +31,9 @@ def report(config: ConfigDict, workdir: Path) -> None:
     run = workdir / modes[0] if modes else workdir
     curves = {}
     for name, folder in {mode: workdir / mode for mode in modes}.items() if modes else [("", workdir)]:
-        curves[name] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tables = (workdir / "table.md").read_text()
-    tables += "\n## Beside the paper's Table 2\n\n" + beside_published(_finest_blocks(workdir, run))
+        curves[name] = [json.loads(line) for line in _found(folder / "metrics.jsonl").read_text().splitlines()]
+    tables = _found(workdir / "table.md").read_text()
+    tables += "\n## Beside the paper's Table 2\n\n" + beside_published(_mean_dice(result, run))
 
     organs, shown = result["labels"], []
     pictures.boxes(workdir / "dice.png", result)
@@ -41,23 +41,26 @@ def report(config: ConfigDict, workdir: Path) -> None:
     for title, case in _best_median_worst(_read(run)).items():
         columns = _surfaces(run, case, data)
         surfaces.figure(run / "pictures" / f"{case}_surfaces.png", columns, organs, title=title)
-        shown.append(page.Shown(title, (run / "pictures" / f"{case}.png").read_bytes(), columns))
+        shown.append(page.Shown(title, _found(run / "pictures" / f"{case}.png").read_bytes(), columns))
     page.write_page(
         workdir / "report.html", title=workdir.resolve().name, tables=tables, result=result, curves=curves, cases=shown
     )
     log.info("wrote %s", workdir / "report.html")
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "evaluation.json"
+def _found(path: Path) -> Path:
     if not path.exists():
-        raise UserError(f"work directory {folder} has no evaluation.json: evaluate there first (--mode evaluate)")
-    return json.loads(path.read_text())
+        raise UserError(f"{path} is missing: train and evaluate there first (--mode all, or --mode evaluate)")
+    return path
 
 
-def _finest_blocks(workdir: Path, run: Path) -> dict[str, dict[str, float | None]]:
-    """Mean Dice per organ of every block of the work directory, and of the finest level on other data sets."""
-    found = {name: _read(workdir)["summary"][name] for name in _read(workdir)["summary"]}
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads(_found(folder / "evaluation.json").read_text())
+
+
+def _mean_dice(result: dict[str, Any], run: Path) -> dict[str, dict[str, float | None]]:
+    """Per organ, of every block of an evaluation, and of the run's finest level on other data sets."""
+    found = dict(result["summary"])
     for path in sorted(run.glob("on_*/evaluation.json")):
         *_, finest = json.loads(path.read_text())["summary"].values()
         found[path.parent.name.replace("_", " ", 1)] = finest

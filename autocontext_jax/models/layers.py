@@ -152,18 +152,18 @@ def onednn_filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, i
       [O, kd, kh, kw, C].
     """
     batch, _, height, width, channels = x.shape
-    outputs, (z, y, x_reach) = gradient.shape[-1], (along // 2 for along in size)
+    outputs, (reach_z, reach_y, reach_x) = gradient.shape[-1], (along // 2 for along in size)
     # Either may be the one that is shifted, with offsets of the other sign: copies of the smaller cost less.
     if channels > outputs:
         return _turned(onednn_filter_gradient(gradient, x, size))
     # Samples follow each other along D, with zeros between them.
-    gap = z if batch > 1 else 0
-    rows = jnp.pad(x, ((0, 0), (0, gap), (0, 0), (x_reach, x_reach), (0, 0))).swapaxes(3, 4)
+    gap = reach_z if batch > 1 else 0
+    rows = jnp.pad(x, ((0, 0), (0, gap), (0, 0), (reach_x, reach_x), (0, 0))).swapaxes(3, 4)
     shifted = jnp.concatenate([rows[..., i : i + width] for i in range(size[2])], axis=3)  # [B, D + gap, H, kw C, W]
     kernel = jnp.pad(gradient, ((0, 0), (0, gap), (0, 0), (0, 0), (0, 0)))
     volume = shifted.reshape(1, -1, *shifted.shape[2:])
     kernel = kernel.reshape(-1, height, 1, width, outputs)
-    total = onednn_convolution(volume, kernel, (z, y, 0), "DHWIO")
+    total = onednn_convolution(volume, kernel, (reach_z, reach_y, 0), "DHWIO")
     return jnp.moveaxis(total.reshape(*size, channels, outputs), -1, 0)
 
 
@@ -180,11 +180,11 @@ def has_onednn() -> bool:
 
 def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The fastest same-size convolution on the CPU here."""
-    z, y, x_size = kernel.shape[1:4]
-    if z == y == x_size == 1:
+    depth, height, width = kernel.shape[1:4]
+    if (depth, height, width) == (1, 1, 1):
         return direct_convolution(x, kernel)
     if x.dtype == jnp.float32 and has_onednn():
-        return onednn_convolution(x, kernel, (z // 2, y // 2, x_size // 2), "ODHWI")
+        return onednn_convolution(x, kernel, (depth // 2, height // 2, width // 2), "ODHWI")
     return planar_convolution(x, kernel)
 
 
