@@ -1,13 +1,14 @@
 """What mean Dice on held-out scans does each method reach in the same training time?
 
     python benchmarks/accuracy_at_time.py --data FOLDER --method pyramid|level_1|monai --minutes 30 --results FILE
-        [--config configs/openkbp.py] [--workdir FOLDER] [--config.key=value ...]
+        [--steps N] [--config configs/openkbp.py] [--workdir FOLDER] [--config.key=value ...]
 
 One method a call, alone on the machine; FILE gathers the results, a JSON line a call, and the table shows all of them.
 
 `pyramid` and `level_1` are the command line with --config, the latter with the coarsest level only. Their learning rate
 falls to zero over the run, so the number of steps has to be known: a short run is timed first, and as many steps are
-taken as fit. The clock covers the whole train process: start, compilation, validation and checkpoints too.
+taken as fit, or N are. The clock covers the whole train process: start, compilation, validation and checkpoints too;
+what it showed is in the table, as `used`.
 
 `monai` is what a MONAI user gets: UNet (16, 32, 64, 128, 256; two residual units; batch norm), DiceCELoss, Adam 1e-3,
 RandCropByLabelClasses of 64^3 with equal ratios and 4 samples a scan, RandAffine, and a Gaussian sliding window. It
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=["pyramid", "level_1", "monai"])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="of ours, where it is known how many fit; timed unless given")
     parser.add_argument("--config", default=str(ROOT / "configs/openkbp.py"))
     parser.add_argument("--workdir", help="where ours leaves its run; a temporary folder unless given")
     flags, keys = parser.parse_known_args()
@@ -89,14 +91,17 @@ def ours(flags: argparse.Namespace, keys: list[str], workdir: Path) -> dict[str,
         subprocess.run([*command, *common, *more], check=True, stdout=subprocess.DEVNULL)
         return time.monotonic() - started
 
+    def steps_that_fit() -> int:
+        timed = 200
+        seconds = job("train", "timed", f"--config.train.steps={timed}")
+        logged = [json.loads(text) for text in (workdir / "timed" / "metrics.jsonl").read_text().splitlines()]
+        batch = json.loads((workdir / "timed" / "config.json").read_text())["feed"]["batch"]
+        step = batch / float(np.median([row["pairs_per_second"] for row in logged[1:]]))
+        # A twentieth is left for noise and for the nine validations on the way: the timed run had only the last.
+        return max(1, int(0.95 * (60 * flags.minutes - (seconds - timed * step)) / step))
+
     job("prepare", "prepare")
-    timed = 200
-    seconds = job("train", "timed", f"--config.train.steps={timed}")
-    logged = [json.loads(text) for text in (workdir / "timed" / "metrics.jsonl").read_text().splitlines()]
-    batch = json.loads((workdir / "timed" / "config.json").read_text())["feed"]["batch"]
-    step = batch / float(np.median([row["pairs_per_second"] for row in logged[1:]]))
-    # A twentieth is left for noise and for the nine validations on the way: the timed run had only the last.
-    steps = max(1, int(0.95 * (60 * flags.minutes - (seconds - timed * step)) / step))
+    steps = flags.steps or steps_that_fit()
     chosen = f"--config.train.steps={steps}", f"--config.train.checkpoint_every={-(-steps // 10)}"
     seconds = job("train", "run", *chosen)
     job("evaluate", "run", *chosen)

@@ -195,8 +195,8 @@ def check(config: ConfigDict) -> None:
         value = _get(config, key)
         if value not in allowed:
             raise UserError(f"config key {key} is {value!r}; wanted one of {', '.join(allowed)}")
-    if wrong := [mode for mode in config.experiment if mode not in MODES]:
-        raise UserError(f"config key experiment holds {wrong[0]!r}; wanted some of {', '.join(MODES)}")
+    if not set(config.experiment) <= set(MODES):
+        raise UserError(f"config key experiment is {tuple(config.experiment)}; wanted some of {', '.join(MODES)}")
     low, high = config.pyramid.window
     if not low < high:
         raise UserError(f"config key pyramid.window is ({low}, {high}); wanted (low, high) in HU with low < high")
