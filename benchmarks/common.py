@@ -72,7 +72,7 @@ def machine(*packages: str) -> dict[str, str]:
     """What the numbers were measured on: processor, device, versions of Python, JAX and the given packages."""
     names = ("jax", "flax", *packages)
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "processor": f"{processor or platform.processor()}, {len(os.sched_getaffinity(0))} cores",

@@ -66,7 +66,7 @@ def main() -> None:
         for _ in range(flags.repeats):
             for method in methods:
                 command = [sys.executable, *sys.argv, "--only", method, "--slices", str(slices)]
-                run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                run = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
                 found[method].append(json.loads(run.stdout.splitlines()[-1]))
         ours = [run["seconds"] for run in found["ours"]]
         for method, runs in found.items():

@@ -103,7 +103,7 @@ def nnunet(data: Path, output: Path, workers: int, factors: list[float]) -> tupl
 def measure(arguments: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
     """Runs a command; returns its seconds, the CPU seconds and the peak memory in GB of all its processes together."""
     peak, started = 0.0, time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         command = subprocess.Popen(arguments, env=os.environ | environment, stdout=log, stderr=log)
         # `wait4` alone tells what the command's own children used, once they have ended.
         while not (ended := os.wait4(command.pid, os.WNOHANG))[0]:
@@ -119,7 +119,7 @@ def measure(arguments: list[str], environment: dict[str, str]) -> tuple[float, f
 def tree(process: int) -> list[int]:
     """A process and all that descend from it."""
     try:
-        lists = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
+        lists = [path.read_text(encoding="utf-8") for path in Path(f"/proc/{process}/task").glob("*/children")]
     except OSError:  # it has just ended
         lists = []
     return [process, *(below for line in lists for child in line.split() for below in tree(int(child)))]
@@ -128,7 +128,7 @@ def tree(process: int) -> list[int]:
 def memory_gb(process: int) -> float:
     """Resident memory that a process has allocated, GB; 0 once it has ended. Cheap to ask, unlike exact shares."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024 / 1e9

@@ -59,7 +59,7 @@ def main() -> None:
     compiled, elsewhere = compile_program(flags, devices)
     text = compiled.as_text()
     if flags.save:
-        flags.save.write_text(text)
+        flags.save.write_text(text, encoding="utf-8")
     module = hlo.parse(text)
     costs = hlo.costs(module)
     seconds = [roofline_seconds(cost, accelerator, count) for cost in costs]

@@ -17,7 +17,7 @@ PHANTOMS = "--cases 2 --size 16 24 24 --spacing 12 12 12"
 
 def rows(script: str, flags: str) -> list[dict]:
     """The table's rows, all of whose numbers are positive."""
-    done = subprocess.run([sys.executable, SCRIPTS / script, *flags.split()], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SCRIPTS / script, *flags.split()], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
     result = json.loads(last)

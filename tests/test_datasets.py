@@ -21,7 +21,7 @@ def touch(root, *names):
 def describe(root, description, **changes):
     """Writes dataset.json; a change to None takes its key away."""
     kept = {key: value for key, value in {**description, **changes}.items() if value is not None}
-    (root / "dataset.json").write_text(json.dumps(kept))
+    (root / "dataset.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 NNUNET = {
@@ -247,7 +247,7 @@ def test_split_refuses_what_is_no_fraction(fraction):
 
 def test_split_from_file(tmp_path):
     path = tmp_path / "splits_final.json"
-    path.write_text(json.dumps([{"train": [], "val": []}, {"train": ["c02", "c00"], "val": ["c01"]}]))
+    path.write_text(json.dumps([{"train": [], "val": []}, {"train": ["c02", "c00"], "val": ["c01"]}]), encoding="utf-8")
     cases = cases_of(4)
     assert datasets.split_from_file(cases, path, 1) == ((cases[0], cases[2]), (cases[1],))
     refused(lambda: datasets.split_from_file(cases, path, 0), "fold 0", "no case")
@@ -270,7 +270,7 @@ def test_split_from_file(tmp_path):
 )
 def test_bad_split_files(tmp_path, content, part):
     path = tmp_path / "splits_final.json"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     refused(lambda: datasets.split_from_file(cases_of(3), path, 0), path, part)
 
 

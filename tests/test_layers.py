@@ -33,7 +33,7 @@ def group(name: str) -> str:
 def imported(name: str) -> list[str]:
     """Dotted names of everything that a file imports, wherever in the file; `from a import b` gives a.b."""
     found = []
-    for node in ast.walk(ast.parse((HOUSE / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse((HOUSE / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

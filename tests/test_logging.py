@@ -13,11 +13,11 @@ def test_steps_after_the_checkpoint_are_dropped_and_a_torn_line_too(tmp_path):
         log.scalars(step, {"loss": step / 10})
     log.image(3, "picture", np.zeros((4, 5, 3), np.uint8))
     log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "lo')  # the kill came here
     log = MetricsLog(tmp_path, step=2)
     log.scalars(3, {"loss": 0.5})
     log.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.5}]
     assert len(list((tmp_path / "tensorboard").iterdir())) >= 1

@@ -43,12 +43,12 @@ def command(*arguments: object, config: str = "configs/quickstart.py") -> list[s
 
 def run(*arguments: object, config: str = "configs/quickstart.py") -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments, config=config), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        command(*arguments, config=config), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300, check=False
     )
 
 
 def metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def losses(workdir: Path) -> dict[int, tuple[float, float, float]]:
@@ -78,10 +78,13 @@ def test_whole_job_leaves_everything(whole_job):
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert all(np.isfinite(row["loss"]) and row["pairs_per_second"] > 0 for row in rows)
     assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 24]
-    assert json.loads((workdir / "config.json").read_text())["data"]["labels"] == ["background", *phantom.ORGANS]
+    assert json.loads((workdir / "config.json").read_text(encoding="utf-8"))["data"]["labels"] == [
+        "background",
+        *phantom.ORGANS,
+    ]
     assert list((workdir / "tensorboard").iterdir())
 
-    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["labels"] == list(phantom.ORGANS)
     assert sorted(evaluation["cases"]) == ["phantom_005", "phantom_006"]
     for name, levels in evaluation["cases"].items():
@@ -92,17 +95,17 @@ def test_whole_job_leaves_everything(whole_job):
         assert 0 <= levels["level_2"]["liver"]["dice"] <= 1
     mean = evaluation["summary"]["level_2"]["mean"]["dice"]
     assert mean["min"] <= mean["avg"] <= mean["max"]
-    table = (workdir / "table.md").read_text()
+    table = (workdir / "table.md").read_text(encoding="utf-8")
     assert table in result.stdout
     assert f"| avg | {100 * evaluation['summary']['level_1']['artery']['dice']['avg']:.1f} |" in table
 
 
 def test_a_finished_run_only_evaluates_again(whole_job):
     workdir, _ = whole_job
-    before = (workdir / "metrics.jsonl").read_text()
+    before = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
     result = run("--workdir", workdir, *SMALL)
     assert result.returncode == 0, result.stderr
-    assert (workdir / "metrics.jsonl").read_text() == before
+    assert (workdir / "metrics.jsonl").read_text(encoding="utf-8") == before
 
 
 def test_killed_and_started_again_the_losses_are_the_same_to_the_bit(whole_job, tmp_path):
@@ -112,7 +115,7 @@ def test_killed_and_started_again_the_losses_are_the_same_to_the_bit(whole_job, 
     first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
     log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and first.poll() is None:
-        if (tmp_path / "checkpoints" / "8").exists() and log.read_text().count("\n") >= 10:
+        if (tmp_path / "checkpoints" / "8").exists() and log.read_text(encoding="utf-8").count("\n") >= 10:
             break
         time.sleep(0.002)
     first.send_signal(signal.SIGKILL)
@@ -129,10 +132,10 @@ def test_sigterm_saves_and_the_next_start_goes_on(whole_job, tmp_path):
     workdir, _ = whole_job
     shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
     arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL, "--config.train.checkpoint_every=1000"]
-    first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
     log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and first.poll() is None:
-        if log.exists() and log.read_text().count("\n") >= 2:
+        if log.exists() and log.read_text(encoding="utf-8").count("\n") >= 2:
             break
         time.sleep(0.01)
     first.terminate()
@@ -151,7 +154,7 @@ def test_losses_do_not_depend_on_the_number_of_devices(whole_job, tmp_path):
     arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL, "--config.train.steps=3"]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     result = subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+        command(*arguments), cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert "2 cpu device(s)" in result.stderr
@@ -248,9 +251,9 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
     workdir, _ = whole_job
     root = tmp_path / "elsewhere"
     shutil.copytree(workdir / "phantoms", root)
-    description = json.loads((root / "dataset.json").read_text())
+    description = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
     description["labels"] = {"background": 0, "kidney": 1, "spleen": 2, "Leber": 3}
-    (root / "dataset.json").write_text(json.dumps(description))
+    (root / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     there = np.array([0, 1, 0, 3, 2, 0, 0, 0], np.uint8)  # artery, liver and spleen are annotated
     for path in root.glob("labels*/*.nii.gz"):
         image = sitk.ReadImage(path)
@@ -260,8 +263,8 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
     arguments = ["--workdir", workdir, "--mode", "evaluate", *SMALL, f"--config.evaluate.root={root}"]
     result = run(*arguments, "--config.evaluate.labels=('Leber=liver',)")
     assert result.returncode == 0, result.stderr
-    own = json.loads((workdir / "evaluation.json").read_text())
-    other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_text())
+    own = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
+    other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_text(encoding="utf-8"))
     assert other["labels"] == ["liver", "spleen"]
     assert len(other["cases"]) == 7  # all labelled cases: none of them was trained on, as far as it is known
     for name, levels in own["cases"].items():
@@ -275,7 +278,7 @@ def test_report_of_a_run(whole_job):
     workdir, _ = whole_job
     result = run("--workdir", workdir, "--mode", "report", *SMALL)
     assert result.returncode == 0, result.stderr
-    text = (workdir / "report.html").read_text()
+    text = (workdir / "report.html").read_text(encoding="utf-8")
     for case in ("phantom_005", "phantom_006"):
         assert f"{case}, Dice" in text
         assert (workdir / "pictures" / f"{case}_surfaces.png").stat().st_size > 10_000
@@ -290,13 +293,13 @@ def test_an_experiment_compares_modes_and_goes_on(whole_job, tmp_path):
     experiment = "--config.experiment=('first_level', 'no_context')"
     result = run("--workdir", tmp_path, *arguments, experiment)
     assert result.returncode == 0, result.stderr
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     blocks = ["Level 1", "No auto-context"]
     assert list(evaluation["summary"]) == blocks
     assert list(evaluation["comparisons"]) == ["No auto-context - Level 1"]
-    assert (tmp_path / "table.md").read_text() in result.stdout
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") in result.stdout
     for block, mode, level in zip(blocks, ("first_level", "no_context"), (1, 2), strict=True):
-        cases = json.loads((tmp_path / mode / "evaluation.json").read_text())["cases"]
+        cases = json.loads((tmp_path / mode / "evaluation.json").read_text(encoding="utf-8"))["cases"]
         for name, scores in evaluation["cases"].items():
             assert scores[block] == cases[name][f"level_{level}"]
     assert [len(metrics(tmp_path / mode)) for mode in ("first_level", "no_context")] == [4, 4]
@@ -305,7 +308,7 @@ def test_an_experiment_compares_modes_and_goes_on(whole_job, tmp_path):
     before = (tmp_path / "first_level" / "evaluation.json").stat().st_mtime_ns
     result = run("--workdir", tmp_path, *arguments, experiment)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == evaluation
     assert (tmp_path / "first_level" / "evaluation.json").stat().st_mtime_ns == before
 
 
@@ -314,7 +317,7 @@ def test_scans_slice_by_slice(whole_job, tmp_path):
     shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
     result = run("--workdir", tmp_path, *SMALL, "--config.train.steps=4", config="configs/quickstart_2d.py")
     assert result.returncode == 0, result.stderr
-    assert len(json.loads((tmp_path / "evaluation.json").read_text())["cases"]) == 2
+    assert len(json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["cases"]) == 2
     for path in (tmp_path / "predictions").glob("*.nii.gz"):
         assert scans.read_grid(path) == scans.read_grid(tmp_path / "phantoms" / "labelsTs" / path.name)
 
@@ -344,7 +347,7 @@ def test_the_package_does_not_need_the_checkout(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-m", "autocontext_jax.main"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60,
+        cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=60,
     )  # fmt: skip
     assert "--config FILE" in one_line_error(result)
 

@@ -122,7 +122,7 @@ def written(tmp_path) -> Path:
 
 
 def test_the_page_needs_nothing_else(written):
-    text = written.read_text()
+    text = written.read_text(encoding="utf-8")
     body = text[text.index("</script></head>") :]
     assert not re.search(r"(src|href)\s*=\s*[\"']?(\w+:)?//", body)
     assert "<h1>A &amp; B</h1>" in body
@@ -168,17 +168,17 @@ def test_a_browser_draws_the_page(written, tmp_path):
       }
       addEventListener("load", look);
     </script>"""
-    text = written.read_text()
+    text = written.read_text(encoding="utf-8")
     text = text.replace("<script>", "<script>const errors = []; onerror = e => errors.push(e);</script><script>", 1)
     probed = tmp_path / "probed.html"
-    probed.write_text(text.replace("</body>", probe + "</body>"))
+    probed.write_text(text.replace("</body>", probe + "</body>"), encoding="utf-8")
     result = subprocess.run(
         [
             str(BROWSER), "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader",
             "--enable-unsafe-swiftshader", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000",
             "--dump-dom", probed.as_uri(),
         ],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, encoding="utf-8", check=True, timeout=120,
     )  # fmt: skip
     match = re.search(r"<pre>(\{.*?\})</pre>", result.stdout, re.DOTALL)
     assert match, result.stdout[-2000:] + result.stderr[-2000:]

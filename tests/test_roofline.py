@@ -194,7 +194,7 @@ def test_names_of_targets(name, wanted):
 @pytest.mark.parametrize("name", ["h100x3", "b200", "x8", ""])
 def test_an_unknown_target_ends_in_one_line(name):
     script = Path(roofline.__file__)
-    run = subprocess.run([sys.executable, script, "--device", name], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, "--device", name], capture_output=True, encoding="utf-8")
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
     assert "wanted one of h100" in line

@@ -197,7 +197,7 @@ def test_other_types_are_rounded_and_clipped_to_int16(tmp_path, dtype, suffix):
 
 def test_a_dicom_series(tmp_path):
     folder = save_series(tmp_path / "series", voxels_of())
-    (folder / "notes.txt").write_text("not a slice")
+    (folder / "notes.txt").write_text("not a slice", encoding="utf-8")
     scan = scans.read_scan(folder)
     np.testing.assert_array_equal(scan.voxels, voxels_of())
     np.testing.assert_allclose(scan.spacing, SPACING)
@@ -253,7 +253,7 @@ def test_a_damaged_gzip_stream_is_refused(tmp_path):
 def test_files_that_are_not_scans_are_refused(tmp_path):
     refused(lambda: scans.read_scan(tmp_path / "a.nii.gz"), tmp_path / "a.nii.gz", "does not exist")
     text = tmp_path / "a.txt"
-    text.write_text("HU")
+    text.write_text("HU", encoding="utf-8")
     refused(lambda: scans.read_scan(text), text, ".nii.gz")
     for suffix in (".nii", ".nii.gz", ".mha", ".nrrd"):
         junk = tmp_path / f"junk{suffix}"
@@ -405,7 +405,9 @@ def test_refusals_are_silent_on_standard_error(tmp_path):
         "    try: scans.read_scan(path)\n"
         "    except UserError: print('refused')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, path, missing], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, missing], capture_output=True, encoding="utf-8", check=True
+    )
     assert (done.stdout.split(), done.stderr) == (["refused"] * 2, "")
 
 

@@ -200,7 +200,7 @@ def test_without_its_mark_a_case_is_prepared_again(own):
     case, root = own
     clean = contents(Path(root))
     (Path(root) / f"{case.name}.ome.zarr/zarr.json").unlink()
-    (Path(root) / f"{case.name}.ome.zarr/level_1/stray").write_text("left by someone else")
+    (Path(root) / f"{case.name}.ome.zarr/level_1/stray").write_text("left by someone else", encoding="utf-8")
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete .*prepare the case again"):
         store.PreparedCase.open(root, case.name)
     assert store.prepare_case(case, root, SETTINGS, LABELS)

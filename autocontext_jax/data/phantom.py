@@ -384,7 +384,7 @@ def write_dataset(
     }  # fmt: skip
     index = root / "dataset.json"
     if index.exists():
-        found = json.loads(index.read_text()).get("phantom")
+        found = json.loads(index.read_text(encoding="utf-8")).get("phantom")
         if found != wanted:
             raise UserError(f"{index}: made with {found}, wanted {wanted}; choose another folder or remove this one")
         return
@@ -407,5 +407,5 @@ def write_dataset(
     }
     root.mkdir(parents=True, exist_ok=True)
     partial = index.with_suffix(".json.partial")
-    partial.write_text(json.dumps(description, indent=2) + "\n")
+    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, index)

@@ -110,7 +110,7 @@ def write_page(
         figures=json.dumps(figures).replace("</", "<\\/"),  # nothing in it may end the script
     )
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -133,13 +133,13 @@ def write(result: Mapping[str, Any], workdir: Path) -> None:
         ("table.csv", rows(result)),
     ):
         partial = workdir / f"{name}.partial"
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, workdir / name)
 
 
 def read_cases(path: Path) -> dict[str, dict[str, Any]]:
     """The scored cases of an `evaluation.json`, as `evaluation` takes them."""
-    return _from_json(json.loads(path.read_text())["cases"])
+    return _from_json(json.loads(path.read_text(encoding="utf-8"))["cases"])
 
 
 def _name(level: str) -> str:

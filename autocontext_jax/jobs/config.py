@@ -227,7 +227,7 @@ def _get(config: ConfigDict, key: str) -> Any:
 def write_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `config.json`, whole or not at all."""
     partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, workdir / "config.json")
 
 
@@ -241,7 +241,7 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error}); wanted what a run wrote: choose another --workdir") from None
 

@@ -20,11 +20,11 @@ class MetricsLog:
     def __init__(self, workdir: Path, *, step: int):
         path = workdir / "metrics.jsonl"
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             kept = path.with_suffix(".partial")
-            kept.write_text("".join(f"{row}\n" for row in rows))
+            kept.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
             os.replace(kept, path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
