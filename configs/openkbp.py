@@ -3,8 +3,8 @@
     python -m autocontext_jax.main --config configs/openkbp.py --workdir runs/openkbp --config.data.root=FOLDER
 
 The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches are
-32^3 and organs are drawn equally often. Right and left parotid rule out mirroring. About half an hour on two cores; an
-earlier recipe (3,000 steps of two patches, Dice loss alone) had a mean Dice of 0.71 on the six test scans.
+32^3 and organs are drawn equally often. Right and left parotid rule out mirroring. About half an hour on two cores;
+after 3,342 steps, 17 minutes, the mean Dice on the six test scans was 0.70.
 """
 
 from autocontext_jax.jobs.config import default_config
