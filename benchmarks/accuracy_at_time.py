@@ -63,7 +63,7 @@ def main() -> None:
     result = {"method": flags.method, "minutes": flags.minutes, **result, "machine": versions}
     with flags.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
-    rows = [json.loads(line) for line in flags.results.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in flags.results.read_bytes().splitlines()]
     report([{key: value for key, value in row.items() if key != "machine"} for row in rows], machine=versions)
 
 
@@ -94,10 +94,8 @@ def ours(flags: argparse.Namespace, keys: list[str], workdir: Path) -> dict[str,
     def steps_that_fit() -> int:
         timed = 200
         seconds = job("train", "timed", f"--config.train.steps={timed}")
-        logged = [
-            json.loads(text) for text in (workdir / "timed" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        batch = json.loads((workdir / "timed" / "config.json").read_text(encoding="utf-8"))["feed"]["batch"]
+        logged = [json.loads(text) for text in (workdir / "timed" / "metrics.jsonl").read_bytes().splitlines()]
+        batch = json.loads((workdir / "timed" / "config.json").read_bytes())["feed"]["batch"]
         step = batch / float(np.median([row["pairs_per_second"] for row in logged[1:]]))
         # A twentieth is left for noise and for the nine validations on the way: the timed run had only the last.
         return max(1, int(0.95 * (60 * flags.minutes - (seconds - timed * step)) / step))
@@ -107,7 +105,7 @@ def ours(flags: argparse.Namespace, keys: list[str], workdir: Path) -> dict[str,
     chosen = f"--config.train.steps={steps}", f"--config.train.checkpoint_every={-(-steps // 10)}"
     seconds = job("train", "run", *chosen)
     job("evaluate", "run", *chosen)
-    evaluation = json.loads((workdir / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((workdir / "run" / "evaluation.json").read_bytes())
     return line(evaluation["summary"][max(evaluation["summary"])], seconds=seconds, steps=steps)
 
 

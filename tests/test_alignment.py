@@ -79,9 +79,7 @@ def prepared(request, tmp_path_factory) -> tuple[store.PreparedCase, list[Level]
     root = str(folder / "store")
     store.prepare_case(case, root, SETTINGS[request.param], ("background", "organ"))
 
-    ome = json.loads((folder / "store" / "ramp.ome.zarr" / "zarr.json").read_text(encoding="utf-8"))["attributes"][
-        "ome"
-    ]
+    ome = json.loads((folder / "store" / "ramp.ome.zarr" / "zarr.json").read_bytes())["attributes"]["ome"]
     levels = {}
     for dataset in ome["multiscales"][0]["datasets"]:
         scale, translation = dataset["coordinateTransformations"]

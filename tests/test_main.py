@@ -48,7 +48,7 @@ def run(*arguments: object, config: str = "configs/quickstart.py") -> subprocess
 
 
 def metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def losses(workdir: Path) -> dict[int, tuple[float, float, float]]:
@@ -78,13 +78,10 @@ def test_whole_job_leaves_everything(whole_job):
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert all(np.isfinite(row["loss"]) and row["pairs_per_second"] > 0 for row in rows)
     assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 24]
-    assert json.loads((workdir / "config.json").read_text(encoding="utf-8"))["data"]["labels"] == [
-        "background",
-        *phantom.ORGANS,
-    ]
+    assert json.loads((workdir / "config.json").read_bytes())["data"]["labels"] == ["background", *phantom.ORGANS]
     assert list((workdir / "tensorboard").iterdir())
 
-    evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((workdir / "evaluation.json").read_bytes())
     assert evaluation["labels"] == list(phantom.ORGANS)
     assert sorted(evaluation["cases"]) == ["phantom_005", "phantom_006"]
     for name, levels in evaluation["cases"].items():
@@ -251,7 +248,7 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
     workdir, _ = whole_job
     root = tmp_path / "elsewhere"
     shutil.copytree(workdir / "phantoms", root)
-    description = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+    description = json.loads((root / "dataset.json").read_bytes())
     description["labels"] = {"background": 0, "kidney": 1, "spleen": 2, "Leber": 3}
     (root / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     there = np.array([0, 1, 0, 3, 2, 0, 0, 0], np.uint8)  # artery, liver and spleen are annotated
@@ -263,8 +260,8 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
     arguments = ["--workdir", workdir, "--mode", "evaluate", *SMALL, f"--config.evaluate.root={root}"]
     result = run(*arguments, "--config.evaluate.labels=('Leber=liver',)")
     assert result.returncode == 0, result.stderr
-    own = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
-    other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_text(encoding="utf-8"))
+    own = json.loads((workdir / "evaluation.json").read_bytes())
+    other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_bytes())
     assert other["labels"] == ["liver", "spleen"]
     assert len(other["cases"]) == 7  # all labelled cases: none of them was trained on, as far as it is known
     for name, levels in own["cases"].items():
@@ -293,13 +290,13 @@ def test_an_experiment_compares_modes_and_goes_on(whole_job, tmp_path):
     experiment = "--config.experiment=('first_level', 'no_context')"
     result = run("--workdir", tmp_path, *arguments, experiment)
     assert result.returncode == 0, result.stderr
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((tmp_path / "evaluation.json").read_bytes())
     blocks = ["Level 1", "No auto-context"]
     assert list(evaluation["summary"]) == blocks
     assert list(evaluation["comparisons"]) == ["No auto-context - Level 1"]
     assert (tmp_path / "table.md").read_text(encoding="utf-8") in result.stdout
     for block, mode, level in zip(blocks, ("first_level", "no_context"), (1, 2), strict=True):
-        cases = json.loads((tmp_path / mode / "evaluation.json").read_text(encoding="utf-8"))["cases"]
+        cases = json.loads((tmp_path / mode / "evaluation.json").read_bytes())["cases"]
         for name, scores in evaluation["cases"].items():
             assert scores[block] == cases[name][f"level_{level}"]
     assert [len(metrics(tmp_path / mode)) for mode in ("first_level", "no_context")] == [4, 4]
@@ -308,7 +305,7 @@ def test_an_experiment_compares_modes_and_goes_on(whole_job, tmp_path):
     before = (tmp_path / "first_level" / "evaluation.json").stat().st_mtime_ns
     result = run("--workdir", tmp_path, *arguments, experiment)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == evaluation
+    assert json.loads((tmp_path / "evaluation.json").read_bytes()) == evaluation
     assert (tmp_path / "first_level" / "evaluation.json").stat().st_mtime_ns == before
 
 
@@ -317,7 +314,7 @@ def test_scans_slice_by_slice(whole_job, tmp_path):
     shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
     result = run("--workdir", tmp_path, *SMALL, "--config.train.steps=4", config="configs/quickstart_2d.py")
     assert result.returncode == 0, result.stderr
-    assert len(json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["cases"]) == 2
+    assert len(json.loads((tmp_path / "evaluation.json").read_bytes())["cases"]) == 2
     for path in (tmp_path / "predictions").glob("*.nii.gz"):
         assert scans.read_grid(path) == scans.read_grid(tmp_path / "phantoms" / "labelsTs" / path.name)
 

@@ -125,7 +125,7 @@ def test_write_dataset(tmp_path, monkeypatch):
         "labelsTr/phantom_001.nii.gz",
         "labelsTs/phantom_002.nii.gz",
     ]
-    description = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+    description = json.loads((root / "dataset.json").read_bytes())
     assert description["labels"] == {"background": 0} | LABELS
     assert (description["numTraining"], description["file_ending"]) == (2, ".nii.gz")
 

@@ -70,7 +70,7 @@ def separate(store, tmp_path_factory) -> Path:
 def check_the_rest(config, workdir: Path, data: Data, levels: list[int]) -> None:
     """The finished run restores, is scored at the model's levels, and predicts."""
     assert evaluate(config, workdir, data)
-    (case,) = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))["cases"].values()
+    (case,) = json.loads((workdir / "evaluation.json").read_bytes())["cases"].values()
     assert list(case) == [f"level_{level}" for level in levels]
     mask = workdir / "mask.nii.gz"
     assert predict(config, workdir, data.dataset.test[0].image, mask)
@@ -79,7 +79,7 @@ def check_the_rest(config, workdir: Path, data: Data, levels: list[int]) -> None
 
 def logged_levels(workdir: Path) -> list[list[int]]:
     """The levels that each logged step names; every step is logged."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [sorted(int(key[-1]) for key in row if key.startswith("loss_level")) for row in rows]
 
@@ -106,7 +106,7 @@ def test_separate_as_a_job(store, separate):
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
     return [(row["step"], row["loss"]) for row in rows]
 
 

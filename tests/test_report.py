@@ -71,7 +71,7 @@ def test_written_files(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
-    read = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    read = json.loads((tmp_path / "evaluation.json").read_bytes(), parse_constant=refuse)
     assert read["labels"] == ["artery", "vein"]
     assert list(read["cases"]) == ["one", "two"]
     assert read["cases"]["one"]["level_2"]["vein"]["dice"] is None

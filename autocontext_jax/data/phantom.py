@@ -384,7 +384,7 @@ def write_dataset(
     }  # fmt: skip
     index = root / "dataset.json"
     if index.exists():
-        found = json.loads(index.read_text(encoding="utf-8")).get("phantom")
+        found = json.loads(index.read_bytes()).get("phantom")
         if found != wanted:
             raise UserError(f"{index}: made with {found}, wanted {wanted}; choose another folder or remove this one")
         return

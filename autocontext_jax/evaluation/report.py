@@ -139,7 +139,7 @@ def write(result: Mapping[str, Any], workdir: Path) -> None:
 
 def read_cases(path: Path) -> dict[str, dict[str, Any]]:
     """The scored cases of an `evaluation.json`, as `evaluation` takes them."""
-    return _from_json(json.loads(path.read_text(encoding="utf-8"))["cases"])
+    return _from_json(json.loads(path.read_bytes())["cases"])
 
 
 def _name(level: str) -> str:

@@ -31,9 +31,7 @@ def report(config: ConfigDict, workdir: Path) -> None:
     run = workdir / modes[0] if modes else workdir
     curves = {}
     for name, folder in {mode: workdir / mode for mode in modes}.items() if modes else [("", workdir)]:
-        curves[name] = [
-            json.loads(line) for line in _found(folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        curves[name] = [json.loads(line) for line in _found(folder / "metrics.jsonl").read_bytes().splitlines()]
     tables = _found(workdir / "table.md").read_text(encoding="utf-8")
     tables += "\n## Beside the paper's Table 2\n\n" + beside_published(_mean_dice(result, run))
 
@@ -57,14 +55,14 @@ def _found(path: Path) -> Path:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads(_found(folder / "evaluation.json").read_text(encoding="utf-8"))
+    return json.loads(_found(folder / "evaluation.json").read_bytes())
 
 
 def _mean_dice(result: dict[str, Any], run: Path) -> dict[str, dict[str, float | None]]:
     """Per organ, of every block of an evaluation, and of the run's finest level on other data sets."""
     found = dict(result["summary"])
     for path in sorted(run.glob("on_*/evaluation.json")):
-        *_, finest = json.loads(path.read_text(encoding="utf-8"))["summary"].values()
+        *_, finest = json.loads(path.read_bytes())["summary"].values()
         found[path.parent.name.replace("_", " ", 1)] = finest
     return {
         name: {organ: summary[organ]["dice"]["avg"] for organ in summary if organ != "mean"}
