@@ -106,6 +106,27 @@ def test_filter_gradient_of_bfloat16_adds_up_in_float32():
     assert_close(value.astype(jnp.float32), exact, 2**-8)  # bfloat16's own rounding
 
 
+@pytest.mark.parametrize("way", ["as the processor can", "widened", "without oneDNN"])
+def test_convolution_of_bfloat16_is_float32s_rounded(way, monkeypatch):
+    if way == "widened":
+        monkeypatch.setattr(layers, "multiplies_bfloat16", lambda: False)
+    if way == "without oneDNN":
+        monkeypatch.setattr(layers, "onednn_type", lambda dtype: None)
+    jax.clear_caches()
+    arrays = normal(0, 2, 6, 5, 7, 16), normal(1, 8, 3, 3, 3, 16), normal(2, 2, 6, 5, 7, 8)
+
+    @jax.jit
+    def both_directions(x, weights, cotangent):
+        value, pullback = jax.vjp(layers.convolution, x, weights)
+        return value, *pullback(cotangent)
+
+    narrow = [jnp.asarray(array, jnp.bfloat16) for array in arrays]
+    exact = both_directions(*(array.astype(jnp.float32) for array in narrow))
+    for value, wanted in zip(both_directions(*narrow), exact, strict=True):
+        assert value.dtype == jnp.bfloat16
+        assert_close(value.astype(jnp.float32), wanted, 2**-7)  # sums of three planes may be rounded before they meet
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_convolution_module_adds_its_bias(size, bias):
@@ -194,7 +215,7 @@ def test_convolution_without_onednn_is_the_same(monkeypatch):
         return value, *pullback(cotangent)
 
     with_onednn = both_directions()
-    monkeypatch.setattr(layers, "has_onednn", lambda: False)
+    monkeypatch.setattr(layers, "onednn_type", lambda dtype: None)
     jax.clear_caches()
     for value, wanted in zip(both_directions(), with_onednn, strict=True):
         assert_close(value, wanted)

@@ -8,6 +8,7 @@ computes in its input's type; parameters are float32.
 import functools
 import json
 import platform
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -111,8 +112,8 @@ def onednn_convolution(x: jax.Array, kernel: jax.Array, padding: tuple[int, int,
     times as fast as `planar_convolution`. The call is no public interface: hence `ONEDNN_RELEASES`.
 
     Args:
-      x: [B, D, H, W, C], float32.
-      kernel: its axes in any order.
+      x: [B, D, H, W, C], float32 or bfloat16.
+      kernel: of the same type, its axes in any order.
       padding: zeros on both sides of D, H, W.
       order: the kernel's axes, such as "ODHWI".
 
@@ -172,10 +173,23 @@ def _turned(kernel: jax.Array) -> jax.Array:
     return kernel[:, ::-1, ::-1, ::-1].swapaxes(0, -1)
 
 
-def has_onednn() -> bool:
-    """Whether convolutions on the CPU go through oneDNN: only on one device, since XLA cannot split a foreign call."""
+def onednn_type(dtype: jnp.dtype) -> jnp.dtype | None:
+    """The type in which oneDNN computes the CPU's convolutions of `dtype` here; None if they do not go through it.
+
+    They do on one device only, since XLA cannot split a foreign call. Where the processor multiplies bfloat16 (AMX),
+    three to eight times as many a second as float32, it stays bfloat16; elsewhere it is widened.
+    """
     known = jaxlib.__version__ in ONEDNN_RELEASES and platform.machine() == "x86_64"
-    return known and jax.device_count("cpu") == 1
+    if not known or dtype not in (jnp.float32, jnp.bfloat16) or jax.device_count("cpu") > 1:
+        return None
+    return jnp.dtype(dtype if multiplies_bfloat16() else jnp.float32)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether Linux says so of this processor."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_bf16" in info.read_text(encoding="utf-8")
 
 
 def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -183,9 +197,11 @@ def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     depth, height, width = kernel.shape[1:4]
     if (depth, height, width) == (1, 1, 1):
         return direct_convolution(x, kernel)
-    if x.dtype == jnp.float32 and has_onednn():
-        return onednn_convolution(x, kernel, (depth // 2, height // 2, width // 2), "ODHWI")
-    return planar_convolution(x, kernel)
+    native = onednn_type(x.dtype)
+    if native is None:
+        return planar_convolution(x, kernel)
+    padding = depth // 2, height // 2, width // 2
+    return onednn_convolution(x.astype(native), kernel.astype(native), padding, "ODHWI").astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -216,8 +232,10 @@ def _direct_gradients(x, kernel, gradient):
 
 def _cpu_gradients(x, kernel, gradient):
     x_gradient = cpu_convolution(gradient, _turned(kernel))
-    if x.dtype == jnp.float32 and has_onednn():
-        return x_gradient, onednn_filter_gradient(x, gradient, kernel.shape[1:4])
+    native = onednn_type(x.dtype)
+    if native is not None:
+        kernel_gradient = onednn_filter_gradient(x.astype(native), gradient.astype(native), kernel.shape[1:4])
+        return x_gradient, kernel_gradient.astype(x.dtype)
     if kernel.shape[1:4] == (3, 3, 3):
         return x_gradient, planar_filter_gradient(x, gradient)
     return x_gradient, jax.vjp(lambda k: direct_convolution(x, k), kernel)[1](gradient)[0]
