@@ -83,12 +83,17 @@ class SpatialLimits:
       translation: voxels of the finest level along each axis, uniform in [-translation, translation].
       elastic_sigma: standard deviation of the B-spline control vectors, voxels of the finest level.
       elastic_spacing: distance of the control points, voxels of the finest level.
+      scaling: relative, the same along all axes, uniform in [-scaling, scaling]; of rank 2 along z too, unseen.
+      mirror_classes: half of the patches are mirrored, right for left; the class that each class is then, so that what
+        is drawn in pairs keeps its names. () mirrors none.
     """
 
     rotation: float = 5.0
     translation: float = 4.0
     elastic_sigma: float = 4.0
     elastic_spacing: int = 32
+    scaling: float = 0.0
+    mirror_classes: tuple[int, ...] = ()
 
     @property
     def elastic_limit(self) -> float:
@@ -125,7 +130,7 @@ def crop_margins(
     turn = np.zeros(3)
     for spacing in sorted(set(spacings)):
         for angle in angles:
-            moved = (corners * spacing) @ rotation_matrix(angle).T / spacing
+            moved = (1 + limits.scaling) * (corners * spacing) @ rotation_matrix(angle).T / spacing
             turn = np.maximum(turn, np.abs(moved - corners).max(axis=0))
     margins = []
     for level in range(1, levels + 1):

@@ -14,26 +14,36 @@ def get_config():
     config = default_config()
     config.levels.factors = (2, 1)
     config.feed.batch = 1
-    config.feed.edge = 32
+    # Level 1 then sees three quarters of the scan along each axis.
+    config.feed.edge = 48
     config.feed.centre = "classes"
-    # What lies far from every organ is else never seen, and some of it is taken for one (95 % Hausdorff 40 mm).
-    config.feed.anywhere = 0.125
+    # What lies far from every organ is else never seen, and some of it is taken for one.
+    config.feed.anywhere = 0.3
     config.spatial.rotation = 10.0
+    config.spatial.scaling = 0.1
+    config.spatial.mirror = True
+    config.spatial.mirror_pairs = ("RightParotid=LeftParotid",)
     config.intensity.noise = 10.0
     config.intensity.shift = 10.0
     config.intensity.scale = 0.1
+    # Of the organs only the mandible is bone.
+    config.pyramid.window = (-200.0, 300.0)
     config.model.width = 8
     config.model.momentum = 0.98
+    # Twice as fast where the processor multiplies it, as fast elsewhere.
+    config.model.dtype = "bfloat16"
     # One patch a step: without it the brainstem comes out 1.8 times too large on held-out scans.
     config.train.frozen_norm = 0.3
     # With the Dice itself the esophagus can vanish from the maps early and not come back.
     config.loss.log_dice = 0.1
-    config.loss.cross_entropy = 0.1
+    # Patches without organs teach by it alone: the Dice of a class that is not there has hardly a gradient.
+    config.loss.cross_entropy = 0.5
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 50
     config.train.steps = 5_000
     config.train.checkpoint_every = 500
-    config.predict.tile = 64
+    config.predict.tile = 48
     config.predict.plane = 128
+    config.predict.mirror = True
     return config

@@ -182,6 +182,48 @@ def test_outside_is_air_and_background(plain):
         np.testing.assert_array_equal(label, image > (500 - 1024) / 2)
 
 
+def test_half_of_the_patches_are_mirrored_with_their_classes():
+    limits = SpatialLimits(0, 0, 0, mirror_classes=(0, 2, 1, 3, 4))
+    margins = crop_margins(EDGE, LEVELS, [SPACING], limits)
+    images, labels, spacing = crops(40, margins)
+    run = make_augment(EDGE, margins, limits, IntensityLimits())
+    moved = run(jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
+    handed = []
+    for sample in range(40):
+        same, turned = [], []
+        for before, after in zip(images + labels, moved[0] + moved[1], strict=True):
+            inner = before[sample][tuple(slice(m, m + EDGE) for m in margins[0])]
+            other = inner[..., ::-1]
+            if before.dtype == np.uint8:
+                other = np.array(limits.mirror_classes)[other]
+            same.append(np.array_equal(after[sample], inner))
+            turned.append(np.array_equal(after[sample], other))
+        assert all(same) or all(turned)
+        handed.append(all(turned))
+    assert 10 < sum(handed) < 30
+
+
+def test_scaling_is_the_same_along_all_axes_at_all_levels_and_within_limits():
+    limits = SpatialLimits(0, 0, 0, scaling=0.25)
+    margins = crop_margins(EDGE, LEVELS, [SPACING], limits)
+    samples, images = 60, []
+    for margin in margins:
+        z, y, x = (100.0 * (np.arange(EDGE + 2 * m) - (EDGE - 1) / 2 - m) for m in margin)  # 0 HU in the middle
+        ramp = z[:, None, None] + y[:, None] / 2 - x / 4
+        images.append(np.repeat(ramp[None].astype(np.int16), samples, axis=0))
+    labels = tuple(np.zeros(image.shape, np.uint8) for image in images)
+    run = make_augment(EDGE, margins, limits, IntensityLimits())
+    spacing = np.array([SPACING] * samples, np.float32)
+    moved, _ = run(jax.random.key(1), np.arange(samples, dtype=np.uint32), spacing, tuple(images), labels)
+    sizes = np.array(moved[0])[:, -1, -1, -1] / (100 * (EDGE - 1) / 2 * (1 + 1 / 2 - 1 / 4))
+    assert 0.75 <= sizes.min() < 0.78
+    assert 1.22 < sizes.max() <= 1.25
+    for image, level in zip(images, moved, strict=True):
+        m = (image.shape[1] - EDGE) // 2
+        inner = image[:, m : m + EDGE, m : m + EDGE, m : m + EDGE]
+        np.testing.assert_allclose(level, sizes[:, None, None, None] * inner, atol=1)  # int16's rounding
+
+
 def test_intensity_changes_are_the_same_for_all_levels_and_within_limits():
     samples = 200
     shape = (samples, EDGE, EDGE, EDGE)

@@ -71,6 +71,19 @@ def test_settings_and_feed_follow_their_keys():
     assert configuration.feed(still, phase).spatial is None
 
 
+def test_organs_that_change_names_in_a_mirror():
+    config = changed(data__labels=("background", "liver", "right kidney", "left kidney"), spatial__mirror=True)
+    assert configuration.mirror_classes(config) == (0, 1, 2, 3)
+    config.spatial.mirror_pairs = ("right kidney=left kidney",)
+    (phase,) = configuration.training_phases(config)
+    assert configuration.feed(config, phase).spatial.mirror_classes == (0, 1, 3, 2)
+    config.spatial.mirror = False
+    assert configuration.mirror_classes(config) == ()
+    config.spatial.update({"mirror": True, "mirror_pairs": ("right kidney=left kidny",)})
+    with pytest.raises(UserError, match=r"mirror_pairs holds 'right kidney=left kidny'; wanted RIGHT=LEFT"):
+        configuration.feed(config, phase)
+
+
 def test_a_phase_counts_the_losses_of_the_levels_that_learn():
     def weights(mode: str, **keys) -> list[tuple[float, ...]]:
         config = changed(train__mode=mode, **keys)
@@ -107,6 +120,8 @@ def test_the_rank_reaches_all_that_depend_on_it():
 
 
 BAD = [
+    ("predict.mirror", True),
+    ("spatial.scaling", -0.1),
     ("feed.edge", 30),
     ("feed.edge", 0),
     ("feed.edge", -8),

@@ -99,11 +99,11 @@ def furthest_positions(edge: int, levels: int, limits: SpatialLimits):
     """
 
     def furthest(turn, shift, elastic, spacing):
-        draws = iter([turn, shift])
+        draws = iter([turn, shift, 1.0])  # the largest size
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.random, "uniform", lambda key, shape, minval, maxval: next(draws))
+            patch.setattr(jax.random, "uniform", lambda key, shape=(), *, minval, maxval: next(draws))
             patch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, elastic))
-            field = augment._draw_field(jax.random.key(0), limits, edge, levels)
+            field = augment._draw_field(jax.random.key(0), limits, edge, levels, 3, False)
         scales = [2 ** (levels - level) for level in range(1, levels + 1)]
         moved = [jnp.stack(field(spacing, (scale,) * 3)) / scale for scale in scales]
         return jnp.stack([jnp.abs(position).max(axis=(1, 2, 3)) for position in moved])
@@ -116,6 +116,7 @@ def furthest_positions(edge: int, levels: int, limits: SpatialLimits):
     [
         (SpatialLimits(), 2),
         (SpatialLimits(rotation=15, translation=2.5, elastic_sigma=1, elastic_spacing=7), 3),
+        (SpatialLimits(rotation=5, scaling=0.2), 2),
         (SpatialLimits(rotation=40, translation=0, elastic_sigma=0), 1),
         (SpatialLimits(rotation=180, translation=0, elastic_sigma=0), 1),
         (SpatialLimits(rotation=0, translation=8, elastic_sigma=0), 2),

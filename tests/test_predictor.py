@@ -180,6 +180,20 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, overlap, shape, 
         assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[0] - whole[0]).max() > 1e-3
 
 
+def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(monkeypatch):
+    """In whole pairs of voxels on both levels, so that pooling meets the same ones."""
+    factors, voxels, classes = cubed(2, 1), scan((15, 21, 32)), (0, 2, 1)
+    model, config, blend = trained_pyramid(2), PredictorConfig(32, 0.0, plane=48), unseen_border(32, SIGHT)
+
+    def finest(voxels, mirror_classes):
+        predictor = Predictor(model, config, align=2, blend=blend, mirror_classes=mirror_classes)
+        return tiled_maps(predictor, voxels, factors, monkeypatch)[-1]
+
+    maps, turned = finest(voxels, classes), finest(voxels[:, :, ::-1], classes)
+    np.testing.assert_allclose(turned[:, :, ::-1, classes], maps, rtol=0, atol=1e-5)
+    assert np.abs(maps - finest(voxels, ())).max() > 1e-3
+
+
 # ---- a model that looks at one voxel only ----
 
 

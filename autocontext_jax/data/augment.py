@@ -64,10 +64,13 @@ def make_augment(
     scales = [tuple(step ** (len(margins) - level) for step in halving(rank)) for level in range(1, len(margins) + 1)]
     wanted = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
 
+    def mirrored(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, 2))
+
     def draw_sample(key, spacing):
         if spatial is None:
             return (None,) * len(wanted)
-        field = _draw_field(jax.random.split(key)[0], spatial, edge, len(margins), rank)
+        field = _draw_field(jax.random.split(key)[0], spatial, edge, len(margins), rank, mirrored(key))
         return tuple(
             [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in wanted
         )
@@ -81,6 +84,9 @@ def make_augment(
                 moved = _resample(image, label, position)
             image_out.append(moved[0].astype(jnp.float32))
             label_out.append(moved[1])
+        if spatial is not None and spatial.mirror_classes:
+            classes = jnp.asarray(spatial.mirror_classes, jnp.uint8)
+            label_out = [jnp.where(mirrored(key), classes[label], label) for label in label_out]
         return _change_intensity(jax.random.split(key)[1], image_out, intensity), tuple(label_out)
 
     def sample_keys(key, numbers):
@@ -96,17 +102,22 @@ def make_augment(
     return augment
 
 
-def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, rank: int = 3):
+def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, rank: int, mirrored: jax.Array):
     """A random field as a function (spacing, scale) -> source positions.
+
+    Where `mirrored`, and the limits say that patches may be, x runs from right to left.
 
     It is evaluated on the grid of a patch whose voxels are `scale` (z, y, x) finest voxels wide. Positions and their
     result are voxels of the finest level about the centre, three arrays of the patch's shape.
     """
-    # What is drawn for directions that a patch of rank 2 does not have goes unused.
+    # What is drawn for directions that a patch of rank 2 does not have goes unused. The size has a key of its own, so
+    # that drawing it changes nothing else.
     turning, moving = np.array(turning_axes(rank)), np.array(halving(rank)) > 1
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
     angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation) * turning
     shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * limits.translation * moving
+    size = 1 + limits.scaling * jax.random.uniform(jax.random.fold_in(key, 3), minval=-1, maxval=1)
+    handed = jnp.where(mirrored, -1, 1) if limits.mirror_classes else 1
     # The control grid spans the coarsest patch; a cubic spline needs one point before and two after the last interval.
     reach = edge * 2 ** (levels - 1) / 2
     points = int(np.ceil(2 * reach / limits.elastic_spacing)) + 3
@@ -119,8 +130,8 @@ def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, r
         elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, *weights, optimize=True)
         elastic = jnp.clip(elastic, -limits.elastic_limit, limits.elastic_limit) * moving[:, None, None, None]
         # Rotate in millimetres: voxels need not be cubes.
-        turn = _rotation(angles) * spacing / spacing[:, None]
-        z, y, x = offsets[0][:, None, None], offsets[1][:, None], offsets[2]
+        turn = size * _rotation(angles) * spacing / spacing[:, None]
+        z, y, x = offsets[0][:, None, None], offsets[1][:, None], handed * offsets[2]
         return [turn[i, 0] * z + turn[i, 1] * y + turn[i, 2] * x + shift[i] + elastic[i] for i in range(3)]
 
     return field

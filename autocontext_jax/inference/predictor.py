@@ -57,13 +57,24 @@ class Predictor:
       config: see there.
       blend: weights of a tile's axis; Gaussian unless given.
       align: what tile starts must be a multiple of: the network's divisor.
+      mirror_classes: the class that each class is in a mirror, as `geometry.SpatialLimits` has them: every tile is then
+        seen twice, as it is and mirrored right for left, and its maps are the mean of both. () sees it once.
     """
 
     # What maps are kept in between levels.
     MAPS = jnp.float16
 
-    def __init__(self, model: Pyramid, config: PredictorConfig, *, align: int, blend: Blend | None = None):
+    def __init__(
+        self,
+        model: Pyramid,
+        config: PredictorConfig,
+        *,
+        align: int,
+        blend: Blend | None = None,
+        mirror_classes: tuple[int, ...] = (),
+    ):
         self.config = config
+        self._mirror_classes = mirror_classes
         self._blend = gaussian(config.tile) if blend is None else blend
         self._align = max(2, align)
         useful = config.tile - 2 * self._blend.border
@@ -179,7 +190,7 @@ class Predictor:
                 slabs = (*others, _cleared(finished))
 
     def _make_add_tile(self, level: int):
-        graph, descent = self._graph, self._descent
+        graph, descent, mirror = self._graph, self._descent, np.array(self._mirror_classes, int)
         context_size = _context_size(self._tile, self._rank)
 
         @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
@@ -196,10 +207,18 @@ class Predictor:
               under: [3], the first voxel of its context in `maps`.
             """
             model: Pyramid = nnx.merge(graph, state, copy=True)
-            context = None if maps is None else _window(maps, under, context_size)[None]
-            logits = model.level(level, image[None], context)[0]
+            images, context = image[None], None if maps is None else _window(maps, under, context_size)[None]
             z, y, x = weights
-            blended = _weighted_softmax(logits, z[:, None, None] * y[:, None] * x)
+            weight = z[:, None, None] * y[:, None] * x
+            if mirror.size:
+                images = jnp.concatenate([images, images[..., ::-1]])
+                if context is not None:
+                    context = jnp.concatenate([context, context[..., ::-1, mirror]])
+                logits = model.level(level, images, context)
+                both = logits[0], logits[1][:, :, ::-1, mirror]
+                blended = sum(_weighted_softmax(seen, weight / 2) for seen in both)
+            else:
+                blended = _weighted_softmax(model.level(level, images, context)[0], weight)
             where, added = (*corner, 0), []
             for number, slab in enumerate(slabs):
                 part = blended[number * descent : (number + 1) * descent]

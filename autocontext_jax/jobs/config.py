@@ -69,7 +69,11 @@ def default_config() -> ConfigDict:
     # `finest_spacing` in mm, or () for factors of each scan's own grid. `rank` 2 sees a scan slice by slice.
     config.levels = ConfigDict({"factors": (4, 2), "finest_spacing": (), "rank": 3})
     config.feed = _section(FeedConfig(batch=3, edge=64), without=("rank", "levels", "spatial", "intensity"))
-    config.spatial = _section(SpatialLimits())
+    config.spatial = _section(SpatialLimits(), without=("mirror_classes",))
+    # Whether half of the patches are mirrored, right for left, and the organs that then change names:
+    # ("right_kidney=left_kidney", ...).
+    config.spatial.mirror = False
+    config.spatial.mirror_pairs = ()
     config.intensity = _section(IntensityLimits())
     config.model = _section(NetworkConfig(), without=("rank",))
     config.model.backbone = "unet"
@@ -93,6 +97,8 @@ def default_config() -> ConfigDict:
     config.predict = _section(PredictorConfig())
     # `best` by validation or `latest`.
     config.predict.checkpoint = "best"
+    # Whether tiles are seen in a mirror too and both maps averaged, by networks trained with `spatial.mirror`.
+    config.predict.mirror = False
     config.evaluate = ConfigDict()
     # mm: surfaces that lie no farther apart count as one in the surface Dice.
     config.evaluate.tolerance = 2.0
@@ -144,11 +150,33 @@ def loss(config: ConfigDict, phase: Phase) -> LossConfig:
 
 def feed(config: ConfigDict, phase: Phase) -> FeedConfig:
     """A phase's feed."""
-    spatial = dataclass_of(SpatialLimits, config.spatial)
-    moves = spatial.rotation or spatial.translation or spatial.elastic_sigma
+    spatial = dataclass_of(SpatialLimits, config.spatial, mirror_classes=mirror_classes(config))
+    moves = (
+        spatial.rotation or spatial.translation or spatial.elastic_sigma or spatial.scaling or spatial.mirror_classes
+    )
     intensity = dataclass_of(IntensityLimits, config.intensity)
     moved = {"spatial": spatial if moves else None, "intensity": intensity}
     return dataclass_of(FeedConfig, config.feed, rank=config.levels.rank, levels=phase.levels, **moved)
+
+
+def mirror_classes(config: ConfigDict) -> tuple[int, ...]:
+    """`SpatialLimits.mirror_classes` for the labels that the data set has.
+
+    Raises:
+      UserError: a pair with an unknown organ.
+    """
+    if not config.spatial.mirror:
+        return ()
+    names = list(config.data.labels)
+    classes = list(range(len(names)))
+    for pair in config.spatial.mirror_pairs:
+        right, _, left = pair.partition("=")
+        if right not in names[1:] or left not in names[1:]:
+            raise UserError(
+                f"config key spatial.mirror_pairs holds {pair!r}; wanted RIGHT=LEFT with two of {tuple(names[1:])}"
+            )
+        classes[names.index(right)], classes[names.index(left)] = names.index(left), names.index(right)
+    return tuple(classes)
 
 
 def check(config: ConfigDict) -> None:
@@ -207,9 +235,11 @@ def check(config: ConfigDict) -> None:
                 "model.depth", "train.validation_patches", "spatial.elastic_spacing"):  # fmt: skip
         if _get(config, key) < 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
-    for key in ("feed.anywhere", "train.frozen_norm"):
+    for key in ("feed.anywhere", "spatial.scaling", "train.frozen_norm"):
         if not 0 <= _get(config, key) <= 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted a share in [0, 1]")
+    if config.predict.mirror and not config.spatial.mirror:
+        raise UserError("config key predict.mirror is True; wanted spatial.mirror True with it, for the training")
     if not 0 <= config.predict.overlap < 1:
         raise UserError(f"config key predict.overlap is {config.predict.overlap}; wanted a fraction in [0, 1)")
     if not 0 < config.data.validation_fraction < 1:

@@ -11,7 +11,14 @@ from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
-from autocontext_jax.jobs.config import BACKBONES, check_same_run, dataclass_of, model_levels, read_config
+from autocontext_jax.jobs.config import (
+    BACKBONES,
+    check_same_run,
+    dataclass_of,
+    mirror_classes,
+    model_levels,
+    read_config,
+)
 from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.training.checkpoints import Checkpoints
@@ -55,4 +62,6 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
     log.info("restored step %d of %s", step, workdir)
     model = inference_model(graph, *weights)
     align = dataclass_of(NetworkConfig, config.model).divisor
-    return Predictor(model, dataclass_of(PredictorConfig, config.predict), align=align), labels
+    mirror = mirror_classes(config) if config.predict.mirror else ()
+    tiles = dataclass_of(PredictorConfig, config.predict)
+    return Predictor(model, tiles, align=align, mirror_classes=mirror), labels
