@@ -11,9 +11,9 @@ taken as fit, or N are. The clock covers the whole train process: start, compila
 what it showed is in the table, as `used`.
 
 `monai` is what a MONAI user gets: UNet (16, 32, 64, 128, 256; two residual units; batch norm), DiceCELoss, Adam 1e-3,
-RandCropByLabelClasses of 64^3 with equal ratios and 4 samples a scan, RandAffine, and a Gaussian sliding window. It
-trains on every training case, ours hold a tenth out, until the time is up; reading the scans and importing are not
-counted. All are scored by the same function on the scans' own grids.
+RandCropByLabelClasses of 64^3 with equal ratios and 4 samples a scan, RandAffine, and a Gaussian sliding window, in
+float32. It trains on every training case, ours hold out what --config says, until the time is up; reading the scans and
+importing are not counted. All are scored by the same function on the scans' own grids.
 """
 
 import argparse

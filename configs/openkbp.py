@@ -3,8 +3,8 @@
     python -m autocontext_jax.main --config configs/openkbp.py --workdir runs/openkbp --config.data.root=FOLDER
 
 The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches are
-32^3 and organs are drawn equally often. Right and left parotid rule out mirroring. About half an hour on two cores;
-after 3,342 steps, 17 minutes, the mean Dice on the six test scans was 0.70.
+48^3 and organs are drawn equally often. Half an hour on two cores that multiply bfloat16 (AMX), an hour on others; the
+mean Dice on the six test scans was then 0.73. Contours differ from scan to scan in where cord and esophagus end.
 """
 
 from autocontext_jax.jobs.config import default_config
@@ -12,14 +12,18 @@ from autocontext_jax.jobs.config import default_config
 
 def get_config():
     config = default_config()
+    # One scan to watch: with so few, each counts. The last checkpoint is used, not the one that it likes best.
+    config.data.validation_fraction = 0.05
+    config.predict.checkpoint = "latest"
     config.levels.factors = (2, 1)
     config.feed.batch = 1
     # Level 1 then sees three quarters of the scan along each axis.
     config.feed.edge = 48
     config.feed.centre = "classes"
     # What lies far from every organ is else never seen, and some of it is taken for one.
-    config.feed.anywhere = 0.3
+    config.feed.anywhere = 0.2
     config.spatial.rotation = 10.0
+    config.spatial.translation = 8.0
     config.spatial.scaling = 0.1
     config.spatial.mirror = True
     config.spatial.mirror_pairs = ("RightParotid=LeftParotid",)

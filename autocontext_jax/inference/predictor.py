@@ -215,8 +215,8 @@ class Predictor:
                 if context is not None:
                     context = jnp.concatenate([context, context[..., ::-1, mirror]])
                 logits = model.level(level, images, context)
-                both = logits[0], logits[1][:, :, ::-1, mirror]
-                blended = sum(_weighted_softmax(seen, weight / 2) for seen in both)
+                turned_back = logits[1][:, :, ::-1, mirror]
+                blended = _weighted_softmax(logits[0], weight / 2) + _weighted_softmax(turned_back, weight / 2)
             else:
                 blended = _weighted_softmax(model.level(level, images, context)[0], weight)
             where, added = (*corner, 0), []
