@@ -22,5 +22,6 @@ def get_config():
     config.feed.anywhere = 0.125
     config.train.steps = 2_000
     config.train.frozen_norm = 0.3
+    config.model.dtype = "bfloat16"
     config.train.checkpoint_every = 500
     return config
