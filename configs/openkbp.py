@@ -3,8 +3,8 @@
     python -m autocontext_jax.main --config configs/openkbp.py --workdir runs/openkbp --config.data.root=FOLDER
 
 The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches are
-48^3 and organs are drawn equally often. Half an hour on two cores that multiply bfloat16 (AMX), an hour on others; the
-mean Dice on the six test scans was then 0.73. Contours differ from scan to scan in where cord and esophagus end.
+48^3 and organs are drawn equally often. Half an hour on two cores that multiply bfloat16 (AMX); the mean Dice on the
+six test scans was then 0.73. Contours differ from scan to scan in where cord and esophagus end.
 """
 
 from autocontext_jax.jobs.config import default_config
@@ -34,7 +34,7 @@ def get_config():
     config.pyramid.window = (-200.0, 300.0)
     config.model.width = 8
     config.model.momentum = 0.98
-    # Twice as fast where the processor multiplies it, as fast elsewhere.
+    # Twice as fast where the processor multiplies it.
     config.model.dtype = "bfloat16"
     # One patch a step: without it the brainstem comes out 1.8 times too large on held-out scans.
     config.train.frozen_norm = 0.3

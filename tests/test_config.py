@@ -82,6 +82,9 @@ def test_organs_that_change_names_in_a_mirror():
     config.spatial.update({"mirror": True, "mirror_pairs": ("right kidney=left kidny",)})
     with pytest.raises(UserError, match=r"mirror_pairs holds 'right kidney=left kidny'; wanted RIGHT=LEFT"):
         configuration.feed(config, phase)
+    config.spatial.mirror_pairs = ("right kidney=left kidney", "left kidney=liver")
+    with pytest.raises(UserError, match=r"holds 'left kidney=liver'; wanted each organ in one pair"):
+        configuration.feed(config, phase)
 
 
 def test_a_phase_counts_the_losses_of_the_levels_that_learn():
@@ -122,6 +125,7 @@ def test_the_rank_reaches_all_that_depend_on_it():
 BAD = [
     ("predict.mirror", True),
     ("spatial.scaling", -0.1),
+    ("spatial.scaling", 1.0),
     ("feed.edge", 30),
     ("feed.edge", 0),
     ("feed.edge", -8),

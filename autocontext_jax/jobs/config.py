@@ -163,7 +163,7 @@ def mirror_classes(config: ConfigDict) -> tuple[int, ...]:
     """`SpatialLimits.mirror_classes` for the labels that the data set has.
 
     Raises:
-      UserError: a pair with an unknown organ.
+      UserError: a pair with an unknown organ, or with one of another pair.
     """
     if not config.spatial.mirror:
         return ()
@@ -175,7 +175,10 @@ def mirror_classes(config: ConfigDict) -> tuple[int, ...]:
             raise UserError(
                 f"config key spatial.mirror_pairs holds {pair!r}; wanted RIGHT=LEFT with two of {tuple(names[1:])}"
             )
-        classes[names.index(right)], classes[names.index(left)] = names.index(left), names.index(right)
+        first, second = names.index(right), names.index(left)
+        if (classes[first], classes[second]) != (first, second):
+            raise UserError(f"config key spatial.mirror_pairs holds {pair!r}; wanted each organ in one pair at most")
+        classes[first], classes[second] = second, first
     return tuple(classes)
 
 
@@ -235,9 +238,11 @@ def check(config: ConfigDict) -> None:
                 "model.depth", "train.validation_patches", "spatial.elastic_spacing"):  # fmt: skip
         if _get(config, key) < 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
-    for key in ("feed.anywhere", "spatial.scaling", "train.frozen_norm"):
+    for key in ("feed.anywhere", "train.frozen_norm"):
         if not 0 <= _get(config, key) <= 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted a share in [0, 1]")
+    if not 0 <= config.spatial.scaling < 1:
+        raise UserError(f"config key spatial.scaling is {config.spatial.scaling}; wanted a fraction in [0, 1)")
     if config.predict.mirror and not config.spatial.mirror:
         raise UserError("config key predict.mirror is True; wanted spatial.mirror True with it, for the training")
     if not 0 <= config.predict.overlap < 1:
