@@ -2,8 +2,10 @@
 
 python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/quickstart
     [--mode all|prepare|train|evaluate|predict|report] [--input SCAN_OR_FOLDER --output PATH] [--config.key=value ...]
+    [--distributed | --coordinator HOST:PORT --processes N --process I]
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,15 +21,21 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, predictions, tables.")
 MODE = flags.DEFINE_enum("mode", "all", ["all", "prepare", "train", "evaluate", "predict", "report"], "What to do.")
 INPUT = flags.DEFINE_string("input", "", "With --mode predict: a scan, a DICOM folder or a folder of scans.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as SLURM, Kubernetes, ... say.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 where nothing else says it.")
+PROCESSES = flags.DEFINE_integer("processes", 1, "With --coordinator: how many there are.")
+PROCESS = flags.DEFINE_integer("process", 0, "With --coordinator: which one this is, from 0.")
 OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
 
 
 def run() -> bool:
     """Runs the job that the flags name; False if some of many scans failed."""
     # Worker processes import this module again; what follows is slow to import and is not theirs.
+    from autocontext_jax import processes
     from autocontext_jax.jobs.config import check
     from autocontext_jax.jobs.evaluate import evaluate, evaluate_elsewhere, held_out
     from autocontext_jax.jobs.experiment import experiment
+    from autocontext_jax.jobs.lock import locked
     from autocontext_jax.jobs.predict import predict
     from autocontext_jax.jobs.prepare import describe, prepare
     from autocontext_jax.jobs.report import report
@@ -39,22 +47,23 @@ def run() -> bool:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}): choose another folder") from None
-    if mode == "all" and config.experiment:
-        return experiment(config, workdir)
     if mode == "predict":
         return predict(config, workdir, Path(INPUT.value), Path(OUTPUT.value))
-    if mode == "report":
-        report(config, workdir)
-        return True
-    if mode == "evaluate" and config.evaluate.root:
-        return evaluate_elsewhere(config, workdir)
-    data = describe(config, workdir) if mode == "evaluate" else prepare(config, workdir)
-    if mode in ("all", "train") and not train(config, workdir, data):
-        return True  # a signal ended it; what was done is saved
-    if mode == "all" and not held_out(data):
-        logging.getLogger("autocontext_jax").warning("every case was trained on: nothing is left to evaluate")
-        return True
-    return mode not in ("all", "evaluate") or evaluate(config, workdir, data)
+    with locked(workdir) if processes.is_first() else contextlib.nullcontext():
+        if mode == "all" and config.experiment:
+            return experiment(config, workdir)
+        if mode == "report":
+            report(config, workdir)
+            return True
+        if mode == "evaluate" and config.evaluate.root:
+            return evaluate_elsewhere(config, workdir)
+        data = describe(config, workdir) if mode == "evaluate" else prepare(config, workdir)
+        if mode in ("all", "train") and not train(config, workdir, data):
+            return True  # a signal ended it; what was done is saved
+        if mode == "all" and not held_out(data):
+            logging.getLogger("autocontext_jax").warning("every case was trained on: nothing is left to evaluate")
+            return True
+        return mode not in ("all", "evaluate") or evaluate(config, workdir, data)
 
 
 def main(argv: list[str]) -> int:
@@ -62,6 +71,7 @@ def main(argv: list[str]) -> int:
     try:
         _parse(argv)
         _log_plainly()
+        _start_processes()
         keep_compiled_programs()
         return 0 if run() else 1
     except UserError as error:
@@ -76,6 +86,22 @@ def _log_plainly() -> None:
     ours.setLevel(logging.INFO)
     ours.propagate = False
     ours.addHandler(logging.StreamHandler(sys.stderr))
+
+
+def _start_processes() -> None:
+    if not (DISTRIBUTED.value or COORDINATOR.value):
+        return
+    from autocontext_jax import processes
+
+    try:
+        processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"process {PROCESS.value} of {PROCESSES.value} cannot join the others ({' '.join(str(error).split())[:200]}"
+            "): see that all are started and that --coordinator HOST:PORT can be reached, or name it if nothing else does"
+        ) from error
+    if not processes.is_first():
+        logging.getLogger("autocontext_jax").setLevel(logging.ERROR)  # the first one speaks for all
 
 
 def keep_compiled_programs() -> None:

@@ -37,7 +37,7 @@ from autocontext_jax.data.phantom import write_dataset
 from autocontext_jax.data.pipeline import Feed, FeedConfig, host_batches, read_batch
 from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.geometry import SpatialLimits, crop_margins, pyramid_starts
-from autocontext_jax.training.sharding import batch_sharding, data_mesh
+from autocontext_jax.training.sharding import batch_sharding, make_mesh
 
 PEERS = ("batchgeneratorsv2", "monai", "torchio")
 LIMITS = SpatialLimits()
@@ -113,7 +113,7 @@ def measure_feed(cases: list[PreparedCase], edge: int, batch: int, batches: int,
     config = FeedConfig(batch=batch, edge=edge, spatial=LIMITS)
     sources: dict[str, Callable[[], Any]] = {
         "host": lambda: host_batches(cases, config, margins, seed=0),
-        "feed": lambda: Feed(cases, config, seed=0, sharding=batch_sharding(data_mesh(batch))),
+        "feed": lambda: Feed(cases, config, seed=0, sharding=batch_sharding(make_mesh(batch))),
     }
     rows = []
     for part, make in sources.items():

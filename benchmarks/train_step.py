@@ -38,7 +38,7 @@ from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.training.losses import LossConfig
-from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
+from autocontext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
 
 Calls = dict[str, Callable[[], Any]]
@@ -89,7 +89,7 @@ def measure(
     labels = tuple(rng.integers(0, classes, shape, np.uint8) for _ in range(flags.levels))
     rivals = _torch_calls(pyramid, images, labels, dtype) if peers else None
 
-    mesh = data_mesh(batch)
+    mesh = make_mesh(batch)
     sharding = batch_sharding(mesh)
     synthetic = Batch(jax.device_put(images, sharding), jax.device_put(labels, sharding))
     optimizer = optax.adam(1e-3)

@@ -19,6 +19,8 @@ def get_config():
     config = quickstart()
     config.experiment = ("separate", "end_to_end", "no_context")
     config.phantom.test = 30
+    config.phantom.size = (160, 160, 160)
+    config.phantom.spacing = (2.1, 2.1, 2.1)
     config.phantom.look_alikes = 3
     config.feed.anywhere = 0.125
     config.train.steps = 2_000

@@ -18,7 +18,7 @@ from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
-from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
+from autocontext_jax.training.sharding import batch_sharding, make_mesh, replicated
 from autocontext_jax.training.state import Batch, create_state, make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def step_and_arguments():
 def compile_for_two_devices() -> str:
     """The compiled step with its batch split over two devices."""
     step, state, batch = step_and_arguments()
-    mesh = data_mesh(BATCH)
+    mesh = make_mesh(BATCH)
     assert mesh.size == 2
 
     def placed(tree, sharding):

@@ -152,15 +152,15 @@ def test_same_seed_same_batches(cases):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_processes_shares_are_the_single_batch(cases, processes):
     margins = margins_of(cases)
-    config = FeedConfig(4, EDGE)
+    config, share = FeedConfig(4, EDGE), 4 // processes
     iterators = [host_batches(cases, config, margins, seed=2)]
     iterators += [
-        host_batches(cases, config, margins, seed=2, process=process, processes=processes)
+        host_batches(cases, config, margins, seed=2, rows=slice(process * share, (process + 1) * share))
         for process in range(processes)
     ]
     single, *shares = [take(iterator, 4) for iterator in iterators]
     for whole, *parts in zip(single, *shares, strict=True):
-        assert all(len(part["numbers"]) == 4 // processes for part in parts)
+        assert all(len(part["numbers"]) == share for part in parts)
         assert_same(whole, jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts))
     for iterator in iterators:
         iterator.close()

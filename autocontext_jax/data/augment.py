@@ -40,6 +40,7 @@ def make_augment(
     spatial: SpatialLimits | None,
     intensity: IntensityLimits,
     rank: int = 3,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Augment:
     """The augmentation of a batch, jitted.
 
@@ -50,6 +51,7 @@ def make_augment(
       spatial: None only cuts the margins off.
       intensity: see there.
       rank: 3 or 2; of rank 2 a patch is [1, N, N] in place of the [N, N, N] below.
+      sharding: of the result's axes [B, N] over devices; None leaves it to the compiler.
 
     Returns:
       augment(key, numbers, spacing, images, labels) -> (images, labels), where
@@ -92,8 +94,13 @@ def make_augment(
     def sample_keys(key, numbers):
         return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
-    draw = jax.jit(lambda key, numbers, spacing: jax.vmap(draw_sample)(sample_keys(key, numbers), spacing))
-    move = jax.jit(lambda key, numbers, *arrays: jax.vmap(move_sample)(sample_keys(key, numbers), *arrays))
+    def draw(key, numbers, spacing):
+        return jax.vmap(draw_sample)(sample_keys(key, numbers), spacing)
+
+    def move(key, numbers, *arrays):
+        return jax.vmap(move_sample)(sample_keys(key, numbers), *arrays)
+
+    draw, move = (jax.jit(program, out_shardings=sharding) for program in (draw, move))
 
     def augment(key, numbers, spacing, images, labels):
         # Two programs: in one, XLA works each voxel's position out anew for each of the nine reads that need it.

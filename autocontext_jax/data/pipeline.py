@@ -7,6 +7,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from autocontext_jax.data.augment import Augment, IntensityLimits, make_augment
 from autocontext_jax.data.sampling import case_batches, draw_anywhere, draw_entry
@@ -57,22 +58,23 @@ class Feed:
       cases: the prepared cases to draw from, the same list in the same order in every process.
       config: see there.
       seed: of the whole sequence.
-      sharding: of the batch axis over devices.
+      sharding: of the patches' first axes, [B, D], over devices. Crops are split along B alone.
     """
 
-    def __init__(
-        self, cases: Sequence[PreparedCase], config: FeedConfig, *, seed: int, sharding: jax.sharding.NamedSharding
-    ):
+    def __init__(self, cases: Sequence[PreparedCase], config: FeedConfig, *, seed: int, sharding: NamedSharding):
         spacings = [case.spacing for case in cases]
         margins: Margins = crop_margins(config.edge, len(cases[0].shapes), spacings, config.spatial, config.rank)
         if config.levels:
             margins = tuple(m if level in config.levels else None for level, m in enumerate(margins, start=1))
         self._key = jax.random.key(seed)
-        self._augment: Augment = make_augment(config.edge, margins, config.spatial, config.intensity, config.rank)
-        self._sharding = sharding
-        self._host = host_batches(
-            cases, config, margins, seed=seed, process=jax.process_index(), processes=jax.process_count()
+        self._augment: Augment = make_augment(
+            config.edge, margins, config.spatial, config.intensity, config.rank, sharding
         )
+        self._batch = config.batch
+        self._sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+        self._names = [case.name for case in cases]
+        self._sequence = case_batches(len(cases), config.batch, seed=seed)
+        self._host = host_batches(cases, config, margins, seed=seed, rows=local_rows(self._sharding, config.batch))
 
     def __iter__(self) -> Iterator:
         return self
@@ -80,8 +82,17 @@ class Feed:
     def __next__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """(images, labels), each a wanted level's [B, N, N, N], coarsest first; float32 HU and uint8."""
         local = next(self._host)
-        batch = jax.tree.map(lambda array: jax.make_array_from_process_local_data(self._sharding, array), local)
+
+        def place(array: np.ndarray) -> jax.Array:
+            shape = (self._batch, *array.shape[1:])
+            return jax.make_array_from_process_local_data(self._sharding, array, shape)
+
+        batch = jax.tree.map(place, local)
         return self._augment(self._key, batch["numbers"], batch["spacing"], batch["images"], batch["labels"])
+
+    def cases_of(self, number: int) -> list[str]:
+        """Names of the cases in batch `number`, from 0, of the whole sequence."""
+        return [self._names[case] for case in self._sequence[number]]
 
     def get_state(self) -> dict[str, Any]:
         """Position of the next batch, as JSON."""
@@ -96,24 +107,28 @@ class Feed:
         self._host.close()
 
 
+def local_rows(sharding: NamedSharding, batch: int) -> slice:
+    """The rows of a batch that lie on this process's devices; processes that share patches want the same ones."""
+    parts = [rows.indices(batch) for (rows,) in sharding.addressable_devices_indices_map((batch,)).values()]
+    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+
+
 def host_batches(
     cases: Sequence[PreparedCase],
     config: FeedConfig,
     margins: Margins,
     *,
     seed: int,
-    process: int = 0,
-    processes: int = 1,
+    rows: slice | None = None,
 ) -> grain.DatasetIterator:
-    """This process's share of every batch, as numpy arrays.
+    """The rows of every batch that this process wants, all unless given, as numpy arrays.
 
     Each element is a dict of
       numbers: [b] uint32, the samples' places in the whole run's sequence;
       spacing: [b, 3] float32, the finest level's, mm;
       images, labels: for each level whose margin is not None [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8.
     """
-    share = config.batch // processes
-    mine = slice(process * share, (process + 1) * share)
+    mine = np.arange(config.batch, dtype=np.uint32)[rows or slice(None)]
 
     def draw(numbers: np.ndarray, rng: np.random.Generator) -> list[tuple[PreparedCase, Triple]]:
         # Every process draws for the whole batch, so that the sequence does not depend on how many there are.
@@ -121,12 +136,12 @@ def host_batches(
         for case in (cases[number] for number in numbers):
             entry = draw_entry(case.foreground_offsets, rng, centre=config.centre)
             drawn.append((case, entry, draw_anywhere(case.shapes[-1], rng, share=config.anywhere)))
-        return [(case, case.foreground_voxel(entry) if voxel is None else voxel) for case, entry, voxel in drawn[mine]]
+        wanted = drawn[rows or slice(None)]
+        return [(case, case.foreground_voxel(entry) if voxel is None else voxel) for case, entry, voxel in wanted]
 
     def read(index: int, centres: list[tuple[PreparedCase, Triple]]) -> dict[str, Any]:
-        first = index * config.batch + process * share
         return {
-            "numbers": np.arange(first, first + share, dtype=np.uint32),
+            "numbers": np.uint32(index * config.batch) + mine,
             **read_batch(centres, config.edge, margins, config.rank),
         }
 

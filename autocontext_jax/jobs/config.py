@@ -38,7 +38,7 @@ BACKBONES: dict[str, type] = {"unet": UNet, "residual_unet": ResidualUNet, "fcn"
 # parameters' shapes nor the sequence of batches.
 FREE = ("data.root", "data.prepared", "data.workers", "data.cache_mib", "feed.threads", "feed.ahead",
         "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "predict.", "evaluate.",
-        "experiment")  # fmt: skip
+        "experiment", "mesh.", "train.non_finite")  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -80,6 +80,9 @@ def default_config() -> ConfigDict:
     config.pyramid = _section(PyramidConfig(levels=2, classes=2), without=("levels", "classes", "rank"))
     config.loss = _section(LossConfig())
     config.optimizer = _section(OptimizerConfig())
+    # Devices that share the depth of one patch; the others share the batch. `split_optimizer` gives each of these a
+    # share of the optimiser's state in place of a copy: see `training/sharding.py`.
+    config.mesh = ConfigDict({"space": 1, "split_optimizer": False})
     config.train = ConfigDict()
     # How the levels learn: see `training/phases.py`.
     config.train.mode = "end_to_end"
@@ -88,6 +91,9 @@ def default_config() -> ConfigDict:
     # Last share of the steps that normalise by the running averages, as inference does (Wu and Johnson, 2021): with few
     # patches a step, batch statistics are so far from them that organs come out too large.
     config.train.frozen_norm = 0.0
+    # What follows a loss or gradient that is not finite: `stop`, with its cases named and all that was saved kept, or
+    # `skip`, which goes on without that step.
+    config.train.non_finite = "stop"
     config.train.log_every = 10
     # Validation and checkpoint together; the newest `keep` checkpoints and the best are kept.
     config.train.checkpoint_every = 500
@@ -196,6 +202,13 @@ def check(config: ConfigDict) -> None:
                 f"config key {key} is {edge}; wanted a positive multiple of {wanted}, as model.depth "
                 f"{config.model.depth} asks: choose {wanted * max(1, edge // wanted)}"
             )
+    space = config.mesh.space
+    if space < 1 or config.feed.edge % (space * divisor) or (space > 1 and config.levels.rank == 2):
+        raise UserError(
+            f"config key mesh.space is {space}; wanted devices that each take a multiple of {divisor} of the "
+            f"{config.feed.edge} planes of feed.edge, of rank 3: choose 1 or one of "
+            f"{[n for n in range(2, config.feed.edge) if config.feed.edge % (n * divisor) == 0]}"
+        )
     factors = tuple(config.levels.factors)
     if not factors or factors[-1] <= 0 or any(a != 2 * b for a, b in itertools.pairwise(factors)):
         raise UserError(
@@ -220,6 +233,7 @@ def check(config: ConfigDict) -> None:
         "model.norm": ("batch", "none"),
         "model.dtype": ("float32", "bfloat16"),
         "optimizer.schedule": SCHEDULES,
+        "train.non_finite": ("stop", "skip"),
         "predict.checkpoint": ("best", "latest"),
     }
     for key, allowed in choices.items():

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from autocontext_jax import processes
 from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.errors import UserError
@@ -113,18 +114,28 @@ def _score(
         return scored
 
     results, bad = {}, []
-    for case, outcome in tqdm(in_stages(cases, read, masks_of, score), total=len(cases), desc="evaluate", unit="scan"):
+    share = processes.mine(cases)
+    bar = tqdm(
+        in_stages(share, read, masks_of, score),
+        total=len(share), desc="evaluate", unit="scan", disable=not processes.is_first(),
+    )  # fmt: skip
+    for case, outcome in bar:
         if isinstance(outcome, UserError):
             bad.append(str(outcome))
         else:
             results[case.name] = outcome
 
-    if results:
+    gathered = processes.gather((results, bad))
+    scored = {name: scores for found, _ in gathered for name, scores in found.items()}
+    results = {case.name: scored[case.name] for case in cases if case.name in scored}
+    bad = [message for _, messages in gathered for message in messages]
+    if results and processes.is_first():
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
         result = report.evaluation(results, annotated, tolerance=tolerance, pairs=pairs)
         report.write(result, folder)
         print(report.table(result))
+    processes.wait(f"evaluated in {folder}")  # what is written stands for every process
     for message in bad:
         log.error("%s", message)
     if bad:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import report
 from autocontext_jax.jobs.evaluate import evaluate, held_out
@@ -46,8 +47,9 @@ def experiment(config: ConfigDict, workdir: Path) -> bool:
         cases[mode] = report.read_cases(folder / "evaluation.json")
     levels, organs = len(config.levels.factors), data.dataset.labels[1:]
     result = side_by_side(cases, levels, organs, tolerance=config.evaluate.tolerance)
-    report.write(result, workdir)
-    print(report.table(result))
+    if processes.is_first():
+        report.write(result, workdir)
+        print(report.table(result))
     return good
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from autocontext_jax import processes
 from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.config import model_factors
@@ -66,8 +67,11 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
         _, output = job
         scans.write_mask(output, *made)
 
-    jobs = list(zip(inputs, outputs, strict=True))
-    bar = tqdm(in_stages(jobs, read, mask_of, write), total=len(jobs), desc="predict", unit="scan")
+    jobs = processes.mine(list(zip(inputs, outputs, strict=True)))
+    bar = tqdm(
+        in_stages(jobs, read, mask_of, write),
+        total=len(jobs), desc="predict", unit="scan", disable=not processes.is_first(),
+    )  # fmt: skip
 
     def show_tiles(done: int, total: int) -> None:
         bar.set_postfix_str(f"{done} of {total} tiles")
@@ -77,7 +81,8 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
             if not many:
                 raise outcome
             bad.append(str(outcome))
-    if not many:
+    bad = [message for found in processes.gather(bad) for message in found]
+    if not many and processes.is_first():
         print(f"{outputs[0]}: {', '.join(labels[1:])} = 1 to {len(labels) - 1}")
     for message in bad:
         log.error("%s", message)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from autocontext_jax import processes
 from autocontext_jax.data import phantom, store
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset, split, split_from_file
 from autocontext_jax.errors import UserError
@@ -41,15 +42,17 @@ def describe(config: ConfigDict, workdir: Path) -> Data:
     """
     root = Path(config.data.root).expanduser() if config.data.root else workdir / "phantoms"
     if config.phantom.training:
-        phantom.write_dataset(
-            root,
-            training=config.phantom.training,
-            test=config.phantom.test,
-            size=tuple(config.phantom.size),
-            spacing=tuple(config.phantom.spacing),
-            look_alikes=config.phantom.look_alikes,
-            seed=config.seed,
-        )
+        if processes.is_first():
+            phantom.write_dataset(
+                root,
+                training=config.phantom.training,
+                test=config.phantom.test,
+                size=tuple(config.phantom.size),
+                spacing=tuple(config.phantom.spacing),
+                look_alikes=config.phantom.look_alikes,
+                seed=config.seed,
+            )
+        processes.wait("phantoms")
     elif not config.data.root:
         raise UserError("config key data.root is empty; wanted the folder of the data set: --config.data.root=FOLDER")
     dataset = read_dataset(root)
@@ -61,15 +64,15 @@ def describe(config: ConfigDict, workdir: Path) -> Data:
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Data:
-    """Prepares every training and validation case that is not prepared yet.
+    """Prepares every training and validation case that is not prepared yet, each process its share.
 
     Raises:
       UserError: names every case that cannot be prepared; the others are.
     """
     data = describe(config, workdir)
-    cases = [*data.training, *data.validation]
+    cases = processes.mine([*data.training, *data.validation])
     workers = config.data.workers or os.cpu_count() or 1
-    with tqdm(total=len(cases), desc="prepare", unit="scan") as bar:
+    with tqdm(total=len(cases), desc="prepare", unit="scan", disable=not processes.is_first()) as bar:
 
         def progress(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
@@ -78,8 +81,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
         bad = store.prepare(
             cases, data.store, settings(config), data.dataset.labels, workers=workers, progress=progress
         )
-    if bad:
-        for _, message in bad[:-1]:
+    messages = [message for found in processes.gather([message for _, message in bad]) for message in found]
+    if messages:
+        for message in messages[:-1]:
             log.error("%s", message)
-        raise UserError(f"{bad[-1][1]} ({len(bad)} of {len(cases)} cases cannot be prepared)")
+        count = len(data.training) + len(data.validation)
+        raise UserError(f"{messages[-1]} ({len(messages)} of {count} cases cannot be prepared)")
     return data

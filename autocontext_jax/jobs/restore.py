@@ -22,7 +22,7 @@ from autocontext_jax.jobs.config import (
 from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.training.checkpoints import Checkpoints
-from autocontext_jax.training.sharding import data_mesh, replicated
+from autocontext_jax.training.sharding import make_mesh, replicated
 from autocontext_jax.training.state import inference_model
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,15 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
     config.data.labels = labels
     check_same_run(config, saved, workdir)
     graph, *like = nnx.split(nnx.eval_shape(lambda: make_model(config, len(labels))), nnx.Param, ...)
-    # Restored to one device, whatever mesh it was trained on.
-    here = replicated(data_mesh(1))
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    # Restored to every device, whatever mesh it was trained on; each process then works on its own first one.
+    everywhere = replicated(make_mesh(jax.device_count() if jax.process_count() > 1 else 1))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep)) as checkpoints:
         step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
         if step is None:
             raise UserError(f"work directory {workdir} has no checkpoint: train there first (--mode train)")
         weights = checkpoints.restore_weights(step, *like)
+    weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
     model = inference_model(graph, *weights)
     align = dataclass_of(NetworkConfig, config.model).divisor

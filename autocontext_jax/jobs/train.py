@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from autocontext_jax.data.pipeline import Feed, read_batch
 from autocontext_jax.data.sampling import draw_entry
 from autocontext_jax.data.store import PreparedCase
+from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import pictures
 from autocontext_jax.jobs import config as configuration
@@ -30,10 +33,11 @@ from autocontext_jax.training.logging import MetricsLog
 from autocontext_jax.training.losses import mean_dice, organ_dice
 from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
 from autocontext_jax.training.phases import Phase
-from autocontext_jax.training.sharding import batch_sharding, data_mesh, replicated
+from autocontext_jax.training.sharding import batch_sharding, make_mesh, place, replicated, state_sharding
 from autocontext_jax.training.state import (
     Batch,
     Metrics,
+    TrainState,
     create_state,
     inference_model,
     make_train_step,
@@ -63,25 +67,22 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
 def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoints) -> bool:
     # ---- the configuration, as resolved
     config.data.labels = data.dataset.labels
+    checkpoints.set_damaged_aside()
     saved = configuration.read_config(workdir)
     if saved is not None and checkpoints.latest is not None:
         configuration.check_same_run(config, saved, workdir)
-    configuration.write_config(config, workdir)
+    if processes.is_first():
+        configuration.write_config(config, workdir)
     phases = configuration.training_phases(config)
     if (checkpoints.latest or 0) >= len(phases) * config.train.steps:
         log.info("trained already: step %d of %d", checkpoints.latest, len(phases) * config.train.steps)
         return True
-    working, devices = data_mesh(config.feed.batch).size, jax.device_count()
-    if working < devices:
-        log.warning(
-            "config key feed.batch is %d, so %d of %d devices work: choose a multiple of %d to use all",
-            config.feed.batch, working, devices, devices,
-        )  # fmt: skip
+    mesh = training_mesh(config)
 
     # ---- phases: each begins with what the one before saved last
-    with contextlib.closing(_StopSignal()) as stop:
+    with contextlib.closing(_StopSignal()) as stop, jax.set_mesh(mesh):
         return all(
-            _train_phase(config, workdir, data, checkpoints, number, phase, stop)
+            _train_phase(config, workdir, data, checkpoints, mesh, number, phase, stop)
             for number, phase in enumerate(phases)
             if (checkpoints.latest or 0) < (number + 1) * config.train.steps
         )
@@ -92,6 +93,7 @@ def _train_phase(
     workdir: Path,
     data: Data,
     checkpoints: Checkpoints,
+    mesh: Mesh,
     number: int,
     phase: Phase,
     stop: "_StopSignal",
@@ -99,7 +101,6 @@ def _train_phase(
     """Trains phase `number` (from 0), from its newest checkpoint or the end of the phase before; False if stopped."""
     start, end = number * config.train.steps, (number + 1) * config.train.steps
     first = checkpoints.latest or 0
-    mesh = data_mesh(config.feed.batch)
 
     # ---- data
     cache_bytes = config.data.cache_mib * 2**20 // (len(data.training) + len(data.validation))
@@ -119,13 +120,17 @@ def _train_phase(
     model = nnx.eval_shape(lambda: make_model(config, classes))
     graph, _ = create_state(model, optimizer, learning)
     frozen_graph = nnx.graphdef(inference_model(*nnx.split(model, nnx.Param, ...)))
-    fresh = jax.jit(
-        lambda: create_state(make_model(config, classes), optimizer, learning)[1], out_shardings=replicated(mesh)
-    )
-    train_step = make_train_step(graph, optimizer, loss, learning)
-    frozen_norm_step = make_train_step(frozen_graph, optimizer, loss, learning)
+
+    def create() -> TrainState:
+        return create_state(make_model(config, classes), optimizer, learning)[1]
+
+    everywhere = replicated(mesh)
+    placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
+    fresh = jax.jit(create, out_shardings=placement)
+    train_step = make_train_step(graph, optimizer, loss, learning, sharding=(placement, everywhere))
+    frozen_norm_step = make_train_step(frozen_graph, optimizer, loss, learning, sharding=(placement, everywhere))
     frozen_norm_after = end - round(config.train.frozen_norm * config.train.steps)
-    validation_step = make_validation_step(graph, loss)
+    validation_step = make_validation_step(graph, loss, sharding=everywhere)
 
     # ---- restore
     if first > start:
@@ -136,7 +141,7 @@ def _train_phase(
         if first:
             params, statistics = checkpoints.restore_weights(first, state.params, state.statistics)
             state = state.replace(
-                step=jax.device_put(np.int32(first), replicated(mesh)), params=params, statistics=statistics
+                step=place(np.array(first, np.int32), everywhere), params=params, statistics=statistics
             )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info(
@@ -145,36 +150,53 @@ def _train_phase(
     )  # fmt: skip
 
     # ---- loop
-    metrics_log = MetricsLog(workdir, step=first)
-    in_flight: collections.deque[jax.Array] = collections.deque()
+    metrics_log = MetricsLog(workdir, step=first) if processes.is_first() else None
+    in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
+    skipped = 0
     waiting: tuple[int, Metrics, float] | None = None  # a logged step whose numbers are still on the device
     since, since_step = time.monotonic(), first
-    bar = tqdm(initial=first, total=end, desc="train", unit="step", mininterval=1)
+    bar = tqdm(initial=first, total=end, desc="train", unit="step", mininterval=1, disable=not processes.is_first())
 
     def write(row: tuple[int, Metrics, float], validated: dict[str, float]) -> None:
         step, metrics, speed = row
-        values = _values(jax.device_get(metrics), phase.levels)
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss at step {step} is {values['loss']}; wanted a finite number: lower "
-                "optimizer.learning_rate or set optimizer.clip, and start again from the last checkpoint"
-            )
-        metrics_log.scalars(step, {**values, "pairs_per_second": speed, **validated})
+        metrics = jax.device_get(metrics)
+        values = _values(metrics, phase.levels) | {"gradient_norm": float(metrics.gradient_norm)}
+        if skipped:
+            values["skipped_steps"] = skipped
+        if metrics_log is not None:
+            metrics_log.scalars(step, {**values, "pairs_per_second": speed, **validated})
         shown = {key: f"{value:.3f}" for key, value in values.items() if key == "loss" or key.startswith("dice")}
         bar.set_postfix({**shown, "pairs/s": f"{speed:.1f}"}, refresh=False)
+
+    def finish(step: int, metrics: Metrics) -> None:
+        """Waits for a step and looks whether it was finite; if not, it changed nothing (`make_train_step`)."""
+        nonlocal skipped
+        found, norm = jax.device_get((metrics.loss, metrics.gradient_norm))
+        if math.isfinite(found) and math.isfinite(norm):
+            return
+        cases = ", ".join(feed.cases_of(step - start - 1))
+        what = f"step {step} of cases {cases} has loss {found} and a gradient of norm {norm}"
+        if config.train.non_finite == "stop":
+            raise UserError(
+                f"{what}; wanted finite numbers: look at these scans, lower optimizer.learning_rate or set "
+                "optimizer.clip and start in another --workdir, or go on without such steps, "
+                "--config.train.non_finite=skip"
+            )
+        skipped += 1
+        log.warning("%s: skipped, %d so far", what, skipped)
 
     try:
         for step in range(first + 1, end + 1):
             images, labels = next(feed)
             take_step = frozen_norm_step if step > frozen_norm_after else train_step
             state, metrics = take_step(state, Batch(images, labels))
-            in_flight.append(metrics.loss)
-            if len(in_flight) > IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
+            in_flight.append((step, metrics))
+            stopping = stop.requested(step)  # read once: a signal between here and the break must not skip the save
+            checkpoint = stopping or step == end or step % config.train.checkpoint_every == 0
+            while len(in_flight) > (0 if checkpoint else IN_FLIGHT):
+                finish(*in_flight.popleft())
             bar.update()
 
-            stopping = stop.requested  # read once: a signal between here and the break must not skip the save
-            checkpoint = stopping or step == end or step % config.train.checkpoint_every == 0
             if step % config.train.log_every == 0 or checkpoint:
                 if waiting is not None:
                     write(waiting, {})
@@ -187,7 +209,8 @@ def _train_phase(
                     validated, picture = validate(
                         validation_step, state, held_out, batch_sharding(mesh), phase.levels, organs
                     )
-                    metrics_log.image(step, "validation", picture)
+                    if metrics_log is not None:
+                        metrics_log.image(step, "validation", picture)
                 write(waiting, validated)
                 waiting = None
                 # None before the last phase: the finest level is what the best is chosen by.
@@ -200,9 +223,31 @@ def _train_phase(
                 return False
     finally:
         bar.close()
-        metrics_log.close()
+        if metrics_log is not None:
+            metrics_log.close()
         feed.close()
     return True
+
+
+def training_mesh(config: ConfigDict) -> Mesh:
+    """The devices that a run works on.
+
+    Raises:
+      UserError: fewer devices than `mesh.space`; several processes of which some would have nothing to do.
+    """
+    devices, batch, space = jax.device_count(), config.feed.batch, config.mesh.space
+    try:
+        mesh = make_mesh(batch, space)
+    except ValueError as error:
+        raise UserError(f"config key mesh.{error}") from None
+    if mesh.size == devices:
+        return mesh
+    advice = f"config keys feed.batch {batch} and mesh.space {space} let {mesh.size} of {devices} devices work"
+    wanted = f"choose a multiple of {max(1, devices // space)} for feed.batch to use all"
+    if jax.process_count() > 1:
+        raise UserError(f"{advice}, and every process must: {wanted}")
+    log.warning("%s: %s", advice, wanted)
+    return mesh
 
 
 def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, phase: Phase) -> list[dict[str, Any]]:
@@ -228,13 +273,14 @@ def validate(
     """Loss, Dice and each organ's Dice over all held-out patches, and a picture of the first: a row a level."""
     results = []
     for batch in batches:
-        images, labels = (jax.device_put(batch[key], sharding) for key in ("images", "labels"))
+        images, labels = (tuple(place(array, sharding) for array in batch[key]) for key in ("images", "labels"))
         results.append(step(state, Batch(images, labels)))
     metrics, slices = zip(*jax.device_get(results), strict=True)
     total = Metrics(
         np.mean([m.loss for m in metrics]),
         np.mean([m.losses for m in metrics], axis=0),
         np.sum([m.counts for m in metrics], axis=0),
+        np.zeros(()),
     )
     middle = batches[0]["images"][0].shape[1] // 2
     rows = []
@@ -262,15 +308,23 @@ def _values(metrics: Metrics, levels: Sequence[int]) -> dict[str, float]:
 class _StopSignal:
     """Turns SIGTERM and Ctrl-C into a request, answered after the step in hand; a second one ends at once."""
 
-    requested: bool = False
+    received: bool = False
 
     def __post_init__(self):
+        # Of several processes JAX itself hears the SIGTERM of any, and all agree on the step to stop after.
+        self._before = {}
+        if jax.process_count() > 1:
+            return
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _request(self, number, frame):
         del number, frame
-        self.requested = True
+        self.received = True
         self.close()
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; the processes ask at each step together."""
+        return self.received if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:
         """Puts the handlers back that were there before."""

@@ -192,10 +192,15 @@ def multiplies_bfloat16() -> bool:
     return info.exists() and "amx_bf16" in info.read_text(encoding="utf-8")
 
 
+def depth_is_split() -> bool:
+    """Whether the mesh that is set (`jax.set_mesh`) splits the depth of volumes over devices."""
+    return jax.sharding.get_abstract_mesh().shape.get("space", 1) > 1
+
+
 def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The fastest same-size convolution on the CPU here."""
     depth, height, width = kernel.shape[1:4]
-    if (depth, height, width) == (1, 1, 1):
+    if (depth, height, width) == (1, 1, 1) or depth_is_split():  # along the depth XLA splits only its own
         return direct_convolution(x, kernel)
     native = onednn_type(x.dtype)
     if native is None:
@@ -231,6 +236,8 @@ def _direct_gradients(x, kernel, gradient):
 
 
 def _cpu_gradients(x, kernel, gradient):
+    if depth_is_split():
+        return _direct_gradients(x, kernel, gradient)
     x_gradient = cpu_convolution(gradient, _turned(kernel))
     native = onednn_type(x.dtype)
     if native is not None:

@@ -99,4 +99,6 @@ def context_of(logits: jax.Array, rank: int = 3) -> jax.Array:
     """
     edge = logits.shape[2]
     inner = slice(edge // 4 - 1, 3 * edge // 4 + 1)
-    return jax.nn.softmax(logits[:, inner if rank == 3 else slice(None), inner, inner])
+    # The depth last: where it is split over devices, they exchange the less.
+    maps = jax.nn.softmax(logits[:, :, inner, inner])
+    return maps[:, inner] if rank == 3 else maps

@@ -1,14 +1,29 @@
-"""Checkpoints: the training state and the feed's position together, through orbax, asynchronous and atomic."""
+"""Checkpoints: the training state and the feed's position together, through orbax, asynchronous and atomic.
 
+Each holds checksums of all of it, which every reading verifies: orbax itself passes flipped bits on.
+"""
+
+import json
+import logging
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
+from autocontext_jax import processes
 from autocontext_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What orbax and its storage raise when files cannot be read or written.
+FAILURES = (ValueError, OSError, KeyError, RuntimeError)
 
 
 class Checkpoints:
@@ -27,6 +42,7 @@ class Checkpoints:
         self._directory = directory
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 best_fn=_dice,
@@ -41,9 +57,14 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """Step of the best checkpoint; the newest if none was validated; None if there is none."""
-        best = self._manager.best_step()
-        return self.latest if best is None else best
+        """Step of the best checkpoint; the newest if none was validated; None if there is none.
+
+        Raises:
+          UserError: a checkpoint is damaged.
+        """
+        dice = {step: self._record(step)["dice"] for step in self._manager.all_steps()}
+        validated = [step for step in dice if dice[step] is not None and not math.isnan(dice[step])]
+        return max(validated, key=lambda step: (dice[step], step), default=self.latest)
 
     def save(self, step: int, state: Any, feed: dict[str, Any], *, dice: float | None = None) -> None:
         """Starts to save; returns as soon as the state may change.
@@ -53,12 +74,47 @@ class Checkpoints:
           state: a pytree of arrays.
           feed: the feed's position of the batch after this step, as JSON.
           dice: mean validation Dice of this state, if it was validated.
+
+        Raises:
+          UserError: this or the last checkpoint cannot be written.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), feed=ocp.args.JsonSave(feed)),
-            metrics=None if dice is None else {"dice": dice},
+        record = {"feed": feed, "dice": dice, "checksums": _checksums(state)}
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record | {"crc": _crc(record)})
         )
+        try:
+            self._manager.save(step, args=args, metrics=None if dice is None else {"dice": dice})
+        except FAILURES as error:
+            raise self._not_written(error) from error
+
+    def set_damaged_aside(self) -> None:
+        """Moves the newest checkpoints, as long as they are damaged, into the folder `damaged` beside this one.
+
+        Raises:
+          UserError: none is left of those that there were.
+        """
+        found = self.latest
+        while (step := self.latest) is not None:
+            try:
+                checksums = self._record(step)["checksums"]
+                # As plain arrays, whatever they were laid out on.
+                state = self._restore(step, state=ocp.args.PyTreeRestore(restore_args=self._as_numpy(step))).state
+                self._verify(step, state, checksums)
+                return
+            except UserError as error:
+                aside = self._directory.parent / "damaged" / str(step)
+                log.warning("%s; it is moved to %s and the run goes on from the one before", error, aside)
+                processes.wait(f"checkpoint {step} is damaged")
+                if processes.is_first():
+                    aside.parent.mkdir(exist_ok=True)
+                    (self._directory / str(step)).rename(_free(aside))
+                processes.wait(f"checkpoint {step} is set aside")
+                self._manager.reload()
+        if found is not None:
+            raise UserError(
+                f"{self._directory} has no whole checkpoint left, see {self._directory.parent / 'damaged'}; wanted one "
+                "to go on from: start again in another --workdir"
+            )
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The state and the feed's position of a step.
@@ -70,8 +126,10 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged.
         """
-        restored = self._restore(step, state=_restore_args(like), feed=ocp.args.JsonRestore())
-        return restored.state, restored.feed
+        record = self._record(step)
+        state = self._restore(step, state=_restore_args(like)).state
+        self._verify(step, state, record["checksums"])
+        return state, record["feed"]
 
     def restore_weights(self, step: int, params: Any, statistics: Any) -> tuple[Any, Any]:
         """Parameters and running averages of a step, whatever optimiser they were trained with.
@@ -87,23 +145,102 @@ class Checkpoints:
         # An empty tree, as of a model without normalisation, is not in the file.
         like = {key: tree for key, tree in (("params", params), ("statistics", statistics)) if jax.tree.leaves(tree)}
         restored = self._restore(step, state=_restore_args(like, partial_restore=True)).state
+        self._verify(step, restored, self._record(step)["checksums"])
         return restored["params"], restored.get("statistics", statistics)
 
     def _restore(self, step: int, **items: Any) -> Any:
-        self._manager.wait_until_finished()
+        self.wait()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, OSError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be read ({reason}); wanted a whole checkpoint: "
-                "delete that folder to go on from the one before"
-            ) from error
+        except FAILURES as error:
+            raise self._damaged(step, f"cannot be read ({' '.join(str(error).split())[:300]})") from error
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays."""
+        record = self._restore(step, record=ocp.args.JsonRestore()).record
+        crc = record.pop("crc", None) if isinstance(record, dict) else None
+        if crc is None or crc != _crc(record):
+            raise self._damaged(step, "has a record that is not what was saved")
+        return record
+
+    def _as_numpy(self, step: int) -> Any:
+        try:
+            metadata = self._manager.item_metadata(step)["state"]
+            return jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+        except (*FAILURES, AttributeError, TypeError) as error:
+            raise self._damaged(step, f"cannot be read ({' '.join(str(error).split())[:300]})") from error
+
+    def _verify(self, step: int, state: Any, checksums: dict[str, int]) -> None:
+        bad = [name for name, value in _checksums(state).items() if checksums.get(name) != value]
+        if bad:
+            raise self._damaged(step, f"holds numbers that are not those saved, in {bad[0]} and {len(bad) - 1} more")
+
+    def _damaged(self, step: int, what: str) -> UserError:
+        return UserError(
+            f"checkpoint {self._directory / str(step)} {what}; wanted a whole checkpoint: delete that folder, and the "
+            "one before counts"
+        )
+
+    def _not_written(self, error: Exception) -> UserError:
+        return UserError(
+            f"a checkpoint cannot be written to {self._directory} ({' '.join(str(error).split())[:300]}): see that "
+            "there is room and leave to write; what was saved before is whole"
+        )
+
+    def wait(self) -> None:
+        """Until the last save is whole.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except FAILURES as error:
+            raise self._not_written(error) from error
 
     def close(self) -> None:
-        """Waits until the last save is whole."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until the last save is whole, and lets go."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """A number of 32 bits for each leaf, which any one flipped bit changes, wherever the leaf lies."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = ["/".join(_key(part) for part in path) for path, _ in leaves]
+    return dict(zip(names, (int(value) for value in jax.device_get(_sums([leaf for _, leaf in leaves]))), strict=True))
+
+
+def _key(part: Any) -> str:
+    """A step into a tree; orbax gives dictionaries back for whatever else has named parts."""
+    return str(next(getattr(part, name) for name in ("key", "name", "idx") if hasattr(part, name)))
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Sum of the leaf's words, each times an odd number of its own, modulo 2^32."""
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+    def one(leaf: jax.Array) -> jax.Array:
+        word = lax.bitcast_convert_type(leaf, words[leaf.dtype.itemsize]).astype(jnp.uint32)
+        strides = [int(np.prod(leaf.shape[axis + 1 :])) for axis in range(leaf.ndim)]
+        places = (lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(s) for axis, s in enumerate(strides))
+        place = sum(places, jnp.zeros(leaf.shape, jnp.uint32))
+        return jnp.sum(word * ((place * np.uint32(2654435761)) | np.uint32(1)), dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in leaves]
+
+
+def _crc(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _free(path: Path) -> Path:
+    """A name beside `path` that nothing has yet."""
+    names = [path, *(path.with_name(f"{path.name}_{number}") for number in range(1, 1000))]
+    return next(name for name in names if not name.exists())
 
 
 def _restore_args(like: Any, **options: Any) -> ocp.args.PyTreeRestore:

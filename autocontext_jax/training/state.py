@@ -51,11 +51,13 @@ class Metrics:
       loss: the total, scalar.
       losses: each level's own, [S].
       counts: each level's `overlap_counts`, [S, 2, K].
+      gradient_norm: of all gradients together, scalar; 0 where nothing learns.
     """
 
     loss: jax.Array
     losses: jax.Array
     counts: jax.Array
+    gradient_norm: jax.Array
 
 
 def create_state(
@@ -85,11 +87,16 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: LossConfig,
     learning: Collection[int] | None = None,
+    sharding: Any = None,
 ) -> Any:
     """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
 
+    A step whose loss or gradients are not finite changes nothing but the step's number. Layers look at the mesh that
+    is set (`jax.set_mesh`) where devices share the depth of a patch.
+
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
-    ones. `graph` and `learning` are those of `create_state`.
+    ones. `graph` and `learning` are those of `create_state`; `sharding` is the new state's and the metrics', None leaves
+    it to the compiler.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -100,31 +107,43 @@ def make_train_step(
             logits = model(batch.images)
             total, losses = total_loss(logits, batch.labels, loss)
             _, _, statistics = _split(model)
-            return total, (Metrics(total, losses, _counts(logits, batch)), statistics)
+            return total, (losses, _counts(logits, batch), statistics)
 
-        gradients, (metrics, statistics) = jax.grad(objective, has_aux=True)(learned)
+        (total, aux), gradients = jax.value_and_grad(objective, has_aux=True)(learned)
+        losses, counts, statistics = aux
+        norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, learned)
         params = nnx.merge_state(optax.apply_updates(learned, updates), frozen)
-        return TrainState(state.step + 1, params, statistics, optimizer_state), metrics
+        after = TrainState(state.step + 1, params, statistics, optimizer_state)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        before = state.replace(step=state.step + 1)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        return after, Metrics(total, losses, counts, norm)
 
-    return jax.jit(step, donate_argnames="state", compiler_options=compiler_options(jax.default_backend()))
+    return jax.jit(
+        step,
+        donate_argnames="state",
+        out_shardings=sharding,
+        compiler_options=compiler_options(jax.default_backend()),
+    )
 
 
 def make_validation_step(
-    graph: nnx.GraphDef, loss: LossConfig
+    graph: nnx.GraphDef, loss: LossConfig, sharding: Any = None
 ) -> Callable[[TrainState, Batch], tuple[Metrics, tuple[jax.Array, ...]]]:
     """Forward pass with the running averages; the state stays as it is.
 
-    Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8.
+    Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8. `sharding` is
+    that of both.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[Metrics, tuple[jax.Array, ...]]:
         logits = inference_model(graph, state.params, state.statistics)(batch.images)
         total, losses = total_loss(logits, batch.labels, loss)
         slices = tuple(jnp.argmax(level[:, level.shape[1] // 2], axis=-1).astype(jnp.uint8) for level in logits)
-        return Metrics(total, losses, _counts(logits, batch)), slices
+        return Metrics(total, losses, _counts(logits, batch), jnp.zeros(())), slices
 
-    return jax.jit(step, compiler_options=compiler_options(jax.default_backend()))
+    return jax.jit(step, out_shardings=sharding, compiler_options=compiler_options(jax.default_backend()))
 
 
 def inference_model(graph: nnx.GraphDef, params: Any, statistics: Any) -> Pyramid:

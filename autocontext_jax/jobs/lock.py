@@ -1,0 +1,40 @@
+"""A work directory belongs to one run at a time."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from autocontext_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds `workdir/.lock` meanwhile; the system lets go of it however the process ends.
+
+    Raises:
+      UserError: another process holds it, or the work directory cannot be written.
+    """
+    path = workdir / ".lock"
+    try:
+        lock = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir} cannot be written ({error.strerror}): choose another folder or change its permissions"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"--workdir {workdir} is in use by process {lock.read().strip() or '(unknown)'}: wait for it, stop it "
+                "or choose another folder"
+            ) from None
+        except OSError:  # some network file systems know no locks
+            pass
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield

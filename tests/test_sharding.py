@@ -1,0 +1,138 @@
+"""Results do not depend on how many devices share the work, nor on what they share; and what they tell each other."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
+from autocontext_jax.models.unet import UNet
+from autocontext_jax.training.losses import LossConfig
+from autocontext_jax.training.sharding import batch_sharding, make_mesh, place, replicated, state_sharding
+from autocontext_jax.training.state import Batch, TrainState, create_state, make_train_step
+
+CLASSES, EDGE, BATCH = 3, 16, 4
+# By plain gradients, so that the parameters say what these were; the momentum is a state to split.
+OPTIMIZER = optax.sgd(1.0, momentum=0.9)
+# (data, space), and whether the optimiser's state is split.
+LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (4, 2, False), (4, 2, True)]
+
+
+def new_pyramid() -> Pyramid:
+    network = NetworkConfig(width=4, depth=3)
+    config = PyramidConfig(levels=2, classes=CLASSES)
+    return Pyramid(config, lambda inputs, rngs: UNet(inputs, CLASSES, network, rngs=rngs), rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def initial_state():
+    """Of one device, so that all layouts begin with the same numbers.
+
+    No voxel lies near a ReLU's kink: one that rounding puts on its other side changes gradients by 1e-5 and more.
+    """
+    state = jax.device_get(jax.jit(lambda: create_state(new_pyramid(), OPTIMIZER)[1])())
+    raised = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + 6 if "bias" in jax.tree_util.keystr(path) else leaf, state.params
+    )
+    return state.replace(params=raised)
+
+
+def train_a_step(layout: tuple[int, int, bool]) -> tuple[list[str], dict[str, np.ndarray], str]:
+    """One step on a mesh: how the optimiser's state lies, what the step measured and left, the compiled program."""
+    data, space, split = layout
+    graph, _ = create_state(nnx.eval_shape(new_pyramid), OPTIMIZER)
+    rng = np.random.default_rng(0)
+    shape = (BATCH, EDGE, EDGE, EDGE)
+    labels = [rng.integers(0, CLASSES, shape).astype(np.uint8) for _ in range(2)]
+    images = [(200.0 * label + rng.normal(0, 100, shape)).astype(np.float32) for label in labels]
+
+    mesh = make_mesh(data, space)
+    assert dict(mesh.shape) == {"data": data, "space": space}
+    with jax.set_mesh(mesh):
+        placement = state_sharding(mesh, initial_state(), split_optimizer=split)
+        state = jax.device_put(initial_state(), placement)
+        batch = Batch(*(tuple(place(array, batch_sharding(mesh)) for array in arrays) for arrays in (images, labels)))
+        step = make_train_step(graph, OPTIMIZER, LossConfig(), sharding=(placement, replicated(mesh)))
+        compiled = step.lower(state, batch).compile()
+        state, metrics = compiled(state, batch)
+    trees = {"params": state.params, "statistics": state.statistics}
+    found = {f"{name}/{i}": leaf for name, tree in trees.items() for i, leaf in enumerate(jax.tree.leaves(tree))}
+    found |= {"losses": metrics.losses, "gradient_norm": metrics.gradient_norm}
+    specs = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.optimizer)}
+    return sorted(specs), jax.device_get(found), compiled.as_text()
+
+
+def main(folder: str) -> None:
+    """What the subprocess runs, with eight devices."""
+    for number, layout in enumerate(LAYOUTS):
+        shards, found, program = train_a_step(layout)
+        np.savez(f"{folder}/{number}.npz", **found)
+        Path(f"{folder}/{number}.txt").write_text(program, encoding="utf-8")
+        Path(f"{folder}/{number}.json").write_text(json.dumps(shards), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys, test_sharding; test_sharding.main(sys.argv[1])", str(folder)],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.mark.parametrize("number", range(1, len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS[1:]])
+def test_losses_gradients_and_statistics_are_those_of_one_device(results, number):
+    one, several = (np.load(results / f"{n}.npz") for n in (0, number))
+    assert one.files == several.files
+    for name in one.files:
+        scale = max(1, float(np.abs(one[name]).max()))
+        np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])
+def test_only_borders_are_exchanged_and_only_sums_reduced(results, number):
+    data, space, split = LAYOUTS[number]
+    program = (results / f"{number}.txt").read_text(encoding="utf-8")
+    assert ("collective-permute" in program) == (space > 1)
+    assert ("all-reduce" in program) == (data * space > 1)
+    assert ("all-gather" in program) == split  # of the parameters that each device has updated
+    assert "all-to-all" not in program
+    # What passes from neighbour to neighbour is smaller than a device's share of the activations that it completes.
+    for dims in re.findall(r"f32\[([\d,]+)\]\S* collective-permute\(", program):
+        b, depth, *_ = (int(size) for size in dims.split(","))
+        assert b == BATCH // data
+        assert depth <= EDGE // space
+
+
+def test_the_optimisers_state_is_split_only_where_wanted(results):
+    specs = [json.loads((results / f"{number}.json").read_text(encoding="utf-8")) for number in range(len(LAYOUTS))]
+    assert any("data" in spec for spec in specs[-1])
+    assert [spec for spec in specs[:-1] if spec != ["P()"]] == []
+
+
+def test_more_devices_for_a_patch_than_there_are():
+    with pytest.raises(ValueError, match="space is 64; wanted at most the"):
+        make_mesh(4, 64)
+
+
+def test_what_cannot_be_divided_is_copied():
+    mesh = AbstractMesh((2, 1), ("data", "space"))
+    state = TrainState(jnp.zeros((), jnp.int32), {}, {}, {"odd": jnp.zeros((3, 5)), "even": jnp.zeros((3, 4))})
+    placement = state_sharding(mesh, state, split_optimizer=True)
+    assert placement.optimizer["odd"].spec == PartitionSpec()
+    assert placement.optimizer["even"].spec == PartitionSpec(None, "data")
