@@ -109,7 +109,8 @@ class Feed:
 
 def local_rows(sharding: NamedSharding, batch: int) -> slice:
     """The rows of a batch that lie on this process's devices; processes that share patches want the same ones."""
-    parts = [rows.indices(batch) for (rows,) in sharding.addressable_devices_indices_map((batch,)).values()]
+    indices = sharding.addressable_devices_indices_map((batch,)).values()
+    parts = [index[0].indices(batch) for index in indices if index is not None]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -19,10 +20,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from autocontext_jax import processes
 from autocontext_jax.data.pipeline import Feed, read_batch
 from autocontext_jax.data.sampling import draw_entry
 from autocontext_jax.data.store import PreparedCase
-from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import pictures
 from autocontext_jax.jobs import config as configuration
@@ -280,7 +281,7 @@ def validate(
         np.mean([m.loss for m in metrics]),
         np.mean([m.losses for m in metrics], axis=0),
         np.sum([m.counts for m in metrics], axis=0),
-        np.zeros(()),
+        jnp.zeros(()),
     )
     middle = batches[0]["images"][0].shape[1] // 2
     rows = []

@@ -95,8 +95,8 @@ def make_train_step(
     is set (`jax.set_mesh`) where devices share the depth of a patch.
 
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
-    ones. `graph` and `learning` are those of `create_state`; `sharding` is the new state's and the metrics', None leaves
-    it to the compiler.
+    ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
+    None leaves it to the compiler.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -116,7 +116,7 @@ def make_train_step(
         params = nnx.merge_state(optax.apply_updates(learned, updates), frozen)
         after = TrainState(state.step + 1, params, statistics, optimizer_state)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        before = state.replace(step=state.step + 1)
+        before = TrainState(state.step + 1, state.params, state.statistics, state.optimizer)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         return after, Metrics(total, losses, counts, norm)
 
@@ -133,8 +133,8 @@ def make_validation_step(
 ) -> Callable[[TrainState, Batch], tuple[Metrics, tuple[jax.Array, ...]]]:
     """Forward pass with the running averages; the state stays as it is.
 
-    Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8. `sharding` is
-    that of both.
+    Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8.
+    `sharding` is that of both.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[Metrics, tuple[jax.Array, ...]]:
