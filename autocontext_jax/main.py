@@ -98,7 +98,7 @@ def _start_processes() -> None:
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"process {PROCESS.value} of {PROCESSES.value} cannot join the others ({' '.join(str(error).split())[:200]}"
-            "): see that all are started and that --coordinator HOST:PORT can be reached, or name it if nothing else does"
+            "): see that all are started and that --coordinator HOST:PORT can be reached; name it if nothing else does"
         ) from error
     if not processes.is_first():
         logging.getLogger("autocontext_jax").setLevel(logging.ERROR)  # the first one speaks for all

@@ -1,12 +1,13 @@
 """Will this configuration fit that accelerator, and what will bound it there?
 
     python benchmarks/roofline.py --device h100 [--program train|predict] [--width 32] [--edge 64] [--batch 3]
-        [--levels 2] [--classes 8] [--dtype bfloat16] [--fit batch|edge] [--top 10] [--each] [--save HLO.txt]
+        [--space 1] [--levels 2] [--classes 8] [--dtype bfloat16] [--fit batch|edge] [--top 10] [--each]
+        [--save HLO.txt]
 
-Compiles the real training step (`--batch` pyramid patches on each device), or the predictor's program for a tile of
-`--level` (the finest unless given), for an accelerator that need not be there; its compiler must: `pip install -e
-'.[cuda13]'` or `'.[tpu]'`. Devices: those of targets.py, several as h100x8 or v5e-4. `--fit` first looks for the
-largest batch or edge that fits, compiling for each it tries.
+Compiles the real training step (`--batch` pyramid patches on each device, or on each `--space` devices that share the
+depth of theirs), or the predictor's program for a tile of `--level` (the finest unless given), for an accelerator that
+need not be there; its compiler must: `pip install -e '.[cuda13]'` or `'.[tpu]'`. Devices: those of targets.py, several
+as h100x8 or v5e-4. `--fit` first looks for the largest batch or edge that fits, compiling for each it tries.
 
 What is counted (all of one device): FLOPs of convolutions and matrix products, two a multiply-add; bytes to and from
 the device's memory as hlo.py counts them; memory without the workspace that cuDNN's chosen algorithms may ask for.
@@ -33,12 +34,13 @@ import optax
 import targets
 from common import machine, make_pyramid, report
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
 from autocontext_jax.models.layers import compiler_options
 from autocontext_jax.training.losses import LossConfig
+from autocontext_jax.training.sharding import batch_sharding, replicated, state_sharding
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
 
 FLOOR = (hlo.FORWARD, hlo.DATA, hlo.FILTER, hlo.PRODUCT)
@@ -86,7 +88,15 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="h100", help="h100, h100x8, a100, v5e-4, ...")
     parser.add_argument("--program", default="train", choices=["train", "predict"])
-    for name, default in (("width", 32), ("edge", 64), ("batch", 3), ("levels", 2), ("classes", 8), ("top", 10)):
+    for name, default in (
+        ("width", 32),
+        ("edge", 64),
+        ("batch", 3),
+        ("space", 1),
+        ("levels", 2),
+        ("classes", 8),
+        ("top", 10),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--level", type=int, help="of the predictor, 1 = coarsest")
@@ -122,12 +132,14 @@ def lower_train_step(flags: argparse.Namespace, devices: np.ndarray) -> tuple[An
         return state
 
     state = jax.eval_shape(create)
-    shape = (flags.batch * devices.size, *(flags.edge,) * 3)
+    mesh = Mesh(devices.reshape(-1, flags.space), ("data", "space"), axis_types=(AxisType.Auto,) * 2)
+    shape = (flags.batch * mesh.shape["data"], *(flags.edge,) * 3)
     images, labels = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.uint8)
     batch = Batch((images,) * flags.levels, (labels,) * flags.levels)
-    step = make_train_step(graphs[0], optimizer, LossConfig())
-    split = PartitionSpec("data")
-    return step.lower(placed(state, devices, PartitionSpec()), placed(batch, devices, split)), 0
+    whole = replicated(mesh)
+    step = make_train_step(graphs[0], optimizer, LossConfig(), sharding=(state_sharding(mesh, state), whole))
+    with jax.set_mesh(mesh):
+        return step.lower(placed(state, whole), placed(batch, batch_sharding(mesh))), 0
 
 
 def lower_add_tile(flags: argparse.Namespace, devices: np.ndarray) -> tuple[Any, int]:
@@ -154,13 +166,12 @@ def lower_add_tile(flags: argparse.Namespace, devices: np.ndarray) -> tuple[Any,
 
     level = flags.level or flags.levels
     slabs = {level: sum(slab.nbytes for slab in arguments[0]) for level, arguments in calls.items()}
-    arguments = placed(calls[level], devices[:1], PartitionSpec())
+    arguments = placed(calls[level], SingleDeviceSharding(devices[0]))
     return programs[level - 1].lower(*arguments), sum(slabs.values()) - slabs[level]
 
 
-def placed(tree: Any, devices: np.ndarray, spec: PartitionSpec) -> Any:
+def placed(tree: Any, sharding: Sharding) -> Any:
     """Shapes as they lie on devices."""
-    sharding = NamedSharding(Mesh(devices, ("data",), axis_types=(AxisType.Auto,)), spec)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 

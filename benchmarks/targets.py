@@ -104,7 +104,7 @@ def split_name(name: str) -> tuple[str, int]:
     """`h100` -> (h100, 1); `h100x8` -> (h100, 8); `v5e-4` -> (v5e, 4)."""
     several = re.fullmatch(r"(.+)[x-](\d+)", name)
     device, count = several.groups() if several and name not in ACCELERATORS else (name, "1")
-    if device not in ACCELERATORS or int(count) not in (1, 2, 4, 8, 16, 32, 64):
+    if device not in ACCELERATORS or int(count) not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         known = ", ".join(ACCELERATORS)
         raise UserError(f"--device is {name}; wanted one of {known}, or a power of two of them: h100x8, v5e-4")
     return device, int(count)
@@ -139,7 +139,10 @@ def devices(name: str) -> np.ndarray:
     try:
         if platform == "cuda":
             text = gpu_text(device)
-            found = topologies.get_topology_desc(name, "cuda", topology=f"1x{count}x1", target_config=text)
+            hosts = max(1, count // 8)
+            found = topologies.get_topology_desc(
+                name, "cuda", topology=f"1x{hosts}x{count // hosts}", target_config=text
+            )
         else:
             # Chips are asked for by shape; without these names libtpu asks the network what machine this is.
             os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=f"{device}-{count}")

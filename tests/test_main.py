@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,6 +159,56 @@ def test_losses_do_not_depend_on_the_number_of_devices(whole_job, tmp_path):
     for step, values in losses(tmp_path).items():
         # Adam's first steps divide by gradients near zero: rounding grows from step to step.
         assert values == pytest.approx(losses(workdir)[step], abs=1e-5 if step == 1 else 1e-3)
+
+
+def two_processes(*arguments: object, terminate_after: int = 0) -> list[tuple[int, str]]:
+    """Status and standard error of each of two processes of one run; the second gets a SIGTERM after some steps."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", 2]
+    running = [
+        subprocess.Popen(
+            command(*arguments, *where, "--process", number),
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    if terminate_after:
+        log, deadline = Path(arguments[1]) / "metrics.jsonl", time.monotonic() + 240
+        while time.monotonic() < deadline and all(process.poll() is None for process in running):
+            if log.exists() and log.read_text(encoding="utf-8").count("\n") >= terminate_after:
+                break
+            time.sleep(0.01)
+        running[1].terminate()
+    return [(process.wait(300), process.communicate()[1]) for process in running]
+
+
+def test_two_processes_do_one_run(whole_job, tmp_path):
+    """The same losses, one log; the SIGTERM of either stops both after one step, saved, and one process goes on."""
+    workdir, _ = whole_job
+    shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
+    arguments = ["--workdir", tmp_path, *SMALL, "--config.train.checkpoint_every=1000"]
+    for status, errors in two_processes(*arguments, terminate_after=2):
+        assert status == 0, errors
+    stopped_at = metrics(tmp_path)[-1]["step"]
+    assert 2 <= stopped_at < 24
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, stopped_at + 1))
+    assert (tmp_path / "checkpoints" / str(stopped_at)).exists()
+
+    again = tmp_path / "again"  # by both to the end, with the scans shared between them; and by one alone
+    shutil.copytree(tmp_path, again)
+    for status, errors in two_processes("--workdir", again, *arguments[2:]):
+        assert status == 0, errors
+    assert json.loads((again / "evaluation.json").read_bytes())["cases"].keys() == {"phantom_005", "phantom_006"}
+    assert sorted(path.name for path in (again / "predictions").glob("*.nii.gz")) == [
+        "phantom_005.nii.gz", "phantom_006.nii.gz",
+    ]  # fmt: skip
+    result = run(*arguments, "--mode", "train")
+    assert f"from step {stopped_at}" in result.stderr
+    for step, values in losses(tmp_path).items():
+        # Adam's first steps divide by gradients near zero: rounding grows from step to step.
+        assert values == pytest.approx(losses(workdir)[step], abs=1e-5 if step == 1 else 1e-3 if step < 5 else 0.1)
+        assert losses(again)[step] == pytest.approx(values, abs=1e-5 if step <= stopped_at + 1 else 0.1)
 
 
 def test_predict_one_file_and_a_folder_with_a_bad_scan(whole_job, tmp_path):

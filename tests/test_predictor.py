@@ -2,7 +2,11 @@
 
 import contextlib
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -374,3 +378,30 @@ def test_crop_fills_what_lies_outside(start):
     np.testing.assert_array_equal(piece, wanted)
     piece[...] = 0
     assert volume[3, 4, 5] == 119
+
+
+# ---- several devices share the depth of a tile ----
+
+
+def masks_of_eight_devices() -> None:
+    """What the subprocess runs: the masks for each number of devices, and the programs that were compiled for them."""
+    model = inference_model(*nnx.split(trained_pyramid(2), nnx.Param, ...))
+    voxels = scan((50, 48, 44))
+    alone, *others = (Predictor(model, PredictorConfig(tile=32, plane=48, space=space), align=2) for space in (1, 2, 8))
+    wanted = alone.masks(voxels, cubed(2, 1), levels=(1, 2))
+    for predictor in others:
+        found = predictor.masks(voxels, cubed(2, 1), levels=(1, 2))
+        assert predictor.compilations() == alone.compilations()
+        for level, mask in wanted.items():
+            np.testing.assert_array_equal(found[level], mask)
+    print("equal")
+
+
+def test_devices_that_share_tiles_give_the_masks_of_one():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import test_predictor; test_predictor.masks_of_eight_devices()"],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "equal\n"

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store import AIR
@@ -42,11 +43,14 @@ class PredictorConfig:
       overlap: share of a tile that the next one covers again.
       plane: native voxels in plane (height or width) that the programs are compiled for. A larger scan costs one more
         compilation; smaller ones none.
+      space: devices of this process that share the depth of a tile, which must divide by `space` times the network's
+        divisor. The activations, what a large tile needs most memory for, are split; finished maps are not.
     """
 
     tile: int = 96
     overlap: float = 0.5
     plane: int = 512
+    space: int = 1
 
 
 class Predictor:
@@ -83,11 +87,19 @@ class Predictor:
         # Along z, of a tile and from row to row.
         depth, self._descent = (config.tile, self._stride) if self._rank == 3 else (SLICES, SLICES)
         self._tile: Triple = (depth, config.tile, config.tile)
-        self._graph, self._state = nnx.split(model)
+        devices = jax.local_devices()[: config.space]
+        self._mesh = jax.make_mesh((config.space,), ("space",), axis_types=(AxisType.Auto,), devices=devices)
+        self._whole = NamedSharding(self._mesh, PartitionSpec())
+        even = self._descent % config.space == 0
+        self._slab_sharding = NamedSharding(self._mesh, PartitionSpec("space")) if even else self._whole
+        self._graph, state = nnx.split(model)
+        self._state = jax.device_put(state, self._whole)
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes
         self._plane = config.plane
         self._canvas: list[tuple[int, int]] = [(0, 0)] * self._levels
+        # Zeros in a slab's own memory.
+        self._cleared = jax.jit(jnp.zeros_like, donate_argnums=0, keep_unused=True, out_shardings=self._slab_sharding)
         self._add_tile = [self._make_add_tile(level) for level in range(1, self._levels + 1)]
 
     def masks(
@@ -127,7 +139,9 @@ class Predictor:
         streams: list[Chunks] = []
         for level, (axes, factor) in enumerate(zip(plan, factors, strict=False), start=1):
             image = downsample_image(voxels, factor)
-            context = _Context(streams[-1], plan[level - 2], self._tile, self._descent, self._rank) if streams else None
+            context = None
+            if streams:
+                context = _Context(streams[-1], plan[level - 2], self._tile, self._descent, self._rank, self._whole)
             chunks = self._chunks(level, image, axes, context, advance)
             if level in wanted:
                 writers[level] = MaskWriter(_shape(voxels), _shape(image), factor, axes, self._plane)
@@ -140,7 +154,7 @@ class Predictor:
 
     def compilations(self) -> int:
         """Programs compiled so far, for tests and for whoever wonders."""
-        jitted: list[Any] = [*self._add_tile, _cleared, native_masks]
+        jitted: list[Any] = [*self._add_tile, self._cleared, native_masks]
         return sum(program._cache_size() for program in jitted)
 
     def _reserve(self, shape: Triple, factors: tuple[float, float, float]) -> None:
@@ -169,7 +183,7 @@ class Predictor:
         descent = self._descent
         z_axis, y_axis, x_axis = axes
         slabs = tuple(
-            jnp.zeros((descent, *self._canvas[level - 1], self._classes), jnp.float32)
+            jnp.zeros((descent, *self._canvas[level - 1], self._classes), jnp.float32, device=self._slab_sharding)
             for _ in range(-(-self._tile[0] // descent))
         )
         for z_start, z_weights in zip(z_axis.starts, z_axis.weights, strict=True):
@@ -181,19 +195,27 @@ class Predictor:
                     corner = np.array([0, y_start - start[1], x_start - start[2]], np.int32)
                     under = None if first is None else first + corner // 2
                     weights = (z_weights, y_weights, x_weights)
-                    slabs = self._add_tile[level - 1](slabs, self._state, piece, maps, weights, corner, under)
+                    with jax.set_mesh(self._mesh):
+                        slabs = self._add_tile[level - 1](slabs, self._state, piece, maps, weights, corner, under)
             advance(len(y_axis.starts) * len(x_axis.starts))
             rows = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - start[0]) // descent)
             for number in range(rows):
                 finished, *others = slabs
                 yield start[0] + number * descent, finished
-                slabs = (*others, _cleared(finished))
+                slabs = (*others, self._cleared(finished))
 
     def _make_add_tile(self, level: int):
         graph, descent, mirror = self._graph, self._descent, np.array(self._mirror_classes, int)
         context_size = _context_size(self._tile, self._rank)
 
-        @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(jax.default_backend()))
+        depth = NamedSharding(self._mesh, PartitionSpec(None, "space"))
+
+        @functools.partial(
+            jax.jit,
+            donate_argnums=0,
+            out_shardings=self._slab_sharding,
+            compiler_options=compiler_options(jax.default_backend()),
+        )
         def add_tile(slabs, state, image, maps, weights, corner, under):
             """Predicts one tile of a row and adds its maps to the slabs.
 
@@ -207,7 +229,8 @@ class Predictor:
               under: [3], the first voxel of its context in `maps`.
             """
             model: Pyramid = nnx.merge(graph, state, copy=True)
-            images, context = image[None], None if maps is None else _window(maps, under, context_size)[None]
+            images = lax.with_sharding_constraint(image[None], depth)
+            context = None if maps is None else _window(maps, under, context_size)[None]
             z, y, x = weights
             weight = z[:, None, None] * y[:, None] * x
             if mirror.size:
@@ -231,8 +254,9 @@ class Predictor:
 class _Context:
     """The coarser level's maps about a row of tiles: as few chunks as always hold them, moving down with the rows."""
 
-    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, descent: int, rank: int):
+    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, descent: int, rank: int, sharding: Any):
         self._source, self._axes, self._descent, self._rank = chunks, axes, descent, rank
+        self._sharding = sharding
         self._depth = _context_size(tile, rank)[0]
         self._count = (self._depth + descent - 2) // descent + 1  # the first of them may begin at a chunk's last plane
         self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
@@ -245,18 +269,12 @@ class _Context:
         first = np.array([s // 2 - 1 if half else s for s, half in zip(start, halves, strict=True)], np.int32)
         while self._end < first[0] + self._depth:
             z, chunk = next(self._source)
-            self._held.append(jnp.array(chunk, Predictor.MAPS))
+            self._held.append(jax.device_put(jnp.array(chunk, Predictor.MAPS), self._sharding))
             self._end = z + self._descent
         # Short of chunks at the top: the first stands in for those that would lie above it.
         held = (self._held[0],) * (self._count - len(self._held)) + tuple(self._held)
         origin = (self._end - self._count * self._descent, *(int(axis.starts[0]) for axis in self._axes[1:]))
         return held, first - np.array(origin, np.int32)
-
-
-@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-def _cleared(slab: jax.Array) -> jax.Array:
-    """Zeros in a slab's own memory."""
-    return jnp.zeros_like(slab)
 
 
 def _context_size(tile: Triple, rank: int) -> Triple:

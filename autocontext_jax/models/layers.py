@@ -444,10 +444,12 @@ def _sums(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         zero = jnp.zeros((), jnp.float32)
         return tuple(lax.reduce(arrays, (zero,) * len(arrays), lambda a, b: jax.tree.map(jnp.add, a, b), voxels))
 
-    def apart(*arrays):  # a reduction of several arrays is not vectorised on the CPU
+    def apart(*arrays):
         return tuple(jnp.sum(array, voxels) for array in arrays)
 
-    return lax.platform_dependent(*arrays, cpu=apart, default=together)
+    # A reduction of several arrays is not vectorised on the CPU, and gathers what devices have added up before it adds.
+    split = jax.sharding.get_abstract_mesh().size > 1
+    return lax.platform_dependent(*arrays, cpu=apart, default=apart if split else together)
 
 
 def _affine(mean, variance, scale, bias) -> tuple[jax.Array, jax.Array]:
