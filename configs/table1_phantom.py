@@ -2,10 +2,13 @@
 
     python -m autocontext_jax.main --config configs/table1_phantom.py --workdir runs/table1_phantom
 
-The quick start's recipe on 40 phantoms to train on and 30 to compare on, with three look-alikes of each kind: cysts
-like the gallbladder, loops of bowel like the stomach, vessels like the artery and the portal vein. 14 minutes on two
-cores that multiply bfloat16 (AMX): mean Dice 79.7 at level 1, 81.8 with level 2 trained after it, 84.3 end to end, but
-85.3 without context: a 32^3 patch, 112 mm of these phantoms, may show enough to tell most look-alikes apart.
+The quick start's recipe on 40 phantoms to train on and 30 to compare on, 160 voxels of 2.1 mm along each axis, with
+three look-alikes of each kind: cysts like the gallbladder, loops of bowel like the stomach, vessels like the artery and
+the portal vein. A 32^3 patch shows 67 mm of the body, level 1's 134 mm.
+
+33 minutes on two cores that multiply bfloat16 (AMX) and had other work beside; 2.5 GB. Mean Dice of the 30: 85.7 at
+level 1, 87.0 with level 2 trained after it, 87.9 end to end, 52.6 without context; each step up has p < 0.001 (paired
+Wilcoxon signed-rank tests, Holm-corrected).
 """
 
 import runpy
