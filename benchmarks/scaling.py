@@ -102,9 +102,11 @@ def compiled_row(flags: argparse.Namespace, count: int, space: int, edge: int, b
             kind = next(kind for kind in hlo.COLLECTIVES if cost.instruction.opcode.startswith(kind))
             sent[kind][0] += 1
             sent[kind][1] += passes(kind, count) * cost.link_bytes
-    link = accelerator.link if count <= HOST else flags.network
+    # Those who share a patch stand side by side, in one host if it holds them.
+    link = {"collective-permute": accelerator.link if space <= HOST else flags.network}
+    everywhere = accelerator.link if count <= HOST else flags.network
     busy = sum(roofline.roofline_seconds(cost, accelerator, 1) for cost in costs if cost.kind != hlo.COLLECTIVE)
-    sending = sum(size for _, size in sent.values()) / link
+    sending = sum(size / link.get(kind, everywhere) for kind, (_, size) in sent.items())
     least = passes("all-reduce", count) * least_reduced_bytes(flags)
     pairs = batch * count // space
     return {

@@ -1,5 +1,7 @@
 """Checkpoints keep the newest and the best, restore to the bit, and say so when they are damaged."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,4 +78,54 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     again = Checkpoints(tmp_path / "c")
     with pytest.raises(UserError, match=r"checkpoint .*c/1 cannot be read .*delete that folder"):
         again.restore(1, jax.eval_shape(lambda: one))
+    again.close()
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    """Whichever file holds it: the state is what was saved, or the checkpoint is set aside and the one before counts."""
+    checkpoints = Checkpoints(tmp_path / "run" / "c")
+    for step in (1, 2):
+        checkpoints.save(step, state(step), {"next_index": step}, dice=step / 10)
+    checkpoints.close()
+    rng = np.random.default_rng(0)
+    files = [path for path in sorted((tmp_path / "run" / "c" / "2").rglob("*")) if path.stat().st_size]
+    outcomes = set()
+    for number, path in enumerate(path for path in files if path.is_file()):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "run", copy)
+        damaged = bytearray(path.read_bytes())
+        damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
+        (copy / path.relative_to(tmp_path / "run")).write_bytes(damaged)
+        again = Checkpoints(copy / "c")
+        again.set_damaged_aside()
+        assert again.latest is not None
+        restored, position = again.restore(again.latest, jax.eval_shape(lambda: state(0)))
+        jax.tree.map(np.testing.assert_array_equal, restored, state(again.latest))
+        assert position == {"next_index": again.latest}
+        assert (copy / "damaged" / "2").exists() == (again.latest == 1)
+        outcomes.add(again.latest)
+        again.close()
+    assert outcomes == {1, 2}  # some files only say again what others do
+
+
+def test_numbers_that_orbax_would_have_passed_on_are_noticed(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state(1), {})
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "c")
+    record = again._record(1)
+    record["checksums"]["kernel"] ^= 1
+    with pytest.raises(UserError, match=r"c/1 holds numbers that are not those saved, in kernel"):
+        again._verify(1, state(1), record["checksums"])
+    again.close()
+
+
+def test_nothing_whole_is_left(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state(1), {})
+    checkpoints.close()
+    (tmp_path / "c" / "1" / "record" / "metadata").write_text("{}", encoding="utf-8")
+    again = Checkpoints(tmp_path / "c")
+    with pytest.raises(UserError, match=r"no whole checkpoint left, see .*damaged; .*start again in another --workdir"):
+        again.set_damaged_aside()
     again.close()

@@ -163,6 +163,11 @@ BAD = [
     ("model.depth", 0),
     ("predict.overlap", 1.0),
     ("predict.overlap", -0.1),
+    ("mesh.space", 0),
+    ("mesh.space", 3),
+    ("mesh.space", 16),  # 4 planes each, and the network halves three times
+    ("predict.space", 5),
+    ("train.non_finite", "ignore"),
     ("data.validation_fraction", 0.0),
     ("data.validation_fraction", 1.0),
 ]

@@ -166,6 +166,16 @@ def test_the_processes_shares_are_the_single_batch(cases, processes):
         iterator.close()
 
 
+def test_the_cases_of_any_batch_are_known(cases, sharding):
+    feed = Feed(cases, CONFIG, seed=1, sharding=sharding)
+    batches = host_batches(cases, CONFIG, margins_of(cases), seed=1)
+    by_spacing = {np.float32(case.spacing[0]): case.name for case in cases}
+    for number, batch in enumerate(take(batches, 7)):
+        assert feed.cases_of(number) == [by_spacing[spacing[0]] for spacing in batch["spacing"]]
+    batches.close()
+    feed.close()
+
+
 def test_one_case_fills_a_batch(cases):
     batches = host_batches(cases[:1], FeedConfig(3, EDGE), ((0, 0, 0),) * 2, seed=0)
     first, second = take(batches, 2)

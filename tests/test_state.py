@@ -166,3 +166,31 @@ def test_a_frozen_level_uses_its_running_averages(batch):
     wanted = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
     np.testing.assert_allclose(logits[0], wanted[0], rtol=1e-5, atol=1e-5)
     assert np.abs(logits[1] - wanted[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(made, batch, bad):
+    _, step = made
+    _, state = new_state()
+    before = leaves((state.params, state.statistics, state.optimizer))
+    images = (batch.images[0].at[0, 0, 0, 0].set(bad), batch.images[1])
+    # The window clips an infinite voxel; what is not a number goes through.
+    after, metrics = step(state, Batch(images, batch.labels))
+    assert after.step == 1
+    assert np.isfinite(metrics.loss) == np.isinf(bad)
+    assert np.isfinite(metrics.gradient_norm) == np.isinf(bad)
+    changed = [not np.array_equal(a, b) for a, b in zip(before, leaves((after.params, after.statistics, after.optimizer)), strict=True)]
+    assert any(changed) == np.isinf(bad)
+    again, metrics = step(after, batch)
+    assert np.isfinite(metrics.loss)
+    assert again.step == 2
+
+
+def test_the_gradients_norm_is_that_of_all_of_them(batch):
+    optimizer = optax.sgd(1.0)
+    graph, state = new_state()
+    state = state.replace(optimizer=optimizer.init(state.params))
+    before = leaves(state.params)
+    after, metrics = make_train_step(graph, optimizer, LossConfig())(state, batch)
+    squares = sum(np.sum(np.square(a - b, dtype=float)) for a, b in zip(before, leaves(after.params), strict=True))
+    assert metrics.gradient_norm == pytest.approx(np.sqrt(squares), rel=1e-3)
