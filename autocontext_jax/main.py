@@ -82,10 +82,19 @@ def main(argv: list[str]) -> int:
 def _log_plainly() -> None:
     """Our own lines on standard error; the libraries' only from warnings up (orbax tells every step of a save)."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # What orbax's threads log with a traceback, as of a full disk, they raise too, where we have one line for it.
+    absl_logging.get_absl_logger().addFilter(lambda record: record.exc_info is None)
+    sys.unraisablehook = _untold
     ours = logging.getLogger("autocontext_jax")
     ours.setLevel(logging.INFO)
     ours.propagate = False
     ours.addHandler(logging.StreamHandler(sys.stderr))
+
+
+def _untold(what: "sys.UnraisableHookArgs") -> None:
+    """Shows what no caller can catch, but for the reads and writes that orbax leaves behind after the first fails."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _start_processes() -> None:
@@ -127,7 +136,8 @@ def _parse(argv: list[str]) -> None:
         if MODE.value == "predict" and not (INPUT.value and OUTPUT.value):
             raise UserError("--mode predict wants --input SCAN_OR_FOLDER and --output PATH")
         CONFIG.value.to_dict()  # a file that could not be loaded says so only when it is used
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, SyntaxError, MemoryError) as error:
+        # MemoryError: so many brackets that Python's parser gives up.
         raise UserError(f"command line: {' '.join(str(error).split())}") from error
 
 

@@ -67,6 +67,12 @@ def refused(call, *parts):
         assert str(part) in str(caught.value)
 
 
+@pytest.mark.parametrize(("key", "number", "folder"), [("numTraining", 3, "imagesTr"), ("numTest", 1, "imagesTs")])
+def test_as_many_cases_as_the_file_says(nnunet, key, number, folder):
+    describe(nnunet, NNUNET, **{key: number})
+    refused(lambda: datasets.read_dataset(nnunet), f'"{key}" is {number}', nnunet / folder, "has 2 cases")
+
+
 def test_nnunet(nnunet):
     dataset = datasets.read_dataset(str(nnunet))
     assert dataset.root == nnunet

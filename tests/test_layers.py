@@ -10,7 +10,7 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
-    "errors", "processes", "geometry",
+    "errors", "files", "processes", "geometry",
     "data/scans", "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling", "data/augment",
     "data/pipeline",
     "models/layers", "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/pyramid",

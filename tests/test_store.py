@@ -1,12 +1,14 @@
 """The prepared data set: valid for others, exact for us, and never half of one."""
 
 import itertools
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +279,50 @@ def test_damage_is_an_error_not_data(own, array, how):
     assert "\n" not in str(caught.value)
 
 
+def test_a_description_that_is_not_what_was_written_is_refused_and_mended(own):
+    case, root = own
+    folder = Path(root) / f"{case.name}.ome.zarr"
+    mark = folder / "zarr.json"
+    described = json.loads(mark.read_bytes())
+    described["attributes"]["autocontext_jax"]["factors"][0][0] += 1  # still a description, of other grids
+    mark.write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete or damaged: delete that folder"):
+        store.PreparedCase.open(root, case.name)
+    assert store.prepare_case(case, root, SETTINGS, LABELS)
+    store.PreparedCase.open(root, case.name)
+
+    array = folder / "level_1" / "zarr.json"
+    described = json.loads(array.read_bytes())
+    described["shape"][0] += 1
+    array.write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be read \(level_1/zarr\.json has .*: delete that folder"):
+        read_all(store.PreparedCase.open(root, case.name))
+
+
+WORKER = """
+import os, signal, sys, time
+from autocontext_jax.data import store
+if __name__ == "__main__":
+    import concurrent.futures, multiprocessing
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=store._end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    (tmp_path / "run.py").write_text(WORKER, encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    worker = Path("/proc") / done.stdout.strip()
+    deadline = time.monotonic() + 10
+    while worker.exists() and worker.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_other_formats_and_no_store_are_named(own, monkeypatch):
     case, root = own
     with pytest.raises(UserError, match=r"nowhere/case 1\.ome\.zarr is missing"):
@@ -284,7 +330,7 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
     with pytest.raises(UserError, match=r"gopher.*give a folder"):
         store.PreparedCase.open("gopher://host", case.name)
     monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
-    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 1, wanted 2: delete that folder"):
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 2, wanted 3: delete that folder"):
         store.PreparedCase.open(root, case.name)
     assert store.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
 

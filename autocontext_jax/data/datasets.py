@@ -49,7 +49,7 @@ def read_dataset(root: str | os.PathLike) -> Dataset:
     Raises:
       UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not 0..K-1 with
         background at 0; there are several channels; an image lacks its label or a label its image; a case is named
-        twice; a path leads out of the folder; there is no training case.
+        twice; a path leads out of the folder; there is no training case; there are not as many as the file says.
     """
     root = Path(root)
     if not root.is_dir():
@@ -64,6 +64,13 @@ def read_dataset(root: str | os.PathLike) -> Dataset:
         _one_channel(path, "channel_names", description)
         labels = _labels(path, _get(path, description, "labels", dict))
         training, test = _nnunet_cases(root, _get(path, description, "file_ending", str))
+        for key, folder, cases in (("numTraining", "imagesTr", training), ("numTest", "imagesTs", test)):
+            # Where image and label are both lost nothing else tells; without any training case, see below.
+            if training and description.get(key, len(cases)) != len(cases):
+                raise UserError(
+                    f'{path}: "{key}" is {description[key]!r}, and {root / folder} has {len(cases)} cases: bring the '
+                    "others back or correct the number"
+                )
     elif "training" in description:
         _one_channel(path, "modality", description)
         labels = _labels(path, {str(name): value for value, name in _get(path, description, "labels", dict).items()})
@@ -153,6 +160,8 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text: wanted JSON in UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(f"{path} holds what no data set needs ({error}): wanted plain JSON") from None
 
 
 def _get(path: Path, description: Mapping[str, Any], key: str, kind: type) -> Any:
@@ -178,7 +187,7 @@ def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
             raise UserError(f'{path}: label "{name}" is the region {value}: wanted one value a label; regions overlap')
         if name == "ignore":
             raise UserError(f'{path}: label "ignore" ({value}) is not supported: wanted every voxel labelled')
-        if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)):
+        if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
             raise UserError(f'{path}: label "{name}" has the value {value!r}: wanted a whole number from 0')
         names[int(value)] = name
     if sorted(names) != list(range(len(values))) or not 2 <= len(values) <= 256:
@@ -234,17 +243,24 @@ def _msd_cases(root: Path, entries: Sequence[Any], labels: str | None) -> tuple[
         if image.name.startswith("."):
             continue
         name = scan_name(image)
-        if not image.is_file():
+        if not _is_file(image):
             raise UserError(f"case {name}: {image} does not exist: add the image or take it out of dataset.json")
         label = None
         if "label" in parts:
             label = _inside(root, parts["label"])
-            if not label.is_file():
+            if not _is_file(label):
                 raise UserError(f"case {name}: its label {label} does not exist: add it or take the case out")
-        elif labels and (root / labels / image.name).is_file():
+        elif labels and _is_file(root / labels / image.name):
             label = root / labels / image.name
         cases.append(Case(name, image, label))
     return tuple(sorted(cases, key=lambda case: case.name))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _inside(root: Path, relative: Any) -> Path:

@@ -8,7 +8,6 @@ vertebra; z grows to the head, y to the back, x to the patient's left. The scan'
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import write_whole, writing
 
 ORGANS = ("artery", "portal_vein", "liver", "spleen", "stomach", "gallbladder", "pancreas")
 
@@ -395,17 +395,16 @@ def write_dataset(
         image, label = make_phantom(rng, size=size, spacing=spacing, look_alikes=look_alikes)
         split, name = "Tr" if number < training else "Ts", f"phantom_{number:03d}"
         for path, voxels in ((f"images{split}/{name}_0000.nii.gz", image), (f"labels{split}/{name}.nii.gz", label)):
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
             scans.write_scan(root / path, voxels, spacing, origin=(0.0, 0.0, 0.0))
     description = {
         "name": "Phantom",
         "channel_names": {"0": "CT"},
         "labels": {"background": 0} | {organ: value for value, organ in enumerate(ORGANS, 1)},
         "numTraining": training,
+        "numTest": test,
         "file_ending": ".nii.gz",
         "phantom": wanted,
     }
-    root.mkdir(parents=True, exist_ok=True)
-    partial = index.with_suffix(".json.partial")
-    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, index)
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+    write_whole(index, json.dumps(description, indent=2) + "\n")

@@ -17,9 +17,13 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
+import operator
 import os
+import threading
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ from autocontext_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the store: raise it when what is written changes, and every case is prepared again
+FORMAT = 2  # of the store: raise it when what is written changes, and every case is prepared again
 AIR = -1024  # HU outside a scan
 
 _OURS = "autocontext_jax"  # our attributes' key
@@ -122,6 +126,7 @@ def prepare_case(case: Case, root: str, settings: Settings, labels: tuple[str, .
     offsets = np.cumsum(np.bincount(numbers, minlength=len(labels))).tolist()
     ours = {"format": FORMAT, "case": case.name, "hash": digest, "native": native, "labels": labels, "factors": factors}
     ours |= {"shapes": [image.shape for image in images], "foreground_offsets": offsets}
+    ours |= {"crc": _crc(ours)}
     groups: dict[str, Any] = {  # in this order: the root's metadata mark a complete case
         "labels/": {"ome": {"version": "0.5", "labels": ["organs"]}},
         "labels/organs/": {"ome": _multiscales("organs", "majority", scan.spacing, factors) | about},
@@ -159,7 +164,8 @@ def prepare(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the new processes: workers x cores threads would thrash
     bad = {}
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
         running = {pool.submit(prepare_case, case, root, settings, labels): case for case in cases}
         try:
             for done in concurrent.futures.as_completed(running):
@@ -175,6 +181,18 @@ def prepare(
         finally:
             pool.shutdown(cancel_futures=True)
     return [(case, bad[done]) for done, case in running.items() if done in bad]
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the run is killed: it would wait for work for ever, or write while the next run does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,11 +255,21 @@ class PreparedCase:
         ours = _read_ours(root, name)
         if not ours:
             raise UserError(f"{_path(root, name)} is missing, incomplete or damaged: {_REMEDY}")
-        if ours["format"] != FORMAT:
-            raise UserError(f"{_path(root, name)} has the format {ours['format']}, wanted {FORMAT}: {_REMEDY}")
-        labels, offsets = tuple(ours["labels"]), tuple(ours["foreground_offsets"])
-        factors, shapes = tuple(map(tuple, ours["factors"])), tuple(map(tuple, ours["shapes"]))
-        spacing = _times(ours["native"]["spacing"], factors[-1])
+        if ours.get("format") != FORMAT:
+            raise UserError(f"{_path(root, name)} has the format {ours.get('format')}, wanted {FORMAT}: {_REMEDY}")
+        try:
+            labels, offsets = tuple(ours["labels"]), tuple(map(operator.index, ours["foreground_offsets"]))
+            factors = tuple(_three(float, row) for row in ours["factors"])
+            shapes = tuple(_three(operator.index, row) for row in ours["shapes"])
+            spacing = _times(_three(float, ours["native"]["spacing"]), factors[-1])
+            whole = all(isinstance(label, str) for label in labels) and len(shapes) == len(factors)
+            whole &= all(0 < size < 2**32 for shape in shapes for size in shape)
+            whole &= len(offsets) == len(labels) and [0, *offsets] == sorted([0, *offsets]) and offsets[-1] > 0
+            whole &= bool(np.isfinite(spacing).all()) and all(0 < f < 1e9 for row in (spacing, *factors) for f in row)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+            whole = False
+        if not whole:
+            raise UserError(f"{_path(root, name)} has a description that is not what was written: {_REMEDY}")
         return cls(root, name, labels, spacing, factors, shapes, offsets, cache_bytes)
 
     def read(
@@ -283,7 +311,7 @@ class PreparedCase:
         array = self._arrays["foreground/"]
         with _storage(self.root, self.name, "read"):
             flat = array[number].read().result()
-        z, y, x = np.unravel_index(int(flat), self.shapes[-1])
+            z, y, x = np.unravel_index(int(flat), self.shapes[-1])  # a ValueError if it lies outside
         return int(z), int(y), int(x)
 
     @functools.cached_property
@@ -293,8 +321,38 @@ class PreparedCase:
         context = ts.Context({"cache_pool": {"total_bytes_limit": self.cache_bytes}})
         with _storage(self.root, self.name, "read"):
             url = _url(self.root, self.name)
+            described = ts.KvStore.open(url).result()
+            for read in [described.read(f"{name}zarr.json") for name in names]:
+                _check_depth(read.result().value)
             opening = [ts.open(_spec(url + name), read=True, recheck_cached=False, context=context) for name in names]
-            return {name: array.result() for name, array in zip(names, opening, strict=True)}
+            arrays = {name: array.result() for name, array in zip(names, opening, strict=True)}
+            wanted: dict[str, tuple[tuple[int, ...], str]] = {"foreground/": (self.foreground_offsets[-1:], "uint32")}
+            for level, shape in zip(levels, self.shapes, strict=True):
+                wanted |= {level: (shape, "int16"), f"labels/organs/{level}": (shape, "uint8")}
+            for name, (size, dtype) in wanted.items():  # what an array says of itself carries no checksum
+                found = arrays[name]
+                if (found.shape, found.dtype.name) != (size, dtype):
+                    raise ValueError(f"{name}zarr.json has {found.shape} {found.dtype.name}, wanted {size} {dtype}")
+                # A piece is decoded at once: it takes its memory whatever the file holds.
+                layout = found.chunk_layout
+                piece, file = ([n or 0 for n in part.shape or ()] for part in (layout.read_chunk, layout.write_chunk))
+                if math.prod(piece) > _CHUNK**3 or math.prod(file) > _SHARD**3:
+                    raise ValueError(f"{name}zarr.json has pieces of {piece} in files of {file}, more than are written")
+            return arrays
+
+
+def _check_depth(description: bytes) -> None:
+    """Raises a ValueError for JSON so deep that TensorStore, which reads it next, would run out of stack and crash."""
+    try:
+        json.loads(description or "{}")
+    except RecursionError:
+        raise ValueError("a zarr.json is nested too deep") from None
+
+
+def _three(kind: Callable[[Any], Any], numbers: Any) -> tuple[Any, Any, Any]:
+    """Three numbers of a description, (z, y, x); a ValueError or TypeError if it holds something else."""
+    z, y, x = map(kind, numbers)
+    return z, y, x
 
 
 def _path(root: str, name: str) -> str:
@@ -308,10 +366,10 @@ def _url(root: str, name: str) -> str:
 
 @contextlib.contextmanager
 def _storage(root: str, name: str, failure: str, remedy: str = _REMEDY) -> Iterator[None]:
-    """Turns TensorStore's errors, all of them ValueError, into one line."""
+    """Turns TensorStore's errors, ValueError or IndexError, into one line."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         reason = str(error).partition(" [")[0].replace("\0", "/")  # what follows repeats the whole specification
         raise UserError(f"{_path(root, name)} cannot be {failure} ({reason}): {remedy}") from None
 
@@ -341,9 +399,16 @@ def _read_ours(root: str, name: str) -> dict[str, Any]:
     with _storage(root, name, "read", "give a folder, or a URL that TensorStore knows"):
         mark = ts.KvStore.open(_url(root, name)).result().read("zarr.json").result()
     try:
-        return json.loads(mark.value)["attributes"][_OURS]
-    except (ValueError, KeyError):
+        ours = json.loads(mark.value)["attributes"][_OURS]
+        crc = ours.pop("crc", None)
+        return {} if ours["format"] == FORMAT and crc != _crc(ours) else ours
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not JSON, or not of a case
         return {}
+
+
+def _crc(ours: dict[str, Any]) -> int:
+    """Of our attributes, which unlike the chunks carry no checksum of the format's own."""
+    return zlib.crc32(json.dumps(ours, sort_keys=True).encode())
 
 
 def _write(url: str, arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import html
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -17,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from autocontext_jax.evaluation.pictures import PALETTE
 from autocontext_jax.evaluation.surfaces import Surface
+from autocontext_jax.files import write_whole
 
 TEMPLATE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -109,9 +109,7 @@ def write_page(
         options="".join(f'<option value="{i}">{html.escape(case.name)}</option>' for i, case in enumerate(cases)),
         figures=json.dumps(figures).replace("</", "<\\/"),  # nothing in it may end the script
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
 
 
 def _figure(figure: go.Figure) -> dict[str, Any]:
@@ -160,7 +158,7 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
             "showgrid": False,
             "tickmode": "auto",
         },
-        legend={"orientation": "h", "y": 1.1},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.25},  # below: with several runs it has many lines
     )
     return figure
 

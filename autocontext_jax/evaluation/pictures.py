@@ -1,5 +1,6 @@
 """A scan with masks laid over it, as pixels and as a figure."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from autocontext_jax.files import write_whole
 
 # Told apart by colour-blind readers too: Okabe and Ito's palette, then lighter shades. Row k is class k + 1.
 PALETTE = np.array(
@@ -96,7 +99,7 @@ def figure(
     handles = [Patch(color=PALETTE[k % len(PALETTE)] / 255, label=organ) for k, organ in enumerate(organs)]
     canvas.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     canvas.suptitle(title)
-    canvas.savefig(path, dpi=100)
+    save(path, canvas)
 
 
 def boxes(path: Path, result: Mapping[str, Any]) -> None:
@@ -117,7 +120,14 @@ def boxes(path: Path, result: Mapping[str, Any]) -> None:
     axes.set(xticks=np.arange(len(organs)), xticklabels=organs, ylabel="Dice", ylim=(0, 1))
     axes.grid(axis="y", alpha=0.3)
     canvas.legend(loc="outside lower center", ncols=len(blocks), frameon=False)
-    canvas.savefig(path, dpi=100)
+    save(path, canvas)
+
+
+def save(path: Path, canvas: Figure) -> None:
+    """Writes a PNG of what is drawn."""
+    png = io.BytesIO()
+    canvas.savefig(png, format="png", dpi=100)
+    write_whole(path, png.getvalue())
 
 
 def _body(image: np.ndarray) -> tuple[slice, slice, slice]:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from autocontext_jax.evaluation.published import ORGANS as PUBLISHED
 from autocontext_jax.evaluation.published import TABLE_2
 from autocontext_jax.evaluation.statistics import STATISTICS, compare, summarise
+from autocontext_jax.files import write_whole
 
 # Beside the Dice, as `metrics.scores` defines them.
 OTHER_METRICS = {
@@ -132,9 +132,7 @@ def write(result: Mapping[str, Any], workdir: Path) -> None:
         ("table.md", table(result)),
         ("table.csv", rows(result)),
     ):
-        partial = workdir / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, workdir / name)
+        write_whole(workdir / name, text)
 
 
 def read_cases(path: Path) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 from skimage.measure import marching_cubes
 
-from autocontext_jax.evaluation.pictures import PALETTE
+from autocontext_jax.evaluation.pictures import PALETTE, save
 
 # Voxels along an organ's longest side beyond which it is shown coarser: a browser turns some 100,000 triangles.
 LARGEST = 72
@@ -92,4 +92,4 @@ def figure(path: Path, columns: Mapping[str, Mapping[str, Surface]], organs: Seq
         axes.view_init(elev=10, azim=-90)
         axes.set_axis_off()
     canvas.suptitle(title)
-    canvas.savefig(path, dpi=100)
+    save(path, canvas)

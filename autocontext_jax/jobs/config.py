@@ -9,7 +9,6 @@ The sections are the dataclasses that the code takes, so each key is explained w
 import dataclasses
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from autocontext_jax.data.pipeline import FeedConfig
 from autocontext_jax.data.sampling import CENTRES
 from autocontext_jax.data.store import Settings
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import write_whole
 from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import PredictorConfig
 from autocontext_jax.models.fcn import FCN
@@ -194,6 +194,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the key, the value found and the value wanted.
     """
+    _check_values(config)
     divisor = 2 ** (config.model.depth - 1)
     for key, edge in (("feed.edge", config.feed.edge), ("predict.tile", config.predict.tile)):
         wanted = max(4, divisor)
@@ -202,13 +203,17 @@ def check(config: ConfigDict) -> None:
                 f"config key {key} is {edge}; wanted a positive multiple of {wanted}, as model.depth "
                 f"{config.model.depth} asks: choose {wanted * max(1, edge // wanted)}"
             )
-    space = config.mesh.space
-    if space < 1 or config.feed.edge % (space * divisor) or (space > 1 and config.levels.rank == 2):
-        raise UserError(
-            f"config key mesh.space is {space}; wanted devices that each take a multiple of {divisor} of the "
-            f"{config.feed.edge} planes of feed.edge, of rank 3: choose 1 or one of "
-            f"{[n for n in range(2, config.feed.edge) if config.feed.edge % (n * divisor) == 0]}"
-        )
+    for section, key, edge in (
+        ("mesh", "feed.edge", config.feed.edge),
+        ("predict", "predict.tile", config.predict.tile),
+    ):
+        space = config[section].space
+        if space < 1 or edge % (space * divisor) or (space > 1 and config.levels.rank == 2):
+            raise UserError(
+                f"config key {section}.space is {space}; wanted devices that each take a multiple of {divisor} of the "
+                f"{edge} planes of {key}, of rank 3: choose 1 or one of "
+                f"{[n for n in range(2, edge) if edge % (n * divisor) == 0]}"
+            )
     factors = tuple(config.levels.factors)
     if not factors or factors[-1] <= 0 or any(a != 2 * b for a, b in itertools.pairwise(factors)):
         raise UserError(
@@ -267,6 +272,51 @@ def check(config: ConfigDict) -> None:
         )
 
 
+# What the items of a tuple are, and how many there can be where their number is fixed.
+TUPLES: dict[str, tuple[type, tuple[int, ...]]] = {
+    "experiment": (str, ()),
+    "data.labels": (str, ()),
+    "phantom.size": (int, (3,)),
+    "phantom.spacing": (float, (3,)),
+    "levels.factors": (float, ()),
+    "levels.finest_spacing": (float, (0, 3)),
+    "spatial.mirror_pairs": (str, ()),
+    "pyramid.window": (float, (2,)),
+    "loss.level_weights": (float, ()),
+    "evaluate.labels": (str, ()),
+}
+
+# The largest that make sense: a slip of the keyboard must not take all memory or all time.
+LARGEST = {"model.depth": 10, "model.width": 4096, "feed.edge": 4096, "predict.tile": 4096, "predict.plane": 2**16}
+
+
+def _check_values(config: ConfigDict) -> None:
+    """Refuses numbers and tuples that no check below could reckon with.
+
+    Raises:
+      UserError: names the key, the value found and the value wanted.
+    """
+    for key, value in _flat(config.to_dict()).items():
+        kind, counts = TUPLES.get(key, (float, ()))
+        items = value if key in TUPLES else [value]
+        if not isinstance(items, tuple | list) or (counts and len(items) not in counts):
+            raise UserError(
+                f"config key {key} is {value!r}; wanted {' or '.join(map(str, counts)) or 'a tuple of'} items"
+            )
+        for item in items:
+            number = isinstance(item, int | float) and not isinstance(item, bool)
+            if key in TUPLES and not (isinstance(item, str) if kind is str else number):
+                raise UserError(f"config key {key} is {value!r}; wanted {'names' if kind is str else 'numbers'} in it")
+            if number and not abs(item) <= LARGEST.get(key, 2**31 - 1):
+                found = item if isinstance(item, float) else f"a number of {item.bit_length()} bits"
+                raise UserError(f"config key {key} is {found}; wanted at most {LARGEST.get(key, 2**31 - 1)}")
+    for key in ("seed", "data.fold", "data.workers"):
+        if _get(config, key) < 0:
+            raise UserError(f"config key {key} is {_get(config, key)}; wanted 0 or more")
+    if config.model.depth < 1:
+        raise UserError(f"config key model.depth is {config.model.depth}; wanted at least 1")
+
+
 def _get(config: ConfigDict, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
@@ -275,24 +325,30 @@ def _get(config: ConfigDict, key: str) -> Any:
 
 def write_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `config.json`, whole or not at all."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, workdir / "config.json")
+    write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
     """The configuration that a work directory was made with; None if it is new.
 
     Raises:
-      UserError: the file is there but is not JSON.
+      UserError: the file is there but is not what a run wrote.
     """
     path = workdir / "config.json"
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        saved = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, thousands of brackets
         raise UserError(f"{path} is not JSON ({error}); wanted what a run wrote: choose another --workdir") from None
+    sections = saved.values() if isinstance(saved, dict) else ()
+    values = [value for section in sections for value in (section.values() if isinstance(section, dict) else [section])]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    data = saved.get("data") if isinstance(saved, dict) else None
+    labels = data.get("labels") if isinstance(data, dict) else None
+    if not isinstance(labels, list) or any(isinstance(item, dict | list) for item in items):
+        raise UserError(f"{path} is not a configuration; wanted what a run wrote: choose another --workdir")
+    return saved
 
 
 def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> None:

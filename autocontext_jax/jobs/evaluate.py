@@ -19,6 +19,7 @@ from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
+from autocontext_jax.files import writing
 from autocontext_jax.jobs.config import model_factors, model_levels
 from autocontext_jax.jobs.prepare import Data
 from autocontext_jax.jobs.restore import restore_predictor
@@ -49,6 +50,8 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
       UserError: nothing to evaluate, no checkpoint, labels that are not the checkpoint's.
     """
     cases = held_out(data)
+    if unlabelled := [case.name for case in data.dataset.test if case.label is None]:
+        log.warning("%s: test cases without a label are not scored: %s", data.dataset.root, ", ".join(unlabelled))
     if not cases:
         raise UserError(
             f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
@@ -86,7 +89,8 @@ def _score(
     levels = model_levels(config)
     tolerance = config.evaluate.tolerance
     for name in ("pictures", "predictions", *(f"predictions/level_{level}" for level in levels[:-1])):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        with writing(folder / name):
+            (folder / name).mkdir(parents=True, exist_ok=True)
 
     def read(case: Case) -> Labelled:
         assert case.label is not None

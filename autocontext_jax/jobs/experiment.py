@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import report
+from autocontext_jax.files import writing
 from autocontext_jax.jobs.evaluate import evaluate, held_out
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.train import train
@@ -37,7 +38,8 @@ def experiment(config: ConfigDict, workdir: Path) -> bool:
     for mode in config.experiment:
         log.info("mode %s", mode)
         run, folder = _run(config, mode, str(data.dataset.root), data.store), workdir / mode
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         if not train(run, folder, data):
             return True  # a signal ended it; what was done is saved
         if not _evaluated(folder):

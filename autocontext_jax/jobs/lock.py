@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import writing
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def locked(workdir: Path) -> Iterator[None]:
             ) from None
         except OSError:  # some network file systems know no locks
             pass
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        with writing(path):
+            lock.truncate(0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())  # not into a buffer, which closing would write again
         yield

@@ -224,9 +224,9 @@ def _train_phase(
                 return False
     finally:
         bar.close()
+        feed.close()
         if metrics_log is not None:
             metrics_log.close()
-        feed.close()
     return True
 
 

@@ -3,10 +3,12 @@
 Each holds checksums of all of it, which every reading verifies: orbax itself passes flipped bits on.
 """
 
+import contextlib
 import json
 import logging
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
-from orbax.checkpoint import checkpoint_managers
 
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
@@ -35,20 +36,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int = 2):
-        policies = [
-            checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(get_metric_fn=_dice, n=1, keep_checkpoints_without_metrics=False),
-        ]
-        self._directory = directory
+        self._directory, self._keep = directory, keep
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=_dice,
-                cleanup_tmp_directories=True,
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True),
         )
+        # Ours, as orbax's own note of it carries no checksum and stops every reading once it is damaged.
+        self._dice: dict[int, float | None] = {}
+        for step in self._manager.all_steps():
+            with contextlib.suppress(UserError):
+                self._dice[step] = self._record(step)["dice"]
 
     @property
     def latest(self) -> int | None:
@@ -62,9 +60,14 @@ class Checkpoints:
         Raises:
           UserError: a checkpoint is damaged.
         """
-        dice = {step: self._record(step)["dice"] for step in self._manager.all_steps()}
-        validated = [step for step in dice if dice[step] is not None and not math.isnan(dice[step])]
-        return max(validated, key=lambda step: (dice[step], step), default=self.latest)
+        return _best({step: self._record(step)["dice"] for step in self._manager.all_steps()}, self.latest)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks which of the checkpoints, oldest first, are kept."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = _best({step: self._dice.get(step) for step in steps}, None)
+        return [step in steps[-self._keep :] or step == best for step in steps]
 
     def save(self, step: int, state: Any, feed: dict[str, Any], *, dice: float | None = None) -> None:
         """Starts to save; returns as soon as the state may change.
@@ -82,8 +85,9 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record | {"crc": _crc(record)})
         )
+        self._dice[step] = dice
         try:
-            self._manager.save(step, args=args, metrics=None if dice is None else {"dice": dice})
+            self._manager.save(step, args=args)
         except FAILURES as error:
             raise self._not_written(error) from error
 
@@ -153,7 +157,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except FAILURES as error:
-            raise self._damaged(step, f"cannot be read ({' '.join(str(error).split())[:300]})") from error
+            raise self._damaged(step, f"cannot be read ({_short(error)})") from error
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""
@@ -168,7 +172,7 @@ class Checkpoints:
             metadata = self._manager.item_metadata(step)["state"]
             return jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
         except (*FAILURES, AttributeError, TypeError) as error:
-            raise self._damaged(step, f"cannot be read ({' '.join(str(error).split())[:300]})") from error
+            raise self._damaged(step, f"cannot be read ({_short(error)})") from error
 
     def _verify(self, step: int, state: Any, checksums: dict[str, int]) -> None:
         bad = [name for name, value in _checksums(state).items() if checksums.get(name) != value]
@@ -183,7 +187,7 @@ class Checkpoints:
 
     def _not_written(self, error: Exception) -> UserError:
         return UserError(
-            f"a checkpoint cannot be written to {self._directory} ({' '.join(str(error).split())[:300]}): see that "
+            f"a checkpoint cannot be written to {self._directory} ({_short(error)}): see that "
             "there is room and leave to write; what was saved before is whole"
         )
 
@@ -203,7 +207,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with contextlib.suppress(*FAILURES):  # what it raises `wait` has told
+                self._manager.close()
 
 
 def _checksums(tree: Any) -> dict[str, int]:
@@ -237,6 +242,12 @@ def _crc(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
+def _short(error: Exception) -> str:
+    """What happened, in one line: long ones begin with where and end with why."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else f"{words[:130]} ... {words[-160:]}"
+
+
 def _free(path: Path) -> Path:
     """A name beside `path` that nothing has yet."""
     names = [path, *(path.with_name(f"{path.name}_{number}") for number in range(1, 1000))]
@@ -249,5 +260,7 @@ def _restore_args(like: Any, **options: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(abstract, restore_args=where, **options)
 
 
-def _dice(metrics: dict[str, float]) -> float:
-    return -1.0 if math.isnan(metrics["dice"]) else metrics["dice"]
+def _best(dice: dict[int, float | None], default: int | None) -> int | None:
+    """The step of the highest Dice, of equal ones the newest; the default if none was validated."""
+    validated = {step: value for step, value in dice.items() if value is not None and not math.isnan(value)}
+    return max(validated, key=lambda step: (validated[step], step), default=default)

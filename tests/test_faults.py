@@ -1,0 +1,62 @@
+"""A short form of the fault campaign: a fault of the quicker kinds each, and how its parts judge."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "faults.py"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks, mounts and looks into /proc")
+def test_a_few_faults_are_survived():
+    kinds = ["kill_prepare", "kill_train", "kill_evaluate", "read_only_predict", "checkpoint_predict", "store_read",
+             "vanished_prepare", "worker"]  # fmt: skip
+    command = [sys.executable, SCRIPT, "--faults", "9", "--seed", "1", "--kinds", *kinds]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    total = result["rows"][-1]
+    assert total["lost or silently wrong"] == 0
+    assert total["tried"] == total["survived"] == 9 - sum(result["skipped"].values())
+
+
+def test_what_a_job_says_is_judged():
+    assert faults.Ended(0, "").error == ""
+    assert faults.Ended(2, "bar\nerror: no room\n").error == "error: no room"
+    assert "mask.nii.gz" in faults.Ended(1, "mask.nii.gz: no room\n1 of 1 scans could not be scored\n").error
+    for status, text in (
+        (1, ""),
+        (2, ""),
+        (2, "error: a\nerror: b"),
+        (0, "Traceback"),
+        (-9, ""),
+        (2, "Traceback\nerror: a"),
+    ):
+        with pytest.raises(faults.Wrong):
+            _ = faults.Ended(status, text).error
+
+
+def test_files_are_spoilt_alike_for_the_same_seed(tmp_path):
+    spoilt = []
+    for seed in (*range(20), *range(20)):
+        path = tmp_path / "file"
+        path.write_bytes(bytes(range(100)))
+        faults.spoil(path, random.Random(seed))
+        spoilt.append(path.read_bytes() if path.exists() else None)
+    assert spoilt[:20] == spoilt[20:]
+    assert bytes(range(100)) not in spoilt
+    assert None in spoilt
+
+
+def test_what_a_message_asks_for_is_done_inside_the_work_directory_alone(tmp_path):
+    folder = tmp_path / "checkpoints" / "8"
+    folder.mkdir(parents=True)
+    with pytest.raises(faults.Wrong):
+        faults.do_as_told("error: checkpoint /elsewhere/8 cannot be read (x): delete that folder", tmp_path)
+    faults.do_as_told(f"error: checkpoint {folder} cannot be read (x); wanted: delete that folder", tmp_path)
+    assert not folder.exists()
