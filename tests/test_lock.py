@@ -11,20 +11,27 @@ from autocontext_jax.jobs.lock import locked
 
 
 def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
-    with locked(tmp_path):
-        with pytest.raises(UserError, match=rf"--workdir .* is in use by process {os.getpid()}: wait for it"), locked(tmp_path):
-            pass
+    refused = pytest.raises(UserError, match=rf"--workdir .* is in use by process {os.getpid()}: wait for it")
+    with locked(tmp_path), refused, locked(tmp_path):
+        pass
     with locked(tmp_path):
         pass
 
 
 def test_a_killed_run_holds_nothing(tmp_path):
-    code = "import sys, os, pathlib; from autocontext_jax.jobs.lock import locked\nwith locked(pathlib.Path(sys.argv[1])): os._exit(9)"
+    code = (
+        "import os, pathlib, sys\n"
+        "from autocontext_jax.jobs.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): os._exit(9)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
     with locked(tmp_path):
         pass
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match=r"--workdir .*cannot be written.*choose another folder"), locked(tmp_path / "no"):
+    with (
+        pytest.raises(UserError, match=r"--workdir .*cannot be written.*choose another folder"),
+        locked(tmp_path / "no"),
+    ):
         pass

@@ -179,7 +179,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(made, batch, b
     assert after.step == 1
     assert np.isfinite(metrics.loss) == np.isinf(bad)
     assert np.isfinite(metrics.gradient_norm) == np.isinf(bad)
-    changed = [not np.array_equal(a, b) for a, b in zip(before, leaves((after.params, after.statistics, after.optimizer)), strict=True)]
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(before, leaves((after.params, after.statistics, after.optimizer)), strict=True)
+    ]
     assert any(changed) == np.isinf(bad)
     again, metrics = step(after, batch)
     assert np.isfinite(metrics.loss)

@@ -23,8 +23,9 @@ from autocontext_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What orbax and its storage raise when files cannot be read or written.
-FAILURES = (ValueError, OSError, KeyError, RuntimeError)
+# What orbax and its storage raise when files cannot be read or written. The last three: it takes for granted that its
+# own JSON has the shape it gave it.
+FAILURES = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, IndexError)
 
 
 class Checkpoints:
@@ -37,11 +38,17 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2):
         self._directory, self._keep = directory, keep
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True),
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(),
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
+                options=ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True),
+            )
+        except FAILURES as error:  # orbax reads what every step's _CHECKPOINT_METADATA says of it
+            raise UserError(
+                f"{directory} cannot be read ({_short(error)}); wanted whole checkpoints: move away the one "
+                "whose _CHECKPOINT_METADATA is damaged, and the others count"
+            ) from error
         # Ours, as orbax's own note of it carries no checksum and stops every reading once it is damaged.
         self._dice: dict[int, float | None] = {}
         for step in self._manager.all_steps():
@@ -171,7 +178,7 @@ class Checkpoints:
         try:
             metadata = self._manager.item_metadata(step)["state"]
             return jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
-        except (*FAILURES, AttributeError, TypeError) as error:
+        except FAILURES as error:
             raise self._damaged(step, f"cannot be read ({_short(error)})") from error
 
     def _verify(self, step: int, state: Any, checksums: dict[str, int]) -> None:
