@@ -11,7 +11,8 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
     "errors", "files", "processes", "geometry",
-    "data/scans", "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling", "data/augment",
+    "data/headers", "data/scans",
+    "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling", "data/augment",
     "data/pipeline",
     "models/layers", "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/pyramid",
     "training/*",
