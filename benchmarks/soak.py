@@ -3,7 +3,8 @@
     python benchmarks/soak.py [--hours 1] [--workdir FOLDER] [--config configs/quickstart.py] [--config.key=value ...]
 
 The real command line in a process of its own, with validation and checkpoints every 500 steps, ended by SIGTERM. Once
-every five seconds: resident memory, open files, threads; step times are those of its `metrics.jsonl`. The first tenth,
+every five seconds: memory, open files, threads; step times are those of its `metrics.jsonl`. `allocated` is memory of
+its own; `resident` counts the libraries' files too, which come and go as the system needs their place. The first tenth,
 in which caches fill, is left out; a row is a quarter of the rest, by the clock. `growth` compares the last quarter with
 the first.
 
@@ -73,10 +74,11 @@ def watch(process: subprocess.Popen, workdir: Path, seconds: float) -> list[dict
 
 
 def held(pid: int) -> dict[str, float]:
-    """Resident memory in MB, open files and threads of a process, from Linux."""
+    """Memory in MB, open files and threads of a process, from Linux."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
     return {
-        "MB": int(status["VmRSS"].split()[0]) / 1e3,
+        "allocated MB": int(status["RssAnon"].split()[0]) / 1e3,
+        "resident MB": int(status["VmRSS"].split()[0]) / 1e3,
         "files": len(list(Path(f"/proc/{pid}/fd").iterdir())),
         "threads": int(status["Threads"]),
     }
@@ -100,13 +102,17 @@ def table(looks: Sequence[dict[str, float]], rows: Sequence[dict[str, float]]) -
         inside = [look for look in looks if low <= look["seconds"] <= high]
         first, last = inside[0]["step"], inside[-1]["step"]
         speeds = [row["pairs_per_second"] for row in rows if first < row["step"] <= last]
-        medians = {name: float(np.median([look[name] for look in inside])) for name in ("MB", "files", "threads")}
+        medians = {
+            name: float(np.median([look[name] for look in inside]))
+            for name in looks[0]
+            if name not in ("seconds", "step")
+        }
         quarters.append(
             {
                 "part": f"{low / 3600:.2f} h to {high / 3600:.2f} h",
                 "steps": int(last - first),
                 **medians,
-                "largest MB": max(look["MB"] for look in inside),
+                "largest resident MB": max(look["resident MB"] for look in inside),
                 "ms a pair": 1e3 / float(np.median(speeds)),
             }
         )
