@@ -96,17 +96,18 @@ def compiled_row(flags: argparse.Namespace, count: int, space: int, edge: int, b
     program.xla = []
     compiled, _ = roofline.compile_program(program, targets.devices(name))
     costs = hlo.costs(hlo.parse(compiled.as_text()))
-    sent: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    number: collections.Counter[str] = collections.Counter()
+    sent: dict[str, float] = collections.defaultdict(float)  # bytes
     for cost in costs:
         if cost.kind == hlo.COLLECTIVE:
             kind = next(kind for kind in hlo.COLLECTIVES if cost.instruction.opcode.startswith(kind))
-            sent[kind][0] += 1
-            sent[kind][1] += passes(kind, count) * cost.link_bytes
+            number[kind] += 1
+            sent[kind] += passes(kind, count) * cost.link_bytes
     # Those who share a patch stand side by side, in one host if it holds them.
     link = {"collective-permute": accelerator.link if space <= HOST else flags.network}
     everywhere = accelerator.link if count <= HOST else flags.network
     busy = sum(roofline.roofline_seconds(cost, accelerator, 1) for cost in costs if cost.kind != hlo.COLLECTIVE)
-    sending = sum(size / link.get(kind, everywhere) for kind, (_, size) in sent.items())
+    sending = sum(size / link.get(kind, everywhere) for kind, size in sent.items())
     least = passes("all-reduce", count) * least_reduced_bytes(flags)
     pairs = batch * count // space
     return {
@@ -118,8 +119,8 @@ def compiled_row(flags: argparse.Namespace, count: int, space: int, edge: int, b
         "GB": sum(cost.bytes for cost in costs) / 1e9,
         "temporary GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "peak GB": roofline.needed_bytes(compiled) / 1e9,
-        "collectives": ", ".join(f"{n} {kind} {size / 1e6:.1f} MB" for kind, (n, size) in sorted(sent.items())) or "-",
-        "sent / least": sum(size for _, size in sent.values()) / least if least else float("nan"),
+        "collectives": ", ".join(f"{number[kind]} {kind} {sent[kind] / 1e6:.1f} MB" for kind in sorted(sent)) or "-",
+        "sent / least": sum(sent.values()) / least if least else float("nan"),
         "step ms": 1e3 * (busy + sending),
         "pairs/s": pairs / (busy + sending),
         "efficiency": busy / (busy + sending),

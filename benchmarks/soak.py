@@ -96,7 +96,7 @@ def table(looks: Sequence[dict[str, float]], rows: Sequence[dict[str, float]]) -
     """A row a quarter of the time after the first tenth: medians, and the memory's peak."""
     end = looks[-1]["seconds"]
     edges = np.linspace(end / 10, end, QUARTERS + 1)
-    quarters = []
+    quarters: list[dict[str, Any]] = []
     for number in range(QUARTERS):
         low, high = edges[number : number + 2]
         inside = [look for look in looks if low <= look["seconds"] <= high]

@@ -9,6 +9,7 @@ Nothing in the loop over tiles waits for the device.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store import AIR
@@ -87,11 +88,16 @@ class Predictor:
         # Along z, of a tile and from row to row.
         depth, self._descent = (config.tile, self._stride) if self._rank == 3 else (SLICES, SLICES)
         self._tile: Triple = (depth, config.tile, config.tile)
-        devices = jax.local_devices()[: config.space]
-        self._mesh = jax.make_mesh((config.space,), ("space",), axis_types=(AxisType.Auto,), devices=devices)
-        self._whole = NamedSharding(self._mesh, PartitionSpec())
-        even = self._descent % config.space == 0
-        self._slab_sharding = NamedSharding(self._mesh, PartitionSpec("space")) if even else self._whole
+        # Alone a device needs no mesh, and the programs go to whichever their arguments lie on.
+        self._mesh: Mesh | None = None
+        self._whole: NamedSharding | None = None
+        self._slab_sharding: NamedSharding | None = None
+        if config.space > 1:
+            devices = jax.local_devices()[: config.space]
+            self._mesh = jax.make_mesh((config.space,), ("space",), axis_types=(AxisType.Auto,), devices=devices)
+            self._whole = NamedSharding(self._mesh, PartitionSpec())
+            even = self._descent % config.space == 0
+            self._slab_sharding = NamedSharding(self._mesh, PartitionSpec("space")) if even else self._whole
         self._graph, state = nnx.split(model)
         self._state = jax.device_put(state, self._whole)
         self._levels: int = model.config.levels
@@ -195,7 +201,7 @@ class Predictor:
                     corner = np.array([0, y_start - start[1], x_start - start[2]], np.int32)
                     under = None if first is None else first + corner // 2
                     weights = (z_weights, y_weights, x_weights)
-                    with jax.set_mesh(self._mesh):
+                    with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                         slabs = self._add_tile[level - 1](slabs, self._state, piece, maps, weights, corner, under)
             advance(len(y_axis.starts) * len(x_axis.starts))
             rows = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - start[0]) // descent)
@@ -208,7 +214,7 @@ class Predictor:
         graph, descent, mirror = self._graph, self._descent, np.array(self._mirror_classes, int)
         context_size = _context_size(self._tile, self._rank)
 
-        depth = NamedSharding(self._mesh, PartitionSpec(None, "space"))
+        depth = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(None, "space"))
 
         @functools.partial(
             jax.jit,
@@ -229,7 +235,7 @@ class Predictor:
               under: [3], the first voxel of its context in `maps`.
             """
             model: Pyramid = nnx.merge(graph, state, copy=True)
-            images = lax.with_sharding_constraint(image[None], depth)
+            images = image[None] if depth is None else lax.with_sharding_constraint(image[None], depth)
             context = None if maps is None else _window(maps, under, context_size)[None]
             z, y, x = weights
             weight = z[:, None, None] * y[:, None] * x

@@ -42,8 +42,13 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
     """The trained predictor of a work directory and its K class names, background first.
 
     Raises:
-      UserError: there is no checkpoint, or it belongs to another configuration.
+      UserError: there is no checkpoint, or it belongs to another configuration, or there are too few devices.
     """
+    if config.predict.space > jax.local_device_count():
+        raise UserError(
+            f"config key predict.space is {config.predict.space}; wanted at most the {jax.local_device_count()} devices "
+            "of this process"
+        )
     saved = read_config(workdir)
     if saved is None:
         raise UserError(f"work directory {workdir} has no config.json: train there first (--mode train)")
