@@ -44,11 +44,9 @@ def restore_predictor(config: ConfigDict, workdir: Path) -> tuple[Predictor, Seq
     Raises:
       UserError: there is no checkpoint, or it belongs to another configuration, or there are too few devices.
     """
-    if config.predict.space > jax.local_device_count():
-        raise UserError(
-            f"config key predict.space is {config.predict.space}; wanted at most the {jax.local_device_count()} devices "
-            "of this process"
-        )
+    space, devices = config.predict.space, jax.local_device_count()
+    if space > devices:
+        raise UserError(f"config key predict.space is {space}; wanted at most the {devices} devices of this process")
     saved = read_config(workdir)
     if saved is None:
         raise UserError(f"work directory {workdir} has no config.json: train there first (--mode train)")
