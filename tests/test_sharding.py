@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from autocontext_jax import processes
 from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
@@ -95,13 +97,44 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
+def one_of_two(address: str, index: str, folder: str) -> None:
+    """What each of two processes runs, with four of the mesh's eight devices."""
+    processes.start(address, 2, int(index))
+    _, found, _ = train_a_step((4, 2, False))
+    if processes.is_first():
+        np.savez(f"{folder}/processes.npz", **found)
+
+
+def assert_those_of_one_device(folder: Path, name: str) -> None:
+    one, several = np.load(folder / "0.npz"), np.load(folder / name)
+    assert one.files == several.files
+    for key in one.files:
+        scale = max(1, float(np.abs(one[key]).max()))
+        np.testing.assert_allclose(several[key], one[key], rtol=0, atol=1e-5 * scale, err_msg=key)
+
+
+def test_two_processes_have_the_losses_gradients_and_statistics_of_one_device(results):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    code = "import sys, test_sharding; test_sharding.one_of_two(*sys.argv[1:])"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(index), str(results)],
+            cwd=Path(__file__).parent, env=environment, stderr=subprocess.PIPE, encoding="utf-8",
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    for process in running:
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+    assert_those_of_one_device(results, "processes.npz")
+
+
 @pytest.mark.parametrize("number", range(1, len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS[1:]])
 def test_losses_gradients_and_statistics_are_those_of_one_device(results, number):
-    one, several = (np.load(results / f"{n}.npz") for n in (0, number))
-    assert one.files == several.files
-    for name in one.files:
-        scale = max(1, float(np.abs(one[name]).max()))
-        np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+    assert_those_of_one_device(results, f"{number}.npz")
 
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])
