@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -159,6 +160,23 @@ def test_losses_do_not_depend_on_the_number_of_devices(whole_job, tmp_path):
     for step, values in losses(tmp_path).items():
         # Adam's first steps divide by gradients near zero: rounding grows from step to step.
         assert values == pytest.approx(losses(workdir)[step], abs=1e-5 if step == 1 else 1e-3)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_or_are_skipped(whole_job, tmp_path):
+    workdir, _ = whole_job
+    shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
+    wild = ["--config.model.norm=none", "--config.optimizer.learning_rate=2e9", "--config.train.steps=6"]
+    arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL, *wild, "--config.train.checkpoint_every=6"]
+    error = one_line_error(run(*arguments))
+    assert re.match(
+        r"error: step \d of cases phantom_00\d, phantom_00\d has loss (nan|inf|-?\d.*) and a gradient", error
+    )
+    assert "--config.train.non_finite=skip" in error
+    assert not (tmp_path / "checkpoints" / "6").exists()
+    result = run(*arguments, "--config.train.non_finite=skip")
+    assert result.returncode == 0, result.stderr
+    assert "skipped, 1 so far" in result.stderr
+    assert metrics(tmp_path)[-1]["skipped_steps"] >= 1
 
 
 def two_processes(*arguments: object, terminate_after: int = 0) -> list[tuple[int, str]]:
