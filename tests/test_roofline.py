@@ -134,7 +134,17 @@ def test_a_tpus_tiles_vector_memory_and_matrix_products_by_hand():
 @pytest.mark.parametrize("program", ["train", "predict"])
 def test_the_real_programs_are_read_to_the_end(program):
     flags = argparse.Namespace(
-        program=program, width=2, edge=16, batch=1, levels=2, classes=3, dtype="float32", level=None, plane=32, xla=[]
+        program=program,
+        width=2,
+        edge=16,
+        batch=1,
+        space=1,
+        levels=2,
+        classes=3,
+        dtype="float32",
+        level=None,
+        plane=32,
+        xla=[],
     )
     lower = {"train": roofline.lower_train_step, "predict": roofline.lower_add_tile}[program]
     lowered, elsewhere = lower(flags, np.array(jax.devices("cpu")[:1]))
