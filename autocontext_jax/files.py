@@ -8,6 +8,14 @@ from pathlib import Path
 from autocontext_jax.errors import UserError
 
 
+def is_file(path: Path) -> bool:
+    """Whether it is one; False for a name too long for any file, where Python raises an OSError."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns the system's refusal to write `path` (a full disk, a folder for reading only) into one line.

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.config import default_config
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.models.network import NetworkConfig
@@ -90,6 +92,15 @@ def report(rows: Sequence[dict[str, Any]], **about: Any) -> None:
     for row in rows:
         print("| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |")
     print(json.dumps({**about, "rows": list(rows)}))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script whose user may be mistaken: as the package does, in one line and status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _cell(value: Any) -> str:

@@ -672,8 +672,10 @@ def two_runs(job: str, stage: str) -> Callable[[Campaign, random.Random, Path], 
         second = Job(workdir, job)
         ended = first.wait(), second.wait()
         refused = [run.error for run in ended if run.error]
-        if len(refused) > 1 or not all("is in use by process" in error for error in refused):
-            raise Wrong(f"wanted one to be refused at most: {refused}")
+        # An evaluation may be over before the second begins; training here takes seconds longer.
+        few = 1 if job == "train" else 0
+        if not few <= len(refused) <= 1 or not all("is in use by process" in error for error in refused):
+            raise Wrong(f"wanted one to be refused: {refused}")
         if refused:
             named(refused[0], workdir)
         campaign.same(workdir, job)

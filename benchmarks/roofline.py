@@ -21,7 +21,6 @@ then one JSON line.
 import argparse
 import collections
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import targets
-from common import machine, make_pyramid, report
+from common import machine, make_pyramid, report, run
 from flax import nnx
 from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
@@ -297,8 +296,4 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 import roofline
 import targets
-from common import machine, make_pyramid, report
+from common import machine, make_pyramid, report, run
 
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
@@ -196,8 +196,4 @@ def work(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

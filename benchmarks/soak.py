@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine, report
+from common import machine, report, run
 from tqdm import tqdm
 
 from autocontext_jax.errors import UserError
@@ -123,8 +123,4 @@ def table(looks: Sequence[dict[str, float]], rows: Sequence[dict[str, float]]) -
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

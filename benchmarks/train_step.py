@@ -98,7 +98,8 @@ def measure(
     state = jax.device_put(state, replicated(mesh), may_alias=False)
     frozen = jax.device_put((state.params, state.statistics), may_alias=False)
     started = time.perf_counter()
-    step = make_train_step(graph, optimizer, LossConfig()).lower(state, synthetic).compile()
+    with jax.set_mesh(mesh):  # as the job does: layers ask for it
+        step = make_train_step(graph, optimizer, LossConfig()).lower(state, synthetic).compile()
     compile_seconds = time.perf_counter() - started
 
     def train(batch: Batch) -> jax.Array:

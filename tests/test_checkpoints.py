@@ -126,14 +126,19 @@ def test_numbers_that_orbax_would_have_passed_on_are_noticed(tmp_path):
     again.close()
 
 
-@pytest.mark.parametrize("note", [b"[]", b'{"init_timestamp_nsecs": "late"}', b"3.5", b"{\xff"])
-def test_orbaxs_own_notes_may_be_anything(tmp_path, note):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+@pytest.mark.parametrize(
+    "note", [b"[]", b'{"init_timestamp_nsecs": "late"}', b'{"tree_metadata": 1}', b"3.5", b"{\xff"]
+)
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding", "record/metadata"])
+def test_orbaxs_own_notes_may_be_anything(tmp_path, name, note):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(3, state(3), {})
     checkpoints.close()
-    (tmp_path / "c" / "3" / "_CHECKPOINT_METADATA").write_bytes(note)
+    (tmp_path / "c" / "3" / name).write_bytes(note)
     try:
         again = Checkpoints(tmp_path / "c")
+        again.set_damaged_aside()
         restored, _ = again.restore(3, jax.eval_shape(lambda: state(0)))
     except UserError as error:
         assert str(tmp_path / "c") in str(error)  # noqa: PT017 # either may be right

@@ -15,6 +15,7 @@ import numpy as np
 
 from autocontext_jax.data.scans import FORMATS, scan_name
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import is_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,24 +244,17 @@ def _msd_cases(root: Path, entries: Sequence[Any], labels: str | None) -> tuple[
         if image.name.startswith("."):
             continue
         name = scan_name(image)
-        if not _is_file(image):
+        if not is_file(image):
             raise UserError(f"case {name}: {image} does not exist: add the image or take it out of dataset.json")
         label = None
         if "label" in parts:
             label = _inside(root, parts["label"])
-            if not _is_file(label):
+            if not is_file(label):
                 raise UserError(f"case {name}: its label {label} does not exist: add it or take the case out")
-        elif labels and _is_file(root / labels / image.name):
+        elif labels and is_file(root / labels / image.name):
             label = root / labels / image.name
         cases.append(Case(name, image, label))
     return tuple(sorted(cases, key=lambda case: case.name))
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for any file
-        return False
 
 
 def _inside(root: Path, relative: Any) -> Path:

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import is_file
 
 # The fields of text headers that ITK trusts, with a word's pattern and how many words a field has, by the number of
 # axes: what it takes from a wrong one is a crash or all memory.
@@ -71,7 +72,7 @@ def check_text_header(path: Path) -> int:
         if key == "CompressedDataSize":
             packed = int(value)
         if key in ("ElementDataFile", "data file", "datafile") and value.upper() != "LOCAL":
-            if not _is_file(path.parent / value):
+            if not is_file(path.parent / value):
                 raise _bad_line(path, number, line, "the name of one file that exists, or its voxels in itself")
             held = (path.parent / value).stat().st_size
         if key == "ElementDataFile" or (nrrd and not line):
@@ -131,13 +132,6 @@ def unpacked(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
 def _bad_line(path: Path, number: int, line: bytes, wanted: str) -> UserError:
     found = line[:100].decode("latin-1")
     return UserError(f"{path}, line {number} is {found!r}: wanted {wanted}; it is damaged: copy or export it again")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for any file
-        return False
 
 
 _LONG = (

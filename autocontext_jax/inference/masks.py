@@ -57,7 +57,7 @@ class MaskWriter:
           z: of the chunk's first plane, level voxels.
           chunk: [n, canvas y, canvas x, K].
         """
-        chunk = jax.device_put(chunk, jax.local_devices()[0])  # of those that share tiles
+        chunk = jax.device_put(chunk, jax.local_devices()[0])  # devices that share tiles hold a part each
         before = chunk[:1] if self._before is None else self._before
         self._before = chunk[-1:]
         # A native plane is ready when both its level planes are there; past the scan's last plane, all are.
