@@ -6,8 +6,10 @@ python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/qui
 """
 
 import contextlib
+import ctypes
 import logging
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -26,6 +28,9 @@ COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 whe
 PROCESSES = flags.DEFINE_integer("processes", 1, "With --coordinator: how many there are.")
 PROCESS = flags.DEFINE_integer("process", 0, "With --coordinator: which one this is, from 0.")
 OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
+
+# Of `malloc.h`.
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def run() -> bool:
@@ -71,6 +76,8 @@ def main(argv: list[str]) -> int:
     try:
         _parse(argv)
         _log_plainly()
+        if MODE.value in ("all", "train"):
+            keep_freed_memory()
         _start_processes()
         keep_compiled_programs()
         return 0 if run() else 1
@@ -124,6 +131,18 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocontext_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for what is taken next; where there is no glibc it does nothing.
+
+    XLA takes the memory of a step anew each time. Given back to Linux in between, it comes in cleared pages of 4 KiB:
+    a tenth of the step on two cores in float32, a fifth in bfloat16. Only before threads have begun.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(setting, value)
 
 
 def _parse(argv: list[str]) -> None:

@@ -207,7 +207,7 @@ def test_batch_norm_relu_of_a_constant_channel_is_finite():
 
 
 def test_convolution_without_onednn_is_the_same(monkeypatch):
-    """On several devices, other processors and other releases of jaxlib."""
+    """On other processors, and where the library is missing."""
     x, weights, cotangent = normal(0, 2, 6, 5, 7, 3), normal(1, 4, 3, 3, 3, 3), normal(2, 2, 6, 5, 7, 4)
 
     def both_directions():

@@ -6,21 +6,18 @@ computes in its input's type; parameters are float32.
 """
 
 import functools
-import json
-import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from autocontext_jax.geometry import halving, patch_shape
-
-# Releases of jaxlib whose call of oneDNN is known to take the arguments that `onednn_convolution` gives it.
-ONEDNN_RELEASES = ("0.10.2",)
+from autocontext_jax.models import onednn
 
 # Added to a variance before its root is taken.
 EPSILON = 1e-5
@@ -105,69 +102,6 @@ def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     return total.reshape(3, outputs, 3, 3, channels).swapaxes(0, 1).astype(x.dtype)
 
 
-def onednn_convolution(x: jax.Array, kernel: jax.Array, padding: tuple[int, int, int], order: str) -> jax.Array:
-    """3D convolution by the oneDNN library, which jaxlib carries for x86 processors.
-
-    XLA's compiler no longer rewrites convolutions to it, but its runtime still knows the call, and runs it two to four
-    times as fast as `planar_convolution`. The call is no public interface: hence `ONEDNN_RELEASES`.
-
-    Args:
-      x: [B, D, H, W, C], float32 or bfloat16.
-      kernel: of the same type, its axes in any order.
-      padding: zeros on both sides of D, H, W.
-      order: the kernel's axes, such as "ODHWI".
-
-    Returns:
-      [B, D + 2 padding - kd + 1, H ..., W ..., O].
-    """
-    space = [order.index(axis) for axis in "DHW"]
-    filters = {"input_feature_dim": order.index("I"), "output_feature_dim": order.index("O"), "spatial_dims": space}
-    data = {"dims": 5, "data": {"batch_dim": 0, "feature_dim": 4, "spatial_dims": [1, 2, 3]}}
-    window = {"pad_left": padding, "pad_right": padding, "strides": (1, 1, 1), "window_dilations": (1, 1, 1)}
-    config = {"dims": 5, "input": data, "kernel": {"dims": 5, "filter": filters}, "output": data, "window": window,
-              "feature_groups": 1}  # fmt: skip
-    sizes = (
-        size + 2 * pad - kernel.shape[axis] + 1 for size, pad, axis in zip(x.shape[1:4], padding, space, strict=True)
-    )
-    call = jax.ffi.ffi_call(
-        "__onednn$convolution",
-        jax.ShapeDtypeStruct((x.shape[0], *sizes, kernel.shape[order.index("O")]), x.dtype),
-        custom_call_api_version=2,
-        legacy_backend_config=json.dumps({"onednn_conv_config": config}),
-    )
-    return call(x, kernel)
-
-
-def onednn_filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, int, int]) -> jax.Array:
-    """Gradient of a same-size convolution with respect to its kernel, as a convolution whose kernel is `gradient`.
-
-    That kernel is as large as the volume. Rows along W take the place of channels, so that they are summed over; copies
-    of x shifted along W give the columns of the result, and a border of zeros in D and H its planes and rows.
-
-    Args:
-      x: [B, D, H, W, C], the convolution's input.
-      gradient: [B, D, H, W, O], with respect to its output.
-      size: of the kernel, (kd, kh, kw), odd.
-
-    Returns:
-      [O, kd, kh, kw, C].
-    """
-    batch, _, height, width, channels = x.shape
-    outputs, (reach_z, reach_y, reach_x) = gradient.shape[-1], (along // 2 for along in size)
-    # Either may be the one that is shifted, with offsets of the other sign: copies of the smaller cost less.
-    if channels > outputs:
-        return _turned(onednn_filter_gradient(gradient, x, size))
-    # Samples follow each other along D, with zeros between them.
-    gap = reach_z if batch > 1 else 0
-    rows = jnp.pad(x, ((0, 0), (0, gap), (0, 0), (reach_x, reach_x), (0, 0))).swapaxes(3, 4)
-    shifted = jnp.concatenate([rows[..., i : i + width] for i in range(size[2])], axis=3)  # [B, D + gap, H, kw C, W]
-    kernel = jnp.pad(gradient, ((0, 0), (0, gap), (0, 0), (0, 0), (0, 0)))
-    volume = shifted.reshape(1, -1, *shifted.shape[2:])
-    kernel = kernel.reshape(-1, height, 1, width, outputs)
-    total = onednn_convolution(volume, kernel, (reach_z, reach_y, 0), "DHWIO")
-    return jnp.moveaxis(total.reshape(*size, channels, outputs), -1, 0)
-
-
 def _turned(kernel: jax.Array) -> jax.Array:
     """The kernel of the convolution that takes gradients back: turned about its centre, inputs and outputs swapped."""
     return kernel[:, ::-1, ::-1, ::-1].swapaxes(0, -1)
@@ -176,11 +110,10 @@ def _turned(kernel: jax.Array) -> jax.Array:
 def onednn_type(dtype: jnp.dtype) -> jnp.dtype | None:
     """The type in which oneDNN computes the CPU's convolutions of `dtype` here; None if they do not go through it.
 
-    They do on one device only, since XLA cannot split a foreign call. Where the processor multiplies bfloat16 (AMX),
-    three to eight times as many a second as float32, it stays bfloat16; elsewhere it is widened.
+    Where the processor multiplies bfloat16 (AMX), three to eight times as many a second as float32, it stays bfloat16;
+    elsewhere it is widened.
     """
-    known = jaxlib.__version__ in ONEDNN_RELEASES and platform.machine() == "x86_64"
-    if not known or dtype not in (jnp.float32, jnp.bfloat16) or jax.device_count("cpu") > 1:
+    if onednn.version() is None or dtype not in (jnp.float32, jnp.bfloat16):
         return None
     return jnp.dtype(dtype if multiplies_bfloat16() else jnp.float32)
 
@@ -197,16 +130,39 @@ def depth_is_split() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("space", 1) > 1
 
 
+def on_shares(
+    function: Callable[..., jax.Array], *batches: jax.Array, whole: tuple[jax.Array, ...] = (), total: bool = False
+):
+    """A call that XLA cannot split, on each device's share of the batch where the mesh that is set splits it.
+
+    Args:
+      function: of the arrays; it gives a batch, or what is to be summed over the batch.
+      batches: [B, ...] each.
+      whole: further arguments, which every device has.
+      total: whether results are summed.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
+        return function(*batches, *whole)
+    share, copy = PartitionSpec("data"), PartitionSpec()
+
+    def on_share(*arrays: jax.Array) -> jax.Array:
+        return lax.psum(function(*arrays), "data") if total else function(*arrays)
+
+    specs = (share,) * len(batches) + (copy,) * len(whole)
+    # The check of what varies from device to device knows no foreign calls.
+    split = jax.shard_map(on_share, in_specs=specs, out_specs=copy if total else share, check_vma=False)
+    return split(*batches, *whole)
+
+
 def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The fastest same-size convolution on the CPU here."""
-    depth, height, width = kernel.shape[1:4]
-    if (depth, height, width) == (1, 1, 1) or depth_is_split():  # along the depth XLA splits only its own
+    if kernel.shape[1:4] == (1, 1, 1) or depth_is_split():  # along the depth XLA splits only its own
         return direct_convolution(x, kernel)
     native = onednn_type(x.dtype)
     if native is None:
         return planar_convolution(x, kernel)
-    padding = depth // 2, height // 2, width // 2
-    return onednn_convolution(x.astype(native), kernel.astype(native), padding, "ODHWI").astype(x.dtype)
+    y = on_shares(onednn.convolution, x.astype(native), whole=(kernel.astype(native),))
+    return y.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -241,7 +197,8 @@ def _cpu_gradients(x, kernel, gradient):
     x_gradient = cpu_convolution(gradient, _turned(kernel))
     native = onednn_type(x.dtype)
     if native is not None:
-        kernel_gradient = onednn_filter_gradient(x.astype(native), gradient.astype(native), kernel.shape[1:4])
+        of_size = functools.partial(onednn.filter_gradient, size=kernel.shape[1:4])
+        kernel_gradient = on_shares(of_size, x.astype(native), gradient.astype(native), total=True)
         return x_gradient, kernel_gradient.astype(x.dtype)
     if kernel.shape[1:4] == (3, 3, 3):
         return x_gradient, planar_filter_gradient(x, gradient)

@@ -1,0 +1,299 @@
+"""Same-size 3D convolutions on x86 processors by the oneDNN library, called from compiled programs.
+
+XLA's compiler has no fast 3D convolution for CPUs; the library has, in float32 and, where the processor multiplies it,
+in bfloat16. `ctypes` reaches its C interface. Programs reach the handlers in here by XLA's foreign function interface,
+which hands over addresses of arrays; what memory the library wants besides is an array of the program too, so that XLA
+plans it with the others.
+
+Constants and structures are those of `dnnl_types.h` (oneDNN 3) and of `xla/ffi/api/c_api.h` (0.1).
+"""
+
+import ctypes
+import functools
+import math
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FILE = "libdnnl.so.3"
+ALIGNMENT = 64  # bytes, of what shares the scratch array
+
+# dnnl_data_type_t, and XLA_FFI_DataType for the same.
+DATA_TYPES = {"bfloat16": 2, "float32": 3}
+XLA_TYPES = {16: "bfloat16", 11: "float32"}
+CPU, IN_ORDER, ANY_LAYOUT, FORWARD_TRAINING, DIRECT, USERS_SCRATCH = 1, 1, 1, 64, 1, 1
+# Arguments of a call, and what its description is asked for.
+FROM, TO, WEIGHTS, GRADIENT, WEIGHTS_GRADIENT, SCRATCH = 1, 17, 33, 145, 161, 80
+ASK_WEIGHTS, ASK_WEIGHTS_GRADIENT, ASK_SCRATCH = 131, 132, 136
+
+
+def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Zero-padded to the same size; only where `version` is not None.
+
+    Args:
+      x: [B, D, H, W, C], float32 or bfloat16.
+      kernel: [O, kd, kh, kw, C] of the same type, odd sizes.
+
+    Returns:
+      [B, D, H, W, O].
+    """
+    return _call(False, x, kernel, kernel.shape, (*x.shape[:4], kernel.shape[0]))
+
+
+def filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, int, int]) -> jax.Array:
+    """Gradient of `convolution` with respect to its kernel, summed in float32.
+
+    Args:
+      x: [B, D, H, W, C], the convolution's input, float32 or bfloat16.
+      gradient: [B, D, H, W, O] of the same type, with respect to its output.
+      size: of the kernel, (kd, kh, kw), odd.
+
+    Returns:
+      [O, kd, kh, kw, C] of the same type.
+    """
+    kernel = gradient.shape[-1], *size, x.shape[-1]
+    return _call(True, x, gradient, kernel, kernel)
+
+
+@functools.cache
+def version() -> str | None:
+    """The library's, such as "3.2.0"; None where this environment and the system have none of version 3."""
+    if _library() is None:
+        return None
+    numbers = POINTER(c_int * 3)
+    _library().dnnl_version.restype = numbers
+    return ".".join(str(number) for number in _library().dnnl_version().contents)
+
+
+def _call(is_gradient: bool, x: jax.Array, other: jax.Array, kernel: tuple[int, ...], result: tuple[int, ...]):
+    operation = _operation(is_gradient, tuple(x.shape), tuple(kernel), str(x.dtype))
+    shapes = jax.ShapeDtypeStruct(result, x.dtype), jax.ShapeDtypeStruct((operation.scratch_bytes,), jnp.uint8)
+    return jax.ffi.ffi_call(_targets()[is_gradient], shapes)(x, other)[0]
+
+
+# ---- The library
+
+
+@functools.cache
+def _library() -> Any:
+    # Its threads would else spin for milliseconds after each call and hold up XLA's.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for place in (str(Path(sys.prefix, "lib", FILE)), FILE):
+        try:
+            library = ctypes.CDLL(place)
+        except OSError:
+            continue
+        library.dnnl_primitive_desc_query_md.restype = c_void_p
+        library.dnnl_memory_desc_get_size.restype = c_size_t
+        return library
+    return None
+
+
+def _check(function: str, *arguments: Any) -> None:
+    if status := getattr(_library(), function)(*arguments):
+        raise RuntimeError(f"{function} of oneDNN {version()} ended with status {status}")
+
+
+def _make(function: str, *arguments: Any) -> c_void_p:
+    made = c_void_p()
+    _check(function, ctypes.byref(made), *arguments)
+    return made
+
+
+@functools.cache
+def _engine() -> c_void_p:
+    return _make("dnnl_engine_create", CPU, c_size_t(0))
+
+
+@functools.cache
+def _stream() -> c_void_p:
+    return _make("dnnl_stream_create", _engine(), IN_ORDER)
+
+
+def _numbers(values: Sequence[int]) -> Any:
+    return (c_int64 * len(values))(*values)
+
+
+def _layout(shape: Sequence[int], dtype: str, *, free: bool = False) -> c_void_p:
+    """Of [B, D, H, W, C] or [O, kd, kh, kw, C]; `free` leaves it to the library."""
+    order = (0, 4, 1, 2, 3)  # the library names channels second, wherever they lie
+    dims = _numbers([shape[axis] for axis in order])
+    if free:
+        return _make("dnnl_memory_desc_create_with_tag", 5, dims, DATA_TYPES[dtype], ANY_LAYOUT)
+    strides = _numbers([math.prod(shape[axis + 1 :]) for axis in order])
+    return _make("dnnl_memory_desc_create_with_strides", 5, dims, DATA_TYPES[dtype], strides)
+
+
+def _asked(description: c_void_p, question: int) -> c_void_p:
+    return c_void_p(_library().dnnl_primitive_desc_query_md(description, question, 0))
+
+
+def _bytes(layout: c_void_p) -> int:
+    return -(-_library().dnnl_memory_desc_get_size(layout) // ALIGNMENT) * ALIGNMENT
+
+
+class _Step:
+    """One call of the library: a primitive and, by the library's numbers, its arguments' layouts and names."""
+
+    def __init__(self, description: c_void_p, arguments: dict[int, tuple[c_void_p, str]]):
+        scratch = _asked(description, ASK_SCRATCH)
+        self.scratch_bytes = _bytes(scratch)
+        self.primitive = _make("dnnl_primitive_create", description)
+        arguments = {**arguments, SCRATCH: (scratch, "scratch")}
+        nowhere = c_void_p(None)
+        self.memories = [
+            (number, _make("dnnl_memory_create", layout, _engine(), nowhere), name)
+            for number, (layout, name) in arguments.items()
+        ]
+
+    def run(self, addresses: dict[str, int]) -> None:
+        arguments = (_Argument * len(self.memories))()
+        for argument, (number, memory, name) in zip(arguments, self.memories, strict=True):
+            _check("dnnl_memory_set_data_handle", memory, c_void_p(addresses[name]))
+            argument.number, argument.memory = number, memory
+        _check("dnnl_primitive_execute", self.primitive, _stream(), len(arguments), arguments)
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = (("number", c_int), ("memory", c_void_p))
+
+
+class _Operation:
+    """The steps of one convolution or filter gradient: the kernel is laid out as the library likes it in between."""
+
+    def __init__(self, is_gradient: bool, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], dtype: str):
+        x, kernel = _layout(x_shape, dtype), _layout(kernel_shape, dtype)
+        y = _layout((*x_shape[:4], kernel_shape[0]), dtype)
+        ones, zeros, padding = _numbers([1] * 3), _numbers([0] * 3), _numbers([size // 2 for size in kernel_shape[1:4]])
+        attributes = _make("dnnl_primitive_attr_create")
+        _check("dnnl_primitive_attr_set_scratchpad_mode", attributes, USERS_SCRATCH)
+        around = ones, zeros, padding, padding
+        description = _make(
+            "dnnl_convolution_forward_primitive_desc_create", _engine(), FORWARD_TRAINING, DIRECT,
+            x, _layout(kernel_shape, dtype, free=True), None, y, *around, attributes,
+        )  # fmt: skip
+        if is_gradient:
+            description = _make(
+                "dnnl_convolution_backward_weights_primitive_desc_create", _engine(), DIRECT,
+                x, _layout(kernel_shape, "float32", free=True), None, y, *around, description, attributes,
+            )  # fmt: skip
+            liked = _asked(description, ASK_WEIGHTS_GRADIENT)
+            first, second = liked, kernel
+            names = {FROM: (liked, "liked"), TO: (kernel, "result")}
+            step = {FROM: (x, "x"), GRADIENT: (y, "other"), WEIGHTS_GRADIENT: (liked, "liked")}
+        else:
+            liked = _asked(description, ASK_WEIGHTS)
+            first, second = kernel, liked
+            names = {FROM: (kernel, "other"), TO: (liked, "liked")}
+            step = {FROM: (x, "x"), WEIGHTS: (liked, "liked"), TO: (y, "result")}
+        engine = _engine()
+        turn = _make("dnnl_reorder_primitive_desc_create", first, engine, second, engine, attributes)
+        steps = _Step(turn, names), _Step(description, step)
+        self.steps = steps[::-1] if is_gradient else steps
+        self.liked_bytes = _bytes(liked)
+        self.scratch_bytes = self.liked_bytes + max(step.scratch_bytes for step in steps)
+
+    def run(self, x: int, other: int, result: int, scratch: int) -> None:
+        addresses = {"x": x, "other": other, "result": result, "liked": scratch, "scratch": scratch + self.liked_bytes}
+        for step in self.steps:
+            step.run(addresses)
+        _check("dnnl_stream_wait", _stream())
+
+
+_operation = functools.cache(_Operation)
+# An operation's arguments are bound to addresses while it runs, on all cores.
+_running = threading.Lock()
+
+
+# ---- XLA's foreign function interface
+
+
+class _Version(ctypes.Structure):
+    _fields_ = (("size", c_size_t), ("extension", c_void_p), ("major", c_int), ("minor", c_int))
+
+
+class _Metadata(ctypes.Structure):
+    _fields_ = (("size", c_size_t), ("version", _Version), ("traits", ctypes.c_uint32))
+
+
+class _MetadataExtension(ctypes.Structure):
+    _fields_ = (("size", c_size_t), ("type", c_int), ("next", c_void_p), ("metadata", POINTER(_Metadata)))
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (
+        ("size", c_size_t), ("extension", c_void_p),
+        ("dtype", c_int), ("data", c_void_p), ("rank", c_int64), ("dims", POINTER(c_int64)),
+    )  # fmt: skip
+
+
+class _Buffers(ctypes.Structure):
+    _fields_ = (
+        ("size", c_size_t), ("extension", c_void_p),
+        ("count", c_int64), ("types", c_void_p), ("buffers", POINTER(POINTER(_Buffer))),
+    )  # fmt: skip
+
+
+class _Error(ctypes.Structure):
+    _fields_ = (("size", c_size_t), ("extension", c_void_p), ("message", c_char_p), ("code", c_int))
+
+
+class _Api(ctypes.Structure):
+    _fields_ = (
+        ("size", c_size_t), ("extension", c_void_p),
+        ("version", _Version), ("internal", c_void_p), ("make_error", ctypes.CFUNCTYPE(c_void_p, POINTER(_Error))),
+    )  # fmt: skip
+
+
+class _Frame(ctypes.Structure):
+    _fields_ = (
+        ("size", c_size_t), ("extension", POINTER(_MetadataExtension)),
+        ("api", POINTER(_Api)), ("context", c_void_p), ("stage", c_int), ("arguments", _Buffers), ("results", _Buffers),
+    )  # fmt: skip
+
+
+METADATA, INTERNAL_ERROR = 1, 13
+
+
+def _handle(is_gradient: bool, frame: Any) -> int | None:
+    """One call by a program: None, or the address of an error."""
+    frame = frame.contents
+    if frame.extension and frame.extension.contents.type == METADATA:
+        wanted = frame.extension.contents.metadata.contents.version
+        wanted.major, wanted.minor = 0, 1
+        return None
+    try:
+        x, other = (frame.arguments.buffers[index].contents for index in range(2))
+        result, scratch = (frame.results.buffers[index].contents for index in range(2))
+        kernel = result if is_gradient else other
+        operation = _operation(is_gradient, tuple(x.dims[:5]), tuple(kernel.dims[:5]), XLA_TYPES[x.dtype])
+        if scratch.dims[0] < operation.scratch_bytes:
+            raise RuntimeError(
+                f"a program compiled for {scratch.dims[0]} bytes of scratch, not {operation.scratch_bytes}"
+            )
+        with _running:
+            operation.run(x.data, other.data, result.data, scratch.data)
+    except Exception as error:  # else ctypes prints it and the program goes on with what its memory held
+        text = _Error(ctypes.sizeof(_Error), None, str(error).encode(), INTERNAL_ERROR)
+        return frame.api.contents.make_error(ctypes.byref(text))
+    return None
+
+
+_Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
+_handlers = {is_gradient: _Handler(functools.partial(_handle, is_gradient)) for is_gradient in (False, True)}
+
+
+@functools.cache
+def _targets() -> dict[bool, str]:
+    """Names of the two handlers, made known to XLA; with the version, as programs are kept on disk."""
+    names = {False: f"onednn_{version()}_convolution", True: f"onednn_{version()}_filter_gradient"}
+    for is_gradient, name in names.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(_handlers[is_gradient]), platform="cpu")
+    return names

@@ -1,0 +1,77 @@
+"""oneDNN as compiled programs call it, against XLA's own convolution."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autocontext_jax.models import layers, onednn
+
+pytestmark = pytest.mark.skipif(onednn.version() is None, reason="no oneDNN here: it comes for x86 Linux with libgomp")
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def assert_relative(value: jax.Array, wanted: jax.Array, tolerance: float):
+    value, wanted = (np.asarray(array, np.float64) for array in (value, wanted))
+    assert value.shape == wanted.shape
+    assert np.abs(value - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "outputs", "size"),
+    [
+        ((1, 8, 8, 8, 1), 8, (3, 3, 3)),  # the first layer
+        ((1, 8, 8, 8, 9), 5, (3, 3, 3)),  # with context; channels that fill no register
+        ((2, 5, 6, 7, 16), 24, (3, 3, 3)),
+        ((2, 5, 6, 7, 4), 3, (1, 3, 3)),  # rank 2
+        ((1, 1, 1, 1, 4), 3, (3, 3, 3)),  # one voxel, all of it border
+        ((1, 6, 6, 6, 2), 2, (5, 3, 1)),
+        ((1, 2, 2, 2, 256), 256, (3, 3, 3)),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-8)])
+def test_both_directions_are_xlas(x_shape, outputs, size, dtype, tolerance):
+    if dtype == "bfloat16" and not layers.multiplies_bfloat16():
+        pytest.skip("this processor does not multiply bfloat16: it is widened before")
+    x, kernel = normal(0, *x_shape).astype(dtype), normal(1, outputs, *size, x_shape[-1]).astype(dtype)
+    cotangent = normal(2, *x_shape[:-1], outputs).astype(dtype)
+    wide = [array.astype(jnp.float32) for array in (x, kernel, cotangent)]
+    with jax.default_matmul_precision("highest"):
+        wanted, pullback = jax.vjp(layers.direct_convolution, *wide[:2])
+    value = jax.jit(onednn.convolution)(x, kernel)
+    gradient = jax.jit(onednn.filter_gradient, static_argnums=2)(x, cotangent, size)
+    assert (value.dtype, gradient.dtype) == (dtype, dtype)
+    assert_relative(value, wanted, tolerance)
+    assert_relative(gradient, pullback(wide[2])[1], tolerance)
+
+
+def test_programs_that_run_at_once_do_not_mix_their_arrays():
+    """An operation's arguments are bound to addresses while it runs."""
+    kernel = normal(1, 8, 3, 3, 3, 8)
+    images = [normal(seed, 1, 12, 12, 12, 8) for seed in range(16)]
+    wanted = [layers.direct_convolution(x, kernel) for x in images]
+    call = jax.jit(onednn.convolution)
+    for value, exact in zip([call(x, kernel) for x in images], wanted, strict=True):
+        assert_relative(value, exact, 1e-5)
+
+
+def test_a_failing_call_fails_the_program():
+    """Else ctypes would print the error and the program go on with whatever its memory held."""
+    x, kernel = normal(0, 1, 8, 8, 8, 4), normal(1, 4, 3, 3, 3, 4)
+    jax.block_until_ready(onednn.convolution(x, kernel))  # so that XLA knows its name
+    shapes = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((1,), jnp.uint8)
+    call = jax.jit(jax.ffi.ffi_call(f"onednn_{onednn.version()}_convolution", shapes))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="compiled for 1 bytes of scratch"):
+        jax.block_until_ready(call(x, kernel))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file names are Linux's")
+def test_the_library_is_the_environments_own():
+    """Not whatever another package has loaded."""
+    assert f"{sys.prefix}/lib/libdnnl.so.3" in Path("/proc/self/maps").read_text(encoding="utf-8")
