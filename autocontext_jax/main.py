@@ -78,6 +78,7 @@ def main(argv: list[str]) -> int:
         _log_plainly()
         if MODE.value in ("all", "train"):
             keep_freed_memory()
+        wait_for_programs()
         _start_processes()
         keep_compiled_programs()
         return 0 if run() else 1
@@ -127,10 +128,21 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
-    # A program that calls oneDNN, as ours do on the CPU, cannot be written down; and the CPU's compile in seconds.
+    # The CPU's compile in seconds.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocontext_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def wait_for_programs() -> None:
+    """Has calls of programs on the CPU return when they are done.
+
+    One that still ran as Python ends, as after an error, would wait for ever for its next call of oneDNN, which takes
+    Python's lock. Reading and writing have threads of their own, so that nothing else waits.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def keep_freed_memory() -> None:

@@ -50,7 +50,8 @@ def compile_for_two_devices() -> str:
     def placed(tree, sharding):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
-    return step.lower(placed(state, replicated(mesh)), placed(batch, batch_sharding(mesh))).compile().as_text()
+    with jax.set_mesh(mesh):  # as the job does
+        return step.lower(placed(state, replicated(mesh)), placed(batch, batch_sharding(mesh))).compile().as_text()
 
 
 @pytest.fixture(scope="module", params=["cuda", "tpu"])

@@ -92,7 +92,7 @@ def make_train_step(
     """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
 
     A step whose loss or gradients are not finite changes nothing but the step's number. Layers look at the mesh that
-    is set (`jax.set_mesh`) where devices share the depth of a patch.
+    is set (`jax.set_mesh`), which must be the batch's where several devices share it.
 
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
     ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
