@@ -10,8 +10,10 @@ Constants and structures are those of `dnnl_types.h` (oneDNN 3) and of `xla/ffi/
 
 import ctypes
 import functools
+import logging
 import math
 import os
+import platform
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+log = logging.getLogger(__name__)
 
 FILE = "libdnnl.so.3"
 ALIGNMENT = 64  # bytes, of what shares the scratch array
@@ -88,11 +92,14 @@ def _library() -> Any:
     for place in (str(Path(sys.prefix, "lib", FILE)), FILE):
         try:
             library = ctypes.CDLL(place)
-        except OSError:
+        except OSError as error:
+            reason = error
             continue
         library.dnnl_primitive_desc_query_md.restype = c_void_p
         library.dnnl_memory_desc_get_size.restype = c_size_t
         return library
+    if platform.machine() == "x86_64" and jax.default_backend() == "cpu":
+        log.warning("oneDNN is missing, convolutions will be several times slower (%s)", reason)
     return None
 
 
