@@ -149,7 +149,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep what is freed for what is taken next; where there is no glibc it does nothing.
 
     XLA takes the memory of a step anew each time. Given back to Linux in between, it comes in cleared pages of 4 KiB:
-    a tenth of the step on two cores in float32, a fifth in bfloat16. Only before threads have begun.
+    on CPUs a tenth of the step in float32, a fifth in bfloat16 (`benchmarks/README.md`). Before any thread has begun.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -177,6 +178,26 @@ def test_numbers_that_are_not_finite_stop_the_run_or_are_skipped(whole_job, tmp_
     assert result.returncode == 0, result.stderr
     assert "skipped, 1 so far" in result.stderr
     assert metrics(tmp_path)[-1]["skipped_steps"] >= 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept(kept):
+    code = """if True:
+        import resource
+        import sys
+        from autocontext_jax import main
+        if sys.argv[1] == "True":
+            main.keep_freed_memory()
+        faults = [0]
+        for _ in range(3):
+            bytearray(2**28)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[-1] - faults[-2])"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(kept)], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    )
+    assert (int(result.stdout) < 100) == kept  # 65,536 pages of 4 KiB, or 128 of 2 MiB
 
 
 def two_processes(*arguments: object, terminate_after: int = 0) -> list[tuple[int, str]]:

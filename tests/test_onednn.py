@@ -61,6 +61,18 @@ def test_programs_that_run_at_once_do_not_mix_their_arrays():
         assert_relative(value, exact, 1e-5)
 
 
+def test_ctrl_c_within_a_call_fails_the_program(monkeypatch):
+    """Calls may run in the main thread, where Python raises it."""
+
+    def interrupted(*addresses):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onednn._Operation, "run", interrupted)
+    x, kernel = normal(0, 1, 4, 4, 4, 4), normal(1, 4, 3, 3, 3, 4)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="KeyboardInterrupt"):
+        jax.block_until_ready(jax.jit(onednn.convolution)(x, kernel))
+
+
 def test_a_failing_call_fails_the_program():
     """Else ctypes would print the error and the program go on with whatever its memory held."""
     x, kernel = normal(0, 1, 8, 8, 8, 4), normal(1, 4, 3, 3, 3, 4)

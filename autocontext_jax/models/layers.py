@@ -132,7 +132,7 @@ def depth_is_split() -> bool:
 
 def on_shares(
     function: Callable[..., jax.Array], *batches: jax.Array, whole: tuple[jax.Array, ...] = (), total: bool = False
-):
+) -> jax.Array:
     """A call that XLA cannot split, on each device's share of the batch where the mesh that is set splits it.
 
     Args:
@@ -140,6 +140,9 @@ def on_shares(
       batches: [B, ...] each.
       whole: further arguments, which every device has.
       total: whether results are summed.
+
+    Raises:
+      ValueError: the mesh's axis `data` does not divide B.
     """
     if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
         return function(*batches, *whole)

@@ -192,17 +192,17 @@ class _Operation:
                 x, _layout(kernel_shape, "float32", free=True), None, y, *around, description, attributes,
             )  # fmt: skip
             liked = _asked(description, ASK_WEIGHTS_GRADIENT)
-            first, second = liked, kernel
-            names = {FROM: (liked, "liked"), TO: (kernel, "result")}
-            step = {FROM: (x, "x"), GRADIENT: (y, "other"), WEIGHTS_GRADIENT: (liked, "liked")}
+            turned = {FROM: (liked, "liked"), TO: (kernel, "result")}
+            convolved = {FROM: (x, "x"), GRADIENT: (y, "other"), WEIGHTS_GRADIENT: (liked, "liked")}
         else:
             liked = _asked(description, ASK_WEIGHTS)
-            first, second = kernel, liked
-            names = {FROM: (kernel, "other"), TO: (liked, "liked")}
-            step = {FROM: (x, "x"), WEIGHTS: (liked, "liked"), TO: (y, "result")}
-        engine = _engine()
-        turn = _make("dnnl_reorder_primitive_desc_create", first, engine, second, engine, attributes)
-        steps = _Step(turn, names), _Step(description, step)
+            turned = {FROM: (kernel, "other"), TO: (liked, "liked")}
+            convolved = {FROM: (x, "x"), WEIGHTS: (liked, "liked"), TO: (y, "result")}
+        turn = _make(
+            "dnnl_reorder_primitive_desc_create",
+            turned[FROM][0], _engine(), turned[TO][0], _engine(), attributes,
+        )  # fmt: skip
+        steps = _Step(turn, turned), _Step(description, convolved)
         self.steps = steps[::-1] if is_gradient else steps
         self.liked_bytes = _bytes(liked)
         self.scratch_bytes = self.liked_bytes + max(step.scratch_bytes for step in steps)
@@ -287,8 +287,8 @@ def _handle(is_gradient: bool, frame: Any) -> int | None:
             )
         with _running:
             operation.run(x.data, other.data, result.data, scratch.data)
-    except Exception as error:  # else ctypes prints it and the program goes on with what its memory held
-        text = _Error(ctypes.sizeof(_Error), None, str(error).encode(), INTERNAL_ERROR)
+    except BaseException as error:  # Ctrl-C too: ctypes prints it and the program goes on with what its memory held
+        text = _Error(ctypes.sizeof(_Error), None, repr(error).encode(), INTERNAL_ERROR)
         return frame.api.contents.make_error(ctypes.byref(text))
     return None
 
