@@ -32,11 +32,15 @@ def assert_relative(value: jax.Array, wanted: jax.Array, tolerance: float):
         ((2, 5, 6, 7, 4), 3, (1, 3, 3)),  # rank 2
         ((1, 1, 1, 1, 4), 3, (3, 3, 3)),  # one voxel, all of it border
         ((1, 6, 6, 6, 2), 2, (5, 3, 1)),
-        ((1, 2, 2, 2, 256), 256, (3, 3, 3)),
+        ((2, 5, 6, 7, 16), 24, (1, 1, 1)),  # a deconvolution
+        ((1, 2, 2, 2, 256), 256, (3, 3, 3)),  # the deepest level of a patch of 32^3
+        ((2, 2, 4, 4, 16), 8, (3, 3, 3)),  # a depth that the kernel's exceeds
+        ((1, 3, 4, 4, 8), 8, (5, 3, 3)),
+        ((1, 3, 4, 4, 8), 8, (3, 3, 3)),
     ],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-8)])
-def test_both_directions_are_xlas(x_shape, outputs, size, dtype, tolerance):
+def test_convolution_and_gradients_are_xlas(x_shape, outputs, size, dtype, tolerance):
     if dtype == "bfloat16" and not layers.multiplies_bfloat16():
         pytest.skip("this processor does not multiply bfloat16: it is widened before")
     x, kernel = normal(0, *x_shape).astype(dtype), normal(1, outputs, *size, x_shape[-1]).astype(dtype)
@@ -45,10 +49,12 @@ def test_both_directions_are_xlas(x_shape, outputs, size, dtype, tolerance):
     with jax.default_matmul_precision("highest"):
         wanted, pullback = jax.vjp(layers.direct_convolution, *wide[:2])
     value = jax.jit(onednn.convolution)(x, kernel)
-    gradient = jax.jit(onednn.filter_gradient, static_argnums=2)(x, cotangent, size)
-    assert (value.dtype, gradient.dtype) == (dtype, dtype)
+    x_gradient = jax.jit(onednn.input_gradient)(cotangent, kernel)
+    kernel_gradient = jax.jit(onednn.filter_gradient, static_argnums=2)(x, cotangent, size)
+    assert (value.dtype, x_gradient.dtype, kernel_gradient.dtype) == (dtype,) * 3
     assert_relative(value, wanted, tolerance)
-    assert_relative(gradient, pullback(wide[2])[1], tolerance)
+    assert_relative(x_gradient, pullback(wide[2])[0], tolerance)
+    assert_relative(kernel_gradient, pullback(wide[2])[1], tolerance)
 
 
 def test_programs_that_run_at_once_do_not_mix_their_arrays():

@@ -48,12 +48,19 @@ def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "ODHWI", "NDHWC"))
 
 
+def direct_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of `direct_convolution` with respect to x and the kernel, from that with respect to its result."""
+    return jax.vjp(direct_convolution, x, kernel)[1](gradient)
+
+
 def planar_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The same function as a sum of 2D convolutions, one for each plane of the kernel.
 
     XLA's CPU backend runs a 2D convolution several times as fast as a 3D one. Shifting the results along the depth,
     not the input, lets all of them read the same array and the shifts melt into the sum.
     """
+    if kernel.shape[1:4] == (1, 1, 1):
+        return direct_convolution(x, kernel)
     batch, depth, height, width, channels = x.shape
     reach = kernel.shape[1] // 2
     planes = x.reshape(batch * depth, height, width, channels)
@@ -66,6 +73,15 @@ def planar_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         shifted = ((0, 0, 0), (shift, -shift, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0))
         total = total + lax.pad(y.reshape(batch, depth, height, width, -1), jnp.zeros((), x.dtype), shifted)
     return total
+
+
+def planar_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of `planar_convolution` with respect to x and the kernel, from that with respect to its result."""
+    # The convolution that takes gradients back: turned about its centre, inputs and outputs swapped.
+    x_gradient = planar_convolution(gradient, kernel[:, ::-1, ::-1, ::-1].swapaxes(0, -1))
+    if kernel.shape[1:4] == (3, 3, 3):
+        return x_gradient, planar_filter_gradient(x, gradient)
+    return x_gradient, direct_gradients(x, kernel, gradient)[1]
 
 
 def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -102,16 +118,11 @@ def planar_filter_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     return total.reshape(3, outputs, 3, 3, channels).swapaxes(0, 1).astype(x.dtype)
 
 
-def _turned(kernel: jax.Array) -> jax.Array:
-    """The kernel of the convolution that takes gradients back: turned about its centre, inputs and outputs swapped."""
-    return kernel[:, ::-1, ::-1, ::-1].swapaxes(0, -1)
-
-
 def onednn_type(dtype: jnp.dtype) -> jnp.dtype | None:
     """The type in which oneDNN computes the CPU's convolutions of `dtype` here; None if they do not go through it.
 
-    Where the processor multiplies bfloat16 (AMX), three to eight times as many a second as float32, it stays bfloat16;
-    elsewhere it is widened.
+    Where the processor multiplies bfloat16, two (AVX-512) to eight times (AMX) as many a second as float32, it stays
+    bfloat16; elsewhere it is widened.
     """
     if onednn.version() is None or dtype not in (jnp.float32, jnp.bfloat16):
         return None
@@ -122,7 +133,8 @@ def onednn_type(dtype: jnp.dtype) -> jnp.dtype | None:
 def multiplies_bfloat16() -> bool:
     """Whether Linux says so of this processor."""
     info = Path("/proc/cpuinfo")
-    return info.exists() and "amx_bf16" in info.read_text(encoding="utf-8")
+    flags = info.read_text(encoding="utf-8") if info.exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def depth_is_split() -> bool:
@@ -159,13 +171,27 @@ def on_shares(
 
 def cpu_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The fastest same-size convolution on the CPU here."""
-    if kernel.shape[1:4] == (1, 1, 1) or depth_is_split():  # along the depth XLA splits only its own
+    if depth_is_split():  # along the depth XLA splits only its own
         return direct_convolution(x, kernel)
     native = onednn_type(x.dtype)
     if native is None:
         return planar_convolution(x, kernel)
     y = on_shares(onednn.convolution, x.astype(native), whole=(kernel.astype(native),))
     return y.astype(x.dtype)
+
+
+def cpu_gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of `cpu_convolution` with respect to x and the kernel, from that with respect to its result."""
+    if depth_is_split():
+        return direct_gradients(x, kernel, gradient)
+    native = onednn_type(x.dtype)
+    if native is None:
+        return planar_gradients(x, kernel, gradient)
+    own, kernel, gradient = (array.astype(native) for array in (x, kernel, gradient))
+    of_size = functools.partial(onednn.filter_gradient, size=kernel.shape[1:4])
+    x_gradient = on_shares(onednn.input_gradient, gradient, whole=(kernel,))
+    kernel_gradient = on_shares(of_size, own, gradient, total=True)
+    return x_gradient.astype(x.dtype), kernel_gradient.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -187,25 +213,7 @@ def _convolution_forward(x, kernel):
 
 
 def _convolution_backward(residuals, gradient):
-    return lax.platform_dependent(*residuals, gradient, cpu=_cpu_gradients, default=_direct_gradients)
-
-
-def _direct_gradients(x, kernel, gradient):
-    return jax.vjp(direct_convolution, x, kernel)[1](gradient)
-
-
-def _cpu_gradients(x, kernel, gradient):
-    if depth_is_split():
-        return _direct_gradients(x, kernel, gradient)
-    x_gradient = cpu_convolution(gradient, _turned(kernel))
-    native = onednn_type(x.dtype)
-    if native is not None:
-        of_size = functools.partial(onednn.filter_gradient, size=kernel.shape[1:4])
-        kernel_gradient = on_shares(of_size, x.astype(native), gradient.astype(native), total=True)
-        return x_gradient, kernel_gradient.astype(x.dtype)
-    if kernel.shape[1:4] == (3, 3, 3):
-        return x_gradient, planar_filter_gradient(x, gradient)
-    return x_gradient, jax.vjp(lambda k: direct_convolution(x, k), kernel)[1](gradient)[0]
+    return lax.platform_dependent(*residuals, gradient, cpu=cpu_gradients, default=direct_gradients)
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)

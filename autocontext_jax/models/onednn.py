@@ -34,8 +34,17 @@ DATA_TYPES = {"bfloat16": 2, "float32": 3}
 XLA_TYPES = {16: "bfloat16", 11: "float32"}
 CPU, IN_ORDER, ANY_LAYOUT, FORWARD_TRAINING, DIRECT, USERS_SCRATCH = 1, 1, 1, 64, 1, 1
 # Arguments of a call, and what its description is asked for.
-FROM, TO, WEIGHTS, GRADIENT, WEIGHTS_GRADIENT, SCRATCH = 1, 17, 33, 145, 161, 80
+FROM, TO, WEIGHTS, SCRATCH = 1, 17, 33, 80
+FROM_GRADIENT, TO_GRADIENT, WEIGHTS_GRADIENT = 129, 145, 161
 ASK_WEIGHTS, ASK_WEIGHTS_GRADIENT, ASK_SCRATCH = 131, 132, 136
+
+# What is computed: from the first two of these arrays the third, a gradient being in its array's place.
+# x is [B, D, H, W, C], the kernel [O, kd, kh, kw, C], y [B, D, H, W, O].
+ROLES = {
+    "convolution": ("x", "kernel", "y"),
+    "input_gradient": ("y", "kernel", "x"),
+    "filter_gradient": ("x", "y", "kernel"),
+}
 
 
 def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -48,10 +57,23 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       [B, D, H, W, O].
     """
-    return _call(False, x, kernel, kernel.shape, (*x.shape[:4], kernel.shape[0]))
+    return _call("convolution", x, kernel, (*x.shape[:4], kernel.shape[0]))
 
 
-def filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, int, int]) -> jax.Array:
+def input_gradient(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Gradient of `convolution` with respect to its input.
+
+    Args:
+      gradient: [B, D, H, W, O], with respect to its output, float32 or bfloat16.
+      kernel: [O, kd, kh, kw, C] of the same type, odd sizes.
+
+    Returns:
+      [B, D, H, W, C].
+    """
+    return _call("input_gradient", gradient, kernel, (*gradient.shape[:4], kernel.shape[4]))
+
+
+def filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Gradient of `convolution` with respect to its kernel, summed in float32.
 
     Args:
@@ -62,8 +84,11 @@ def filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, int, int
     Returns:
       [O, kd, kh, kw, C] of the same type.
     """
-    kernel = gradient.shape[-1], *size, x.shape[-1]
-    return _call(True, x, gradient, kernel, kernel)
+    dtype = x.dtype
+    if x.shape[1] < size[0]:
+        # There release 3.2 leaves planes of a bfloat16 kernel's gradient unset on processors without AMX.
+        x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    return _call("filter_gradient", x, gradient, (gradient.shape[-1], *size, x.shape[-1])).astype(dtype)
 
 
 @functools.cache
@@ -76,10 +101,11 @@ def version() -> str | None:
     return ".".join(str(number) for number in _library().dnnl_version().contents)
 
 
-def _call(is_gradient: bool, x: jax.Array, other: jax.Array, kernel: tuple[int, ...], result: tuple[int, ...]):
-    operation = _operation(is_gradient, tuple(x.shape), tuple(kernel), str(x.dtype))
-    shapes = jax.ShapeDtypeStruct(result, x.dtype), jax.ShapeDtypeStruct((operation.scratch_bytes,), jnp.uint8)
-    return jax.ffi.ffi_call(_targets()[is_gradient], shapes)(x, other)[0]
+def _call(what: str, first: jax.Array, second: jax.Array, result: tuple[int, ...]) -> jax.Array:
+    shapes = dict(zip(ROLES[what], (first.shape, second.shape, result), strict=True))
+    operation = _operation(what, tuple(shapes["x"]), tuple(shapes["kernel"]), str(first.dtype))
+    results = jax.ShapeDtypeStruct(result, first.dtype), jax.ShapeDtypeStruct((operation.scratch_bytes,), jnp.uint8)
+    return jax.ffi.ffi_call(_targets()[what], results)(first, second)[0]
 
 
 # ---- The library
@@ -173,42 +199,50 @@ class _Argument(ctypes.Structure):
 
 
 class _Operation:
-    """The steps of one convolution or filter gradient: the kernel is laid out as the library likes it in between."""
+    """The steps of one convolution or gradient: the kernel is laid out as the library likes it in between."""
 
-    def __init__(self, is_gradient: bool, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], dtype: str):
+    def __init__(self, what: str, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], dtype: str):
         x, kernel = _layout(x_shape, dtype), _layout(kernel_shape, dtype)
         y = _layout((*x_shape[:4], kernel_shape[0]), dtype)
+        any_kernel = _layout(kernel_shape, dtype, free=True)
         ones, zeros, padding = _numbers([1] * 3), _numbers([0] * 3), _numbers([size // 2 for size in kernel_shape[1:4]])
         attributes = _make("dnnl_primitive_attr_create")
         _check("dnnl_primitive_attr_set_scratchpad_mode", attributes, USERS_SCRATCH)
         around = ones, zeros, padding, padding
-        description = _make(
+        forward = _make(
             "dnnl_convolution_forward_primitive_desc_create", _engine(), FORWARD_TRAINING, DIRECT,
-            x, _layout(kernel_shape, dtype, free=True), None, y, *around, attributes,
+            x, any_kernel, None, y, *around, attributes,
         )  # fmt: skip
-        if is_gradient:
+        if what == "convolution":
+            description, convolved = forward, {FROM: (x, "x"), TO: (y, "y")}
+        elif what == "input_gradient":
+            description = _make(
+                "dnnl_convolution_backward_data_primitive_desc_create", _engine(), DIRECT,
+                x, any_kernel, y, *around, forward, attributes,
+            )  # fmt: skip
+            convolved = {FROM_GRADIENT: (x, "x"), TO_GRADIENT: (y, "y")}
+        else:
             description = _make(
                 "dnnl_convolution_backward_weights_primitive_desc_create", _engine(), DIRECT,
-                x, _layout(kernel_shape, "float32", free=True), None, y, *around, description, attributes,
+                x, _layout(kernel_shape, "float32", free=True), None, y, *around, forward, attributes,
             )  # fmt: skip
-            liked = _asked(description, ASK_WEIGHTS_GRADIENT)
-            turned = {FROM: (liked, "liked"), TO: (kernel, "result")}
-            convolved = {FROM: (x, "x"), GRADIENT: (y, "other"), WEIGHTS_GRADIENT: (liked, "liked")}
-        else:
-            liked = _asked(description, ASK_WEIGHTS)
-            turned = {FROM: (kernel, "other"), TO: (liked, "liked")}
-            convolved = {FROM: (x, "x"), WEIGHTS: (liked, "liked"), TO: (y, "result")}
+            convolved = {FROM: (x, "x"), TO_GRADIENT: (y, "y")}
+        is_result = what == "filter_gradient"
+        liked = _asked(description, ASK_WEIGHTS_GRADIENT if is_result else ASK_WEIGHTS)
+        convolved[WEIGHTS_GRADIENT if is_result else WEIGHTS] = liked, "liked"
+        ends = (liked, "liked"), (kernel, "kernel")
+        turned = dict(zip((FROM, TO) if is_result else (TO, FROM), ends, strict=True))
         turn = _make(
             "dnnl_reorder_primitive_desc_create",
             turned[FROM][0], _engine(), turned[TO][0], _engine(), attributes,
         )  # fmt: skip
         steps = _Step(turn, turned), _Step(description, convolved)
-        self.steps = steps[::-1] if is_gradient else steps
+        self.steps = steps[::-1] if is_result else steps
         self.liked_bytes = _bytes(liked)
-        self.scratch_bytes = self.liked_bytes + max(step.scratch_bytes for step in steps)
+        self.scratch_bytes = self.liked_bytes + max(step.scratch_bytes for step in self.steps)
 
-    def run(self, x: int, other: int, result: int, scratch: int) -> None:
-        addresses = {"x": x, "other": other, "result": result, "liked": scratch, "scratch": scratch + self.liked_bytes}
+    def run(self, addresses: dict[str, int], scratch: int) -> None:
+        addresses = {**addresses, "liked": scratch, "scratch": scratch + self.liked_bytes}
         for step in self.steps:
             step.run(addresses)
         _check("dnnl_stream_wait", _stream())
@@ -269,7 +303,7 @@ class _Frame(ctypes.Structure):
 METADATA, INTERNAL_ERROR = 1, 13
 
 
-def _handle(is_gradient: bool, frame: Any) -> int | None:
+def _handle(what: str, frame: Any) -> int | None:
     """One call by a program: None, or the address of an error."""
     frame = frame.contents
     if frame.extension and frame.extension.contents.type == METADATA:
@@ -277,16 +311,17 @@ def _handle(is_gradient: bool, frame: Any) -> int | None:
         wanted.major, wanted.minor = 0, 1
         return None
     try:
-        x, other = (frame.arguments.buffers[index].contents for index in range(2))
+        operands = [frame.arguments.buffers[index].contents for index in range(2)]
         result, scratch = (frame.results.buffers[index].contents for index in range(2))
-        kernel = result if is_gradient else other
-        operation = _operation(is_gradient, tuple(x.dims[:5]), tuple(kernel.dims[:5]), XLA_TYPES[x.dtype])
+        arrays = dict(zip(ROLES[what], (*operands, result), strict=True))
+        shapes = (tuple(arrays[name].dims[:5]) for name in ("x", "kernel"))
+        operation = _operation(what, *shapes, XLA_TYPES[result.dtype])
         if scratch.dims[0] < operation.scratch_bytes:
             raise RuntimeError(
                 f"a program compiled for {scratch.dims[0]} bytes of scratch, not {operation.scratch_bytes}"
             )
         with _running:
-            operation.run(x.data, other.data, result.data, scratch.data)
+            operation.run({name: array.data for name, array in arrays.items()}, scratch.data)
     except BaseException as error:  # Ctrl-C too: ctypes prints it and the program goes on with what its memory held
         text = _Error(ctypes.sizeof(_Error), None, repr(error).encode(), INTERNAL_ERROR)
         return frame.api.contents.make_error(ctypes.byref(text))
@@ -294,13 +329,13 @@ def _handle(is_gradient: bool, frame: Any) -> int | None:
 
 
 _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
-_handlers = {is_gradient: _Handler(functools.partial(_handle, is_gradient)) for is_gradient in (False, True)}
+_handlers = {what: _Handler(functools.partial(_handle, what)) for what in ROLES}
 
 
 @functools.cache
-def _targets() -> dict[bool, str]:
-    """Names of the two handlers, made known to XLA; with the version, as programs are kept on disk."""
-    names = {False: f"onednn_{version()}_convolution", True: f"onednn_{version()}_filter_gradient"}
-    for is_gradient, name in names.items():
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(_handlers[is_gradient]), platform="cpu")
+def _targets() -> dict[str, str]:
+    """Names of the handlers, made known to XLA; with the version, as programs are kept on disk."""
+    names = {what: f"onednn_{version()}_{what}" for what in ROLES}
+    for what, name in names.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(_handlers[what]), platform="cpu")
     return names
