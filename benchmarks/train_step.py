@@ -36,6 +36,7 @@ from common import machine, make_pyramid, median_ratio, prepared_cases, report
 from autocontext_jax.data.pipeline import Feed, FeedConfig
 from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.geometry import SpatialLimits
+from autocontext_jax.main import keep_freed_memory, wait_for_programs
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -57,6 +58,9 @@ def main() -> None:
     parser.add_argument("--device", default="", help="JAX's name of a platform; its own choice unless given")
     flags = parser.parse_args()
     jax.config.update("jax_platforms", flags.device or None)
+    # As the job does. PyTorch, in the same process, then finds its memory kept too.
+    keep_freed_memory()
+    wait_for_programs()
     peers = flags.peers and importlib.util.find_spec("torch") is not None
     if flags.peers and not peers:
         print("PyTorch is not installed (pip install torch): ours is measured alone")

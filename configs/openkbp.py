@@ -3,7 +3,7 @@
     python -m autocontext_jax.main --config configs/openkbp.py --workdir runs/openkbp --config.data.root=FOLDER
 
 The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches are
-48^3 and organs are drawn equally often. Half an hour on two cores that multiply bfloat16 (AMX); the mean Dice on the
+48^3 and organs are drawn equally often. Half an hour on two cores that multiply bfloat16; the mean Dice on the
 six test scans was then 0.73. Contours differ from scan to scan in where cord and esophagus end.
 """
 
