@@ -149,11 +149,12 @@ def keep_freed_memory() -> None:
     """Has glibc keep what is freed for what is taken next; where there is no glibc it does nothing.
 
     XLA takes the memory of a step anew each time. Given back to Linux in between, it comes in cleared pages of 4 KiB:
-    on CPUs a tenth of the step in float32, a fifth in bfloat16 (`benchmarks/README.md`). Before any thread has begun.
+    on CPUs a tenth to a fifth of the step (`benchmarks/README.md`). Before any thread has begun.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1)):
+        # A threshold of -1 is none.
+        for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
             mallopt(setting, value)
 
 
