@@ -37,7 +37,7 @@ def run() -> bool:
     """Runs the job that the flags name; False if some of many scans failed."""
     # Worker processes import this module again; what follows is slow to import and is not theirs.
     from autocontext_jax import processes
-    from autocontext_jax.jobs.config import check
+    from autocontext_jax.jobs.checks import check
     from autocontext_jax.jobs.evaluate import evaluate, evaluate_elsewhere, held_out
     from autocontext_jax.jobs.experiment import experiment
     from autocontext_jax.jobs.lock import locked

@@ -45,6 +45,7 @@ from autocontext_jax.data import scans, store
 from autocontext_jax.data.datasets import Case, read_dataset, split, split_from_file
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs import config as configuration
+from autocontext_jax.jobs.checks import check
 
 PACKAGE = str(Path(autocontext_jax.__file__).parent)
 SECONDS, GROWTH, ADDRESSES = 10.0, 2**26, 2**30  # the limits of one input: s, bytes, bytes
@@ -277,7 +278,7 @@ def read_overrides(folder: Path) -> None:
         delattr(flags.FLAGS, name)
     main._parse(sys.argv)
     config = main.CONFIG.value
-    configuration.check(config)
+    check(config)
     config.data.labels = LABELS
     spacing = configuration.settings(config).level_factors((2.5, 0.8, 0.7))
     assert len(spacing) == len(config.levels.factors)

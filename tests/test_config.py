@@ -14,6 +14,7 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import PredictorConfig
 from autocontext_jax.jobs import config as configuration
+from autocontext_jax.jobs.checks import check
 from autocontext_jax.jobs.config import dataclass_of, default_config
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.models.network import NetworkConfig
@@ -35,7 +36,7 @@ def changed(**values):
 def test_shipped_configs_are_good(path):
     page = runpy.run_path(str(path))
     config = page["get_config"]()
-    configuration.check(config)
+    check(config)
     assert set(config.to_dict()) == set(default_config().to_dict())
     assert f"--config configs/{path.name}" in page["__doc__"]
 
@@ -46,7 +47,7 @@ def test_there_is_a_quickstart():
 
 def test_default_sections_are_the_dataclasses():
     config = default_config()
-    configuration.check(config)
+    check(config)
     assert dataclass_of(SpatialLimits, config.spatial) == SpatialLimits()
     assert dataclass_of(IntensityLimits, config.intensity) == IntensityLimits()
     assert dataclass_of(NetworkConfig, config.model) == NetworkConfig()
@@ -176,7 +177,7 @@ BAD = [
 @pytest.mark.parametrize(("key", "value"), BAD)
 def test_bad_values_are_refused_by_name(key, value):
     with pytest.raises(UserError) as refusal:
-        configuration.check(changed(**{key.replace(".", "__"): value}))
+        check(changed(**{key.replace(".", "__"): value}))
     message = str(refusal.value)
     assert f"config key {key} is" in message
     assert str(value) in message
@@ -187,8 +188,8 @@ def test_bad_values_are_refused_by_name(key, value):
 def test_the_edge_that_a_refusal_proposes_is_good():
     for edge in (30, 36, 5, 100):
         with pytest.raises(UserError) as refusal:
-            configuration.check(changed(feed__edge=edge))
-        configuration.check(changed(feed__edge=int(str(refusal.value).rsplit(" ", 1)[1])))
+            check(changed(feed__edge=edge))
+        check(changed(feed__edge=int(str(refusal.value).rsplit(" ", 1)[1])))
 
 
 # ---- work directories ----

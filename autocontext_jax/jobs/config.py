@@ -1,4 +1,4 @@
-"""Every key of a run with its default, and the checks that a run makes before it starts.
+"""Every key of a run with its default, what the sections describe, and the file that a work directory keeps of them.
 
 The sections are the dataclasses that the code takes, so each key is explained where it acts: `levels` in
 `data/store.py`, `feed` in `data/pipeline.py`, `spatial` in `geometry.py`, `intensity` in `data/augment.py`, `model` in
@@ -7,7 +7,6 @@ The sections are the dataclasses that the code takes, so each key is explained w
 """
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from ml_collections import ConfigDict
 
 from autocontext_jax.data.augment import IntensityLimits
 from autocontext_jax.data.pipeline import FeedConfig
-from autocontext_jax.data.sampling import CENTRES
 from autocontext_jax.data.store import Settings
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_whole
@@ -24,12 +22,12 @@ from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import PredictorConfig
 from autocontext_jax.models.fcn import FCN
 from autocontext_jax.models.network import NetworkConfig
-from autocontext_jax.models.pyramid import CONTEXTS, PyramidConfig
+from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.models.residual_unet import ResidualUNet
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
-from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig
-from autocontext_jax.training.phases import MODES, Phase, phases
+from autocontext_jax.training.optimizers import OptimizerConfig
+from autocontext_jax.training.phases import Phase, phases
 
 # The network of every level.
 BACKBONES: dict[str, type] = {"unet": UNet, "residual_unet": ResidualUNet, "fcn": FCN}
@@ -188,141 +186,6 @@ def mirror_classes(config: ConfigDict) -> tuple[int, ...]:
     return tuple(classes)
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses what cannot run.
-
-    Raises:
-      UserError: names the key, the value found and the value wanted.
-    """
-    _check_values(config)
-    divisor = 2 ** (config.model.depth - 1)
-    for key, edge in (("feed.edge", config.feed.edge), ("predict.tile", config.predict.tile)):
-        wanted = max(4, divisor)
-        if edge <= 0 or edge % wanted:
-            raise UserError(
-                f"config key {key} is {edge}; wanted a positive multiple of {wanted}, as model.depth "
-                f"{config.model.depth} asks: choose {wanted * max(1, edge // wanted)}"
-            )
-    for section, key, edge in (
-        ("mesh", "feed.edge", config.feed.edge),
-        ("predict", "predict.tile", config.predict.tile),
-    ):
-        space = config[section].space
-        if space < 1 or edge % (space * divisor) or (space > 1 and config.levels.rank == 2):
-            raise UserError(
-                f"config key {section}.space is {space}; wanted devices that each take a multiple of {divisor} of the "
-                f"{edge} planes of {key}, of rank 3: choose 1 or one of "
-                f"{[n for n in range(2, edge) if edge % (n * divisor) == 0]}"
-            )
-    factors = tuple(config.levels.factors)
-    if not factors or factors[-1] <= 0 or any(a != 2 * b for a, b in itertools.pairwise(factors)):
-        raise UserError(
-            f"config key levels.factors is {factors}; wanted factors that halve from level to level, coarsest first, "
-            "such as (4, 2)"
-        )
-    spacing = tuple(config.levels.finest_spacing)
-    if spacing and (len(spacing) != 3 or min(spacing) <= 0):
-        raise UserError(f"config key levels.finest_spacing is {spacing}; wanted (z, y, x) in mm, or ()")
-    if config.levels.rank not in (2, 3):
-        raise UserError(f"config key levels.rank is {config.levels.rank}; wanted 3, or 2 to see a scan slice by slice")
-    weights = config.loss.level_weights
-    if weights and len(weights) != len(factors):
-        raise UserError(
-            f"config key loss.level_weights is {weights}; wanted {len(factors)} numbers, one a level, or ()"
-        )
-    choices: dict[str, tuple[str, ...]] = {
-        "feed.centre": CENTRES,
-        "train.mode": MODES,
-        "pyramid.context": CONTEXTS,
-        "model.backbone": tuple(BACKBONES),
-        "model.norm": ("batch", "none"),
-        "model.dtype": ("float32", "bfloat16"),
-        "optimizer.schedule": SCHEDULES,
-        "train.non_finite": ("stop", "skip"),
-        "predict.checkpoint": ("best", "latest"),
-    }
-    for key, allowed in choices.items():
-        value = _get(config, key)
-        if value not in allowed:
-            raise UserError(f"config key {key} is {value!r}; wanted one of {', '.join(allowed)}")
-    if not set(config.experiment) <= set(MODES):
-        raise UserError(f"config key experiment is {tuple(config.experiment)}; wanted some of {', '.join(MODES)}")
-    low, high = config.pyramid.window
-    if not low < high:
-        raise UserError(f"config key pyramid.window is ({low}, {high}); wanted (low, high) in HU with low < high")
-    for key in ("rotation", "translation", "elastic_sigma"):
-        if config.spatial[key] < 0:
-            raise UserError(f"config key spatial.{key} is {config.spatial[key]}; wanted 0 or more")
-    for key in ("feed.batch", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "model.width",
-                "model.depth", "train.validation_patches", "spatial.elastic_spacing"):  # fmt: skip
-        if _get(config, key) < 1:
-            raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
-    for key in ("feed.anywhere", "train.frozen_norm"):
-        if not 0 <= _get(config, key) <= 1:
-            raise UserError(f"config key {key} is {_get(config, key)}; wanted a share in [0, 1]")
-    if not 0 <= config.spatial.scaling < 1:
-        raise UserError(f"config key spatial.scaling is {config.spatial.scaling}; wanted a fraction in [0, 1)")
-    if config.predict.mirror and not config.spatial.mirror:
-        raise UserError("config key predict.mirror is True; wanted spatial.mirror True with it, for the training")
-    if not 0 <= config.predict.overlap < 1:
-        raise UserError(f"config key predict.overlap is {config.predict.overlap}; wanted a fraction in [0, 1)")
-    if not 0 < config.data.validation_fraction < 1:
-        raise UserError(
-            f"config key data.validation_fraction is {config.data.validation_fraction}; wanted a fraction in (0, 1)"
-        )
-
-
-# What the items of a tuple are, and how many there can be where their number is fixed.
-TUPLES: dict[str, tuple[type, tuple[int, ...]]] = {
-    "experiment": (str, ()),
-    "data.labels": (str, ()),
-    "phantom.size": (int, (3,)),
-    "phantom.spacing": (float, (3,)),
-    "levels.factors": (float, ()),
-    "levels.finest_spacing": (float, (0, 3)),
-    "spatial.mirror_pairs": (str, ()),
-    "pyramid.window": (float, (2,)),
-    "loss.level_weights": (float, ()),
-    "evaluate.labels": (str, ()),
-}
-
-# The largest that make sense: a slip of the keyboard must not take all memory or all time.
-LARGEST = {"model.depth": 10, "model.width": 4096, "feed.edge": 4096, "predict.tile": 4096, "predict.plane": 2**16}
-
-
-def _check_values(config: ConfigDict) -> None:
-    """Refuses numbers and tuples that no check below could reckon with.
-
-    Raises:
-      UserError: names the key, the value found and the value wanted.
-    """
-    for key, value in _flat(config.to_dict()).items():
-        kind, counts = TUPLES.get(key, (float, ()))
-        items = value if key in TUPLES else [value]
-        if not isinstance(items, tuple | list) or (counts and len(items) not in counts):
-            raise UserError(
-                f"config key {key} is {value!r}; wanted {' or '.join(map(str, counts)) or 'a tuple of'} items"
-            )
-        for item in items:
-            number = isinstance(item, int | float) and not isinstance(item, bool)
-            if key in TUPLES and not (isinstance(item, str) if kind is str else number):
-                raise UserError(f"config key {key} is {value!r}; wanted {'names' if kind is str else 'numbers'} in it")
-            if number and not abs(item) <= LARGEST.get(key, 2**31 - 1):
-                found = item if isinstance(item, float) else f"a number of {item.bit_length()} bits"
-                raise UserError(f"config key {key} is {found}; wanted at most {LARGEST.get(key, 2**31 - 1)}")
-    for key in ("seed", "data.fold", "data.workers"):
-        if _get(config, key) < 0:
-            raise UserError(f"config key {key} is {_get(config, key)}; wanted 0 or more")
-    if config.model.depth < 1:
-        raise UserError(f"config key model.depth is {config.model.depth}; wanted at least 1")
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
 def write_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `config.json`, whole or not at all."""
     write_whole(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
@@ -357,7 +220,7 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> 
     Raises:
       UserError: lists the keys that differ, with both values.
     """
-    now, before = _flat(json.loads(json.dumps(config.to_dict()))), _flat(saved)
+    now, before = flat_keys(json.loads(json.dumps(config.to_dict()))), flat_keys(saved)
     # Where one phase ends is where the next begins.
     free = tuple(key for key in FREE if key != "train.steps" or len(training_phases(config)) == 1)
     differing = [
@@ -372,11 +235,12 @@ def check_same_run(config: ConfigDict, saved: dict[str, Any], workdir: Path) -> 
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted keys, such as "feed.batch"."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flat_keys(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat
