@@ -206,9 +206,10 @@ def test_batch_norm_relu_of_a_constant_channel_is_finite():
     assert np.isfinite(pullback(jnp.ones_like(value))[0]).all()
 
 
-def test_convolution_without_onednn_is_the_same(monkeypatch):
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_convolution_without_onednn_is_the_same(size, monkeypatch):
     """On other processors, and where the library is missing."""
-    x, weights, cotangent = normal(0, 2, 6, 5, 7, 3), normal(1, 4, 3, 3, 3, 3), normal(2, 2, 6, 5, 7, 4)
+    x, weights, cotangent = normal(0, 2, 6, 5, 7, 3), normal(1, 4, *(size,) * 3, 3), normal(2, 2, 6, 5, 7, 4)
 
     def both_directions():
         value, pullback = jax.vjp(lambda x, w: layers.convolution(x, w), x, weights)
