@@ -1,5 +1,6 @@
 """Checkpoints keep the newest and the best, restore to the bit, and say so when they are damaged."""
 
+import re
 import shutil
 
 import jax
@@ -112,6 +113,33 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         outcomes.add(again.latest)
         again.close()
     assert outcomes == {1, 2}  # some files only say again what others do
+
+
+def test_a_damaged_array_is_told_in_one_line(tmp_path):
+    """Any byte of a compressed array: orbax raises a bare Exception then."""
+    one = {"kernel": jnp.arange(2000.0)}
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, {"params": one}, {})
+    checkpoints.close()
+    magic = b"\x28\xb5\x2f\xfd"  # of a Zstandard frame
+    files = [(path, path.read_bytes()) for path in (tmp_path / "c/1/state").rglob("d/*")]
+    frames = [(*file, match.start()) for file in files for match in re.finditer(re.escape(magic), file[1])]
+    told = []
+    for path, whole, start in frames:
+        for place in range(start, start + 10):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+            again = Checkpoints(tmp_path / "c")
+            try:
+                restored, _ = again.restore_weights(1, one, {})
+                np.testing.assert_array_equal(restored["kernel"], one["kernel"])  # the file says again what others do
+            except UserError as error:
+                told.append(str(error))
+            again.close()
+        path.write_bytes(whole)
+    assert len(told) >= 10
+    assert all(
+        re.fullmatch(r"checkpoint .*c/1 .*: delete that folder, and the one before counts", line) for line in told
+    )
 
 
 def test_numbers_that_orbax_would_have_passed_on_are_noticed(tmp_path):
