@@ -32,6 +32,13 @@ def test_train_step():
     assert row.keys() >= {"pairs/s", "GFLOP/s", "peak GB", "compile s", "feed"}
 
 
+def test_convolution():
+    found = rows("convolution.py", "--shapes 3x4x2x3,1x2x3x5 --repeats 1")
+    assert [(row["type"], row["kernel"], row["channels"]) for row in found] == [
+        (dtype, *shape) for dtype in ("float32", "bfloat16") for shape in ((3, "2 to 3"), (1, "3 to 5"))
+    ]
+
+
 def test_input_pipeline():
     found = rows("input_pipeline.py", f"{PHANTOMS} --edge 16 --batch 2 --batches 2 --rounds 1")
     parts = ["host", "feed", "read, level 1", "read, level 2"]

@@ -116,7 +116,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
 
 
 def test_a_damaged_array_is_told_in_one_line(tmp_path):
-    """Any byte of a compressed array: orbax raises a bare Exception then."""
+    """The first bytes of whatever is compressed: of an array that cannot be read orbax raises a bare Exception."""
     one = {"kernel": jnp.arange(2000.0)}
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, {"params": one}, {})

@@ -34,9 +34,8 @@ def assert_relative(value: jax.Array, wanted: jax.Array, tolerance: float):
         ((1, 6, 6, 6, 2), 2, (5, 3, 1)),
         ((2, 5, 6, 7, 16), 24, (1, 1, 1)),  # a deconvolution
         ((1, 2, 2, 2, 256), 256, (3, 3, 3)),  # the deepest level of a patch of 32^3
-        ((2, 2, 4, 4, 16), 8, (3, 3, 3)),  # a depth that the kernel's exceeds
-        ((1, 3, 4, 4, 8), 8, (5, 3, 3)),
-        ((1, 3, 4, 4, 8), 8, (3, 3, 3)),
+        # On processors without AMX release 3.2 is wrong where the kernel is deeper than the volume.
+        *(((2, depth, 4, 4, 16), 8, (size, 3, 3)) for size in (3, 5) for depth in (1, 2, 3, 4, 5)),
     ],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-8)])

@@ -115,7 +115,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_values(config: ConfigDict) -> None:
-    """Refuses numbers and tuples that no check below could reckon with.
+    """Refuses numbers and tuples that the other checks could not reckon with.
 
     Raises:
       UserError: names the key, the value found and the value wanted.

@@ -38,12 +38,12 @@ FROM, TO, WEIGHTS, SCRATCH = 1, 17, 33, 80
 FROM_GRADIENT, TO_GRADIENT, WEIGHTS_GRADIENT = 129, 145, 161
 ASK_WEIGHTS, ASK_WEIGHTS_GRADIENT, ASK_SCRATCH = 131, 132, 136
 
-# What is computed: from the first two of these arrays the third, a gradient being in its array's place.
-# x is [B, D, H, W, C], the kernel [O, kd, kh, kw, C], y [B, D, H, W, O].
+# What is computed: from the first two of these arrays the third, a gradient being in its array's place; and what the
+# library calls them. x is [B, D, H, W, C], the kernel [O, kd, kh, kw, C], y [B, D, H, W, O].
 ROLES = {
-    "convolution": ("x", "kernel", "y"),
-    "input_gradient": ("y", "kernel", "x"),
-    "filter_gradient": ("x", "y", "kernel"),
+    "convolution": {"x": FROM, "kernel": WEIGHTS, "y": TO},
+    "input_gradient": {"y": TO_GRADIENT, "kernel": WEIGHTS, "x": FROM_GRADIENT},
+    "filter_gradient": {"x": FROM, "y": TO_GRADIENT, "kernel": WEIGHTS_GRADIENT},
 }
 
 
@@ -214,30 +214,26 @@ class _Operation:
             x, any_kernel, None, y, *around, attributes,
         )  # fmt: skip
         if what == "convolution":
-            description, convolved = forward, {FROM: (x, "x"), TO: (y, "y")}
+            description = forward
         elif what == "input_gradient":
             description = _make(
                 "dnnl_convolution_backward_data_primitive_desc_create", _engine(), DIRECT,
                 x, any_kernel, y, *around, forward, attributes,
             )  # fmt: skip
-            convolved = {FROM_GRADIENT: (x, "x"), TO_GRADIENT: (y, "y")}
         else:
             description = _make(
                 "dnnl_convolution_backward_weights_primitive_desc_create", _engine(), DIRECT,
                 x, _layout(kernel_shape, "float32", free=True), None, y, *around, forward, attributes,
             )  # fmt: skip
-            convolved = {FROM: (x, "x"), TO_GRADIENT: (y, "y")}
         is_result = what == "filter_gradient"
         liked = _asked(description, ASK_WEIGHTS_GRADIENT if is_result else ASK_WEIGHTS)
-        convolved[WEIGHTS_GRADIENT if is_result else WEIGHTS] = liked, "liked"
-        ends = (liked, "liked"), (kernel, "kernel")
-        turned = dict(zip((FROM, TO) if is_result else (TO, FROM), ends, strict=True))
-        turn = _make(
-            "dnnl_reorder_primitive_desc_create",
-            turned[FROM][0], _engine(), turned[TO][0], _engine(), attributes,
-        )  # fmt: skip
-        steps = _Step(turn, turned), _Step(description, convolved)
-        self.steps = steps[::-1] if is_result else steps
+        number = ROLES[what]
+        arguments = {number["x"]: (x, "x"), number["y"]: (y, "y"), number["kernel"]: (liked, "liked")}
+        convolve = _Step(description, arguments)
+        if is_result:
+            self.steps = convolve, _turn((liked, "liked"), (kernel, "kernel"), attributes)
+        else:
+            self.steps = _turn((kernel, "kernel"), (liked, "liked"), attributes), convolve
         self.liked_bytes = _bytes(liked)
         self.scratch_bytes = self.liked_bytes + max(step.scratch_bytes for step in self.steps)
 
@@ -246,6 +242,13 @@ class _Operation:
         for step in self.steps:
             step.run(addresses)
         _check("dnnl_stream_wait", _stream())
+
+
+def _turn(given: tuple[c_void_p, str], wanted: tuple[c_void_p, str], attributes: c_void_p) -> _Step:
+    """From one array into another of another layout or type."""
+    engine = _engine()
+    description = _make("dnnl_reorder_primitive_desc_create", given[0], engine, wanted[0], engine, attributes)
+    return _Step(description, {FROM: given, TO: wanted})
 
 
 _operation = functools.cache(_Operation)

@@ -1,7 +1,6 @@
 """Checkpoints: the training state and the feed's position together, through orbax, asynchronous and atomic.
 
-Each holds checksums of all of it, which every reading verifies: orbax itself passes flipped bits on. Of files that
-cannot be read or written it raises whatever came up on the way, down to a bare Exception.
+Each holds checksums of all of it, which every reading verifies: orbax itself passes flipped bits on.
 """
 
 import contextlib
@@ -24,6 +23,10 @@ from autocontext_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# What orbax and its storage raise when files cannot be read or written. The last three: it takes for granted that its
+# own JSON has the shape it gave it.
+FAILURES = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, IndexError)
+
 
 class Checkpoints:
     """The checkpoints of one run: the newest few and the best by validation.
@@ -41,7 +44,7 @@ class Checkpoints:
                 item_handlers={"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True),
             )
-        except Exception as error:  # orbax reads what every step's _CHECKPOINT_METADATA says of it
+        except FAILURES as error:  # orbax reads what every step's _CHECKPOINT_METADATA says of it
             raise UserError(
                 f"{directory} cannot be read ({_short(error)}); wanted whole checkpoints: move away the one "
                 "whose _CHECKPOINT_METADATA is damaged, and the others count"
@@ -92,7 +95,7 @@ class Checkpoints:
         self._dice[step] = dice
         try:
             self._manager.save(step, args=args)
-        except Exception as error:
+        except FAILURES as error:
             raise self._not_written(error) from error
 
     def set_damaged_aside(self) -> None:
@@ -160,8 +163,8 @@ class Checkpoints:
         self.wait()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            raise self._damaged(step, f"cannot be read ({_short(error)})") from error
+        except Exception as error:  # of an array that cannot be read orbax raises it bare, the reason being its cause
+            raise self._damaged(step, f"cannot be read ({_short(error.__cause__ or error)})") from error
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""
@@ -175,7 +178,7 @@ class Checkpoints:
         try:
             metadata = self._manager.item_metadata(step)["state"]
             return jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
-        except Exception as error:
+        except FAILURES as error:
             raise self._damaged(step, f"cannot be read ({_short(error)})") from error
 
     def _verify(self, step: int, state: Any, checksums: dict[str, int]) -> None:
@@ -203,7 +206,7 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-        except Exception as error:
+        except FAILURES as error:
             raise self._not_written(error) from error
 
     def close(self) -> None:
@@ -211,7 +214,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # what it raises `wait` has told
+            with contextlib.suppress(*FAILURES):  # what it raises `wait` has told
                 self._manager.close()
 
 
@@ -246,10 +249,9 @@ def _crc(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """What happened, in one line: long ones begin with where and end with why."""
-    # Orbax says of a damaged array only that it is one, in an Exception of no kind of its own.
-    words = " ".join(str(error.__cause__ or error).split())
+    words = " ".join(str(error).split())
     return words if len(words) <= 300 else f"{words[:130]} ... {words[-160:]}"
 
 
