@@ -1,5 +1,6 @@
 """Checkpoints keep the newest and the best, restore to the bit, and say so when they are damaged."""
 
+import json
 import re
 import shutil
 
@@ -173,6 +174,32 @@ def test_orbaxs_own_notes_may_be_anything(tmp_path, name, note):
     else:
         jax.tree.map(np.testing.assert_array_equal, restored, state(3))
         again.close()
+
+
+@pytest.mark.parametrize("damage", ["left out", "misspelt"])
+def test_an_array_that_orbax_no_longer_knows_of_is_noticed(tmp_path, damage):
+    """By its own note of the tree: orbax then leaves the array as it was asked for."""
+    checkpoints = Checkpoints(tmp_path / "run" / "c")
+    for step in (1, 2):
+        checkpoints.save(step, {"params": state(step)}, {})
+    checkpoints.close()
+    note = tmp_path / "run" / "c" / "2" / "state" / "_METADATA"
+    tree = json.loads(note.read_bytes())
+    (name,) = (name for name in tree["tree_metadata"] if "kernel" in name)
+    array = tree["tree_metadata"].pop(name)
+    if damage == "misspelt":
+        tree["tree_metadata"] |= json.loads(json.dumps({name: array}).replace("kernel", "kermel"))
+    note.write_text(json.dumps(tree), encoding="utf-8")
+    again = Checkpoints(tmp_path / "run" / "c")
+    told = r"checkpoint .*c/2 .*(kernel|kermel).*: delete that folder, and the one before counts"
+    for like in (jax.eval_shape(lambda: state(0)), state(0)):
+        with pytest.raises(UserError, match=told):
+            again.restore(2, {"params": like})
+        with pytest.raises(UserError, match=told):
+            again.restore_weights(2, like, {})
+    again.set_damaged_aside()
+    assert again.latest == 1
+    again.close()
 
 
 def test_nothing_whole_is_left(tmp_path):
