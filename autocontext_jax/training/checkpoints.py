@@ -27,6 +27,13 @@ log = logging.getLogger(__name__)
 # own JSON has the shape it gave it.
 FAILURES = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, IndexError)
 
+# Without orbax's notes of how arrays were laid out and cut: nothing here needs them, and what is not read cannot be
+# damaged.
+ARRAYS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)),
+    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+)
+
 
 class Checkpoints:
     """The checkpoints of one run: the newest few and the best by validation.
@@ -41,7 +48,10 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
-                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(type_handler_registry=ARRAYS),
+                    "record": ocp.JsonCheckpointHandler(),
+                },
                 options=ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True),
             )
         except FAILURES as error:  # orbax reads what every step's _CHECKPOINT_METADATA says of it
