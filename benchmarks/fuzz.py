@@ -18,7 +18,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import gzip
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -28,17 +27,16 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mutations import mutate
 
 import autocontext_jax
 from autocontext_jax.data import scans, store
@@ -49,7 +47,6 @@ from autocontext_jax.jobs.checks import check
 
 PACKAGE = str(Path(autocontext_jax.__file__).parent)
 SECONDS, GROWTH, ADDRESSES = 10.0, 2**26, 2**30  # the limits of one input: s, bytes, bytes
-LARGEST = 2**20  # bytes of an input's file
 KEPT = 400  # inputs a reader keeps at most; the oldest of them leaves
 
 SIZE, LABELS = (6, 5, 4), ("background", "artery", "vein")
@@ -310,271 +307,6 @@ READERS = {
     "config.json": Reader(0.13, write_config_json, r"config\.json", read_config_json),
     "overrides": Reader(0.03, write_overrides, r".*\.flags", read_overrides),
 }
-
-
-# ---- the mutations
-
-INTEGERS = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    16,
-    127,
-    128,
-    255,
-    256,
-    32767,
-    32768,
-    65535,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**63 - 1,
-    2**64,
-    10**13,
-    -1,
-    -2,
-    -128,
-    -32768,
-    -(2**31),
-    -(2**63),
-    10**400,
-)
-FLOATS = (0.0, -0.0, 0.5, 1e-300, 1e-38, 1e10, 1e38, 1e300, 1e308, float("inf"), float("-inf"), float("nan"), -1.5)
-TEXTS = (
-    "",
-    " ",
-    "\0",
-    "\n",
-    "a\nb",
-    "\u2028",
-    "\ud800",
-    "é",
-    "..",
-    "../a",
-    "/",
-    "/dev/zero",
-    "LOCAL",
-    "LIST",
-    "a" * 300,
-    "a" * 5000,
-    "%s%n",
-    "9" * 5000,
-    "1e999",
-    "nan",
-    "-1",
-    "None",
-    "True",
-    "()",
-    "(1,)",
-    "[[",
-    "{}",
-    "0 0 0",
-    "1 1",
-    ".nii.gz",
-    "background",
-    "ignore",
-    "gzip",
-    "raw",
-    "bzip2",
-    "ascii",
-    "hex",
-    "double",
-    "block",
-    "blosc",
-    "zstd",
-    "float64",
-    "uint8",
-    "bool",
-    "complex128",
-    "file:///dev/zero",
-    "(" * 200 + ")" * 200,
-    "1" + "**9" * 9,
-    "99999999999999 1 1",
-    "30000 30000 30000",
-    "(1, 'a')",
-    "('a', 2)",
-    "{'a': 1}",
-    "1e400",
-    "-0",
-)
-NODES: tuple[Any, ...] = (
-    *INTEGERS,
-    *FLOATS,
-    *TEXTS,
-    None,
-    True,
-    False,
-    [],
-    {},
-    [[]],
-    [0],
-    [""],
-    {"": 0},
-    [1, 2, 3],
-    [1e13] * 3,
-    [2**40] * 3,
-    [-1, 4, 4],
-    ["a"] * 3,
-    {"train": [], "val": []},
-    {"image": 1},
-    {"name": "gzip"},
-)
-# Fields of a NIfTI-1 header: place and kind.
-NIFTI = [
-    (0, "i"),
-    (39, "B"),
-    *((40 + 2 * k, "h") for k in range(8)),
-    (68, "h"),
-    (70, "h"),
-    (72, "h"),
-    (74, "h"),
-    *((76 + 4 * k, "f") for k in range(8)),
-    (108, "f"),
-    (112, "f"),
-    (116, "f"),
-    (123, "B"),
-    (252, "h"),
-    (254, "h"),
-    *((256 + 4 * k, "f") for k in range(6)),
-    *((280 + 4 * k, "f") for k in range(12)),
-    (344, "i"),
-    (348, "B"),
-]
-
-
-def mutate(rng: random.Random, path: str, content: bytes, other: bytes) -> bytes:
-    """A changed copy of a file.
-
-    Args:
-      rng: of all choices.
-      path: its suffix says what its parts are.
-      content: of the file.
-      other: of another input's file, to splice with.
-    """
-    if content[:2] == b"\x1f\x8b" and rng.random() < 0.7:
-        with contextlib.suppress(OSError, EOFError, zlib.error):
-            inner = mutate(rng, path.removesuffix(".gz"), gzip.decompress(content), b"")
-            return gzip.compress(inner, 1, mtime=0)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        if rng.random() < 0.3:
-            content = _bytes(rng, content, other)
-        elif path.endswith(".nii"):
-            place, kind = rng.choice(NIFTI)
-            content = _put(rng, content, place, kind)
-        elif path.endswith((".mha", ".mhd", ".nrrd", ".flags")):
-            content = _lines(rng, content)
-        elif content[:1] in (b"{", b"["):
-            content = _tree(rng, content)
-        else:
-            content = _bytes(rng, content, other)
-    return content[:LARGEST]
-
-
-def _bytes(rng: random.Random, content: bytes, other: bytes) -> bytes:
-    place = rng.randrange(len(content) + 1)
-    length = min(rng.choice((1, 2, 4, 8, 16, 64, 1024)), len(content) - place)
-    before, cut, after = content[:place], content[place : place + length], content[place + length :]
-    kind = rng.randrange(8)
-    if kind == 0 and cut:
-        return before + bytes([cut[0] ^ (1 << rng.randrange(8))]) + cut[1:] + after
-    if kind == 1:
-        return before  # cut short
-    if kind == 2:
-        return before + after
-    if kind == 3:
-        return before + cut * rng.choice((2, 3, 50)) + after
-    if kind == 4:
-        return before + rng.randbytes(length) + after
-    if kind == 5:
-        return before + other[rng.randrange(len(other) + 1) :]
-    if kind == 6:
-        return before + rng.choice(TEXTS).encode("utf-8", "surrogatepass") + after
-    return _put(rng, content, place, rng.choice("BhifqdQ"))
-
-
-def _put(rng: random.Random, content: bytes, place: int, kind: str) -> bytes:
-    """Writes an extreme number, of one of struct's kinds, over what is there."""
-    size = struct.calcsize(kind)
-    if kind in "fd":
-        with np.errstate(over="ignore"):
-            packed = np.array(rng.choice(FLOATS)).astype(f"<{kind}").tobytes()
-    else:
-        packed = (rng.choice(INTEGERS) % 256**size).to_bytes(size, rng.choice(("little", "little", "big")))
-    return content[:place] + packed + content[place + size :]
-
-
-def _lines(rng: random.Random, content: bytes) -> bytes:
-    """Changes a line of a text header or of an argument list, or a word of its value."""
-    head, end, tail = content, b"", b""
-    for mark in (b"ElementDataFile = LOCAL\n", b"\n\n"):
-        if mark in content:
-            head, end, tail = content.partition(mark)
-            break
-    lines = (head + end).split(b"\n")
-    number = rng.randrange(len(lines))
-    kind = rng.randrange(6)
-    if kind == 0:
-        del lines[number]
-    elif kind == 1:
-        lines.insert(rng.randrange(len(lines) + 1), lines[number])
-    elif kind == 2:
-        other = rng.randrange(len(lines))
-        lines[number], lines[other] = lines[other], lines[number]
-    else:
-        key, mark, value = re.fullmatch(rb"([^=:]*)([=:]*\s?)(.*)", lines[number], re.DOTALL).groups()  # type: ignore[union-attr]
-        nasty = str(rng.choice((rng.choice(TEXTS), rng.choice(FLOATS), rng.choice(INTEGERS[:-1]))))
-        words = re.split(rb"(\s+|,\s*)", value) if kind > 3 else [value]
-        words[rng.randrange(len(words))] = nasty.encode("utf-8", "surrogatepass")
-        lines[number] = key + mark + b"".join(words)
-    return b"\n".join(lines) + tail
-
-
-def _tree(rng: random.Random, content: bytes) -> bytes:
-    """Changes a node of a JSON tree; now and then so deep that a parser runs out of stack."""
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError):
-        return _bytes(rng, content, b"")
-    places: list[tuple[Any, Any]] = []
-    todo = [tree]
-    while todo:
-        node = todo.pop()
-        keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-        places += [(node, key) for key in keys]
-        todo += [node[key] for key in keys]
-    kind = rng.randrange(12)
-    if kind == 0 or not places:
-        tree = rng.choice(NODES)
-    else:
-        node, key = rng.choice(places)
-        if kind == 1:
-            del node[key]
-        elif kind == 2:
-            node[key] = [node[key]]
-        elif kind == 3 and isinstance(node, dict):
-            node[rng.choice(TEXTS)] = node.pop(key)
-        elif kind == 4 and isinstance(node, list):
-            node.insert(key, node[key])
-        elif kind == 5:
-            source, name = rng.choice(places)
-            node[key] = json.loads(json.dumps(source[name]))
-        elif kind == 6 and rng.random() < 0.2:
-            node[key] = "@"
-            depth = rng.choice((300, 900, 100_000))
-            return json.dumps(tree).encode().replace(b'"@"', b"[" * depth + b"]" * depth)
-        elif kind == 7 and isinstance(node[key], float | int) and abs(node[key]) < 1e300:
-            node[key] = rng.choice((-1, 10, 1e6, 1e-9, 0.5)) * node[key]
-        else:
-            node[key] = rng.choice(NODES)
-    try:
-        return json.dumps(tree).encode()
-    except (ValueError, RecursionError):  # 10^400 has too many digits for none; a tree of an earlier input, too deep
-        return content
 
 
 # ---- the process that reads

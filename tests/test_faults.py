@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fault_runs
 import faults
 import pytest
 
@@ -26,9 +27,9 @@ def test_a_few_faults_are_survived():
 
 
 def test_what_a_job_says_is_judged():
-    assert faults.Ended(0, "").error == ""
-    assert faults.Ended(2, "bar\nerror: no room\n").error == "error: no room"
-    assert "mask.nii.gz" in faults.Ended(1, "mask.nii.gz: no room\n1 of 1 scans could not be scored\n").error
+    assert fault_runs.Ended(0, "").error == ""
+    assert fault_runs.Ended(2, "bar\nerror: no room\n").error == "error: no room"
+    assert "mask.nii.gz" in fault_runs.Ended(1, "mask.nii.gz: no room\n1 of 1 scans could not be scored\n").error
     for status, text in (
         (1, ""),
         (2, ""),
@@ -37,8 +38,8 @@ def test_what_a_job_says_is_judged():
         (-9, ""),
         (2, "Traceback\nerror: a"),
     ):
-        with pytest.raises(faults.Wrong):
-            _ = faults.Ended(status, text).error
+        with pytest.raises(fault_runs.Wrong):
+            _ = fault_runs.Ended(status, text).error
 
 
 def test_files_are_spoilt_alike_for_the_same_seed(tmp_path):
@@ -56,7 +57,7 @@ def test_files_are_spoilt_alike_for_the_same_seed(tmp_path):
 def test_what_a_message_asks_for_is_done_inside_the_work_directory_alone(tmp_path):
     folder = tmp_path / "checkpoints" / "8"
     folder.mkdir(parents=True)
-    with pytest.raises(faults.Wrong):
+    with pytest.raises(fault_runs.Wrong):
         faults.do_as_told("error: checkpoint /elsewhere/8 cannot be read (x): delete that folder", tmp_path)
     faults.do_as_told(f"error: checkpoint {folder} cannot be read (x); wanted: delete that folder", tmp_path)
     assert not folder.exists()
