@@ -182,6 +182,7 @@ def test_orbaxs_own_notes_may_be_anything(tmp_path, name, note):
         again.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 @pytest.mark.parametrize("damage", ["left out", "misspelt"])
 def test_an_array_that_orbax_no_longer_knows_of_is_noticed(tmp_path, damage):
     """By its own note of the tree: orbax then leaves the array as it was asked for."""
