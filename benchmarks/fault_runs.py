@@ -187,7 +187,7 @@ def read_store(root: Path, name: str) -> tuple[str, list[bytes]]:
         return "", [*found, repr(dataclasses.replace(case, root="")).encode()]
     except UserError as error:
         return f"error: {error}", []
-    except Exception as error:
+    except Exception as error:  # an answer too, and not the one line that is wanted
         return f"{type(error).__name__}: {error}", []
 
 
@@ -210,6 +210,8 @@ class Campaign:
         if (ended := Job(self.reference, "all").wait()).error:
             raise SystemExit(ended.text)
         self._wanted = {job: self.state(self.reference, job) for job in ("prepare", "train", "evaluate", "all")}
+        if told := self._wanted["all"].get("unreadable"):  # two that cannot be read are not alike
+            raise SystemExit(f"the undisturbed run cannot be read: {told}")
 
     def copy(self, stage: str, workdir: Path) -> None:
         """A work directory as the reference was at a stage.

@@ -502,7 +502,7 @@ def main() -> None:
                 outcome, story = "survived", ""
             except NotHere as reason:
                 outcome, story = "skipped", str(reason)
-            except Exception as wrong:
+            except Exception as wrong:  # whatever it is, the campaign goes on and tells it
                 outcome, story = "wrong", str(wrong) if isinstance(wrong, Wrong) else repr(wrong)
                 if arguments.keep:
                     shutil.copytree(folder, arguments.keep / folder.name, dirs_exist_ok=True)

@@ -165,7 +165,7 @@ def test_numbers_that_orbax_would_have_passed_on_are_noticed(tmp_path):
 @pytest.mark.parametrize(
     "note", [b"[]", b'{"init_timestamp_nsecs": "late"}', b'{"tree_metadata": 1}', b"3.5", b"{\xff"]
 )
-@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/_METADATA", "record/metadata"])
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding", "record/metadata"])
 def test_orbaxs_own_notes_may_be_anything(tmp_path, name, note):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(3, state(3), {})

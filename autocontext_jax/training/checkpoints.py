@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 # own JSON has the shape it gave it.
 FAILURES = (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError, IndexError)
 
-# Without orbax's notes of how arrays were laid out and cut: nothing here needs them, and what is not read cannot be
-# damaged.
+# As orbax has them, but without its `array_metadatas`: only random keys need these notes, and damage to them shows only
+# when arrays go to devices, which `set_damaged_aside` does not see.
 ARRAYS = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
     (np.ndarray, ocp.type_handlers.NumpyHandler()),
 )
 
