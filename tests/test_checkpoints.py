@@ -199,11 +199,11 @@ def test_an_array_that_orbax_no_longer_knows_of_is_noticed(tmp_path, damage):
     note.write_text(json.dumps(tree), encoding="utf-8")
     again = Checkpoints(tmp_path / "run" / "c")
     told = r"checkpoint .*c/2 .*(kernel|kermel).*: delete that folder, and the one before counts"
-    for like in (jax.eval_shape(lambda: state(0)), state(0)):
-        with pytest.raises(UserError, match=told):
-            again.restore(2, {"params": like})
-        with pytest.raises(UserError, match=told):
-            again.restore_weights(2, like, {})
+    like = jax.eval_shape(lambda: state(0))
+    with pytest.raises(UserError, match=told):
+        again.restore(2, {"params": like})
+    with pytest.raises(UserError, match=told):
+        again.restore_weights(2, like, {})
     again.set_damaged_aside()
     assert again.latest == 1
     again.close()
