@@ -84,6 +84,8 @@ class SpatialLimits:
       elastic_sigma: standard deviation of the B-spline control vectors, voxels of the finest level.
       elastic_spacing: distance of the control points, voxels of the finest level.
       scaling: relative, the same along all axes, uniform in [-scaling, scaling]; of rank 2 along z too, unseen.
+      unmoved: share of the patches that stay where they are. What moves is interpolated, and so a little blurred, which
+        scans never are when they are predicted.
       mirror_classes: half of the patches are mirrored, right for left; the class that each class is then, so that what
         is drawn in pairs keeps its names. () mirrors none.
     """
@@ -93,6 +95,7 @@ class SpatialLimits:
     elastic_sigma: float = 4.0
     elastic_spacing: int = 32
     scaling: float = 0.0
+    unmoved: float = 0.0
     mirror_classes: tuple[int, ...] = ()
 
     @property

@@ -1,5 +1,7 @@
 """The augmentation against SciPy, against itself elsewhere in a batch, and at its limits."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -201,6 +203,29 @@ def test_half_of_the_patches_are_mirrored_with_their_classes():
         assert all(same) or all(turned)
         handed.append(all(turned))
     assert 10 < sum(handed) < 30
+
+
+def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_without_it():
+    limits = dataclasses.replace(SPATIAL, scaling=0.1, mirror_classes=(0, 2, 1, 3, 4))
+    margins = crop_margins(EDGE, LEVELS, [SPACING], limits)
+    images, labels, spacing = crops(40, margins)
+
+    def moved(unmoved: float):
+        run = make_augment(EDGE, margins, dataclasses.replace(limits, unmoved=unmoved), IntensityLimits())
+        arrays = run(jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
+        return jax.tree.map(np.array, arrays)
+
+    none, half, whole = (jax.tree.leaves(moved(share)) for share in (0.0, 0.5, 1.0))
+    for before, after in zip(images + labels, whole, strict=True):
+        margin = [(size - EDGE) // 2 for size in before.shape[1:]]
+        inner = before[(slice(None), *(slice(m, m + EDGE) for m in margin))]
+        other = inner[..., ::-1] if before.dtype == np.int16 else np.array(limits.mirror_classes)[inner[..., ::-1]]
+        for place, mirror, found in zip(inner, other, after, strict=True):
+            assert np.array_equal(found, place) or np.array_equal(found, mirror)
+    stays = [all(np.array_equal(a[n], b[n]) for a, b in zip(half, whole, strict=True)) for n in range(40)]
+    moves = [all(np.array_equal(a[n], b[n]) for a, b in zip(half, none, strict=True)) for n in range(40)]
+    assert all(stay != move for stay, move in zip(stays, moves, strict=True))
+    assert 10 < sum(stays) < 30
 
 
 def test_scaling_is_the_same_along_all_axes_at_all_levels_and_within_limits():

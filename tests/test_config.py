@@ -148,6 +148,7 @@ BAD = [
     ("feed.anywhere", -0.1),
     ("feed.anywhere", 1.5),
     ("train.frozen_norm", 2.0),
+    ("spatial.unmoved", 1.1),
     ("pyramid.context", "hard"),
     ("model.backbone", "vnet"),
     ("model.norm", "group"),

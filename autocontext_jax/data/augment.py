@@ -117,13 +117,14 @@ def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, r
     It is evaluated on the grid of a patch whose voxels are `scale` (z, y, x) finest voxels wide. Positions and their
     result are voxels of the finest level about the centre, three arrays of the patch's shape.
     """
-    # What is drawn for directions that a patch of rank 2 does not have goes unused. The size has a key of its own, so
-    # that drawing it changes nothing else.
-    turning, moving = np.array(turning_axes(rank)), np.array(halving(rank)) > 1
+    # What is drawn for directions that a patch of rank 2 does not have goes unused. The size, and whether the patch
+    # moves at all, have keys of their own, so that drawing them changes nothing else.
+    moves = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 4), limits.unmoved), 0, 1)
+    turning, moving = moves * np.array(turning_axes(rank)), moves * (np.array(halving(rank)) > 1)
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
     angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation) * turning
     shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * limits.translation * moving
-    size = 1 + limits.scaling * jax.random.uniform(jax.random.fold_in(key, 3), minval=-1, maxval=1)
+    size = 1 + moves * limits.scaling * jax.random.uniform(jax.random.fold_in(key, 3), minval=-1, maxval=1)
     handed = jnp.where(mirrored, -1, 1) if limits.mirror_classes else 1
     # The control grid spans the coarsest patch; a cubic spline needs one point before and two after the last interval.
     reach = edge * 2 ** (levels - 1) / 2

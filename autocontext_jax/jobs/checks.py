@@ -99,7 +99,7 @@ def check(config: ConfigDict) -> None:
                 "model.depth", "train.validation_patches", "spatial.elastic_spacing"):  # fmt: skip
         if _get(config, key) < 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted at least 1")
-    for key in ("feed.anywhere", "train.frozen_norm"):
+    for key in ("feed.anywhere", "spatial.unmoved", "train.frozen_norm"):
         if not 0 <= _get(config, key) <= 1:
             raise UserError(f"config key {key} is {_get(config, key)}; wanted a share in [0, 1]")
     if not 0 <= config.spatial.scaling < 1:
