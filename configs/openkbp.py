@@ -16,7 +16,7 @@ def get_config():
     config.data.validation_fraction = 0.05
     config.predict.checkpoint = "latest"
     config.levels.factors = (2, 1)
-    config.feed.batch = 1
+    config.feed.batch = 3
     # Level 1 then sees three quarters of the scan along each axis.
     config.feed.edge = 48
     config.feed.centre = "classes"
@@ -25,6 +25,8 @@ def get_config():
     config.spatial.rotation = 10.0
     config.spatial.translation = 8.0
     config.spatial.scaling = 0.1
+    # Organs of a few voxels' width: without it, those of bone come out thinner than their contours.
+    config.spatial.unmoved = 0.5
     config.spatial.mirror = True
     config.spatial.mirror_pairs = ("RightParotid=LeftParotid",)
     config.intensity.noise = 10.0
@@ -36,7 +38,7 @@ def get_config():
     config.model.momentum = 0.98
     # Twice as fast where the processor multiplies it.
     config.model.dtype = "bfloat16"
-    # One patch a step: without it the brainstem comes out 1.8 times too large on held-out scans.
+    # Few patches a step: with one, the brainstem came out 1.8 times too large on held-out scans without it.
     config.train.frozen_norm = 0.3
     # With the Dice itself the esophagus can vanish from the maps early and not come back.
     config.loss.log_dice = 0.1
@@ -45,8 +47,8 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup = 50
-    config.train.steps = 5_000
-    config.train.checkpoint_every = 500
+    config.train.steps = 2_400
+    config.train.checkpoint_every = 240
     config.predict.tile = 48
     config.predict.plane = 128
     config.predict.mirror = True
