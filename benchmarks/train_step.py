@@ -1,6 +1,6 @@
 """How many pyramid patches a second does the jitted training step make on the devices here?
 
-    python benchmarks/train_step.py [--width 32] [--edge 64] [--batch 1,2,3,6] [--dtype float32,bfloat16] [--levels 2]
+    python benchmarks/train_step.py [--width 32] [--edge 64] [--batch 1,2,3,6] [--dtype float32|bfloat16] [--levels 2]
         [--data phantoms] [--peers] [--steps 10] [--rounds 3] [--device cpu]
 
 The step is the real one (forward, total Dice loss, gradients, Adam) on one synthetic batch; every combination of the
@@ -36,7 +36,7 @@ from common import machine, make_pyramid, median_ratio, prepared_cases, report
 from autocontext_jax.data.pipeline import Feed, FeedConfig
 from autocontext_jax.data.store import PreparedCase
 from autocontext_jax.geometry import SpatialLimits
-from autocontext_jax.main import keep_freed_memory, wait_for_programs
+from autocontext_jax.main import fuse_results, keep_freed_memory, wait_for_programs
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -52,7 +52,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=_numbers, default=default)
     for name, number in (("levels", 2), ("classes", 8), ("steps", 10), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--dtype", type=lambda text: text.split(","), default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--data", default="", help="a data set, a prepared store of as many levels, or `phantoms`")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--device", default="", help="JAX's name of a platform; its own choice unless given")
@@ -60,6 +60,8 @@ def main() -> None:
     jax.config.update("jax_platforms", flags.device or None)
     # As the job does. PyTorch, in the same process, then finds its memory kept too.
     keep_freed_memory()
+    if flags.dtype == "float32":
+        fuse_results()
     wait_for_programs()
     peers = flags.peers and importlib.util.find_spec("torch") is not None
     if flags.peers and not peers:
@@ -68,8 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         factors = tuple(2 ** (flags.levels - level) for level in range(flags.levels))
         cases = prepared_cases(flags.data, factors, Path(folder)) if flags.data else []
-        sizes = itertools.product(flags.width, flags.edge, flags.batch, flags.dtype)
-        rows = [measure(*size, flags, cases=cases, peers=peers) for size in sizes]
+        sizes = itertools.product(flags.width, flags.edge, flags.batch)
+        rows = [measure(*size, flags.dtype, flags, cases=cases, peers=peers) for size in sizes]
     means = {}
     for program in ("train", "predict") if peers else ():
         means[program] = float(np.exp(np.mean([np.log(row[f"{program} ratio"]) for row in rows])))

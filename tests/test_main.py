@@ -200,6 +200,27 @@ def test_freed_memory_is_kept(kept):
     assert (int(result.stdout) < 100) == kept  # 540,672 pages of 4 KiB, or 1,056 of 2 MiB
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [("float32", 1), ("bfloat16", 2)])
+def test_programs_in_float32_compute_several_results_in_one_pass(tmp_path, dtype, passes):
+    code = """if True:
+        import sys
+        from autocontext_jax import main
+        main.main(["main", *sys.argv[1:]])
+        import jax
+        x = jax.numpy.ones((64, 64))
+        print(jax.jit(lambda a, b: (2 * a + b, 3 * a * b)).lower(x, x).compile().as_text().count(" fusion("))"""
+    nowhere = tmp_path / "scan.nii.gz"
+    arguments = command(
+        "--workdir", tmp_path, "--mode=predict", "--input", nowhere, "--output", tmp_path / "mask.nii.gz"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments[3:], f"--config.model.dtype={dtype}"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, encoding="utf-8", check=True,
+    )  # fmt: skip
+    assert f"{nowhere} does not exist" in result.stderr
+    assert int(result.stdout) == passes
+
+
 def two_processes(*arguments: object, terminate_after: int = 0) -> list[tuple[int, str]]:
     """Status and standard error of each of two processes of one run; the second gets a SIGTERM after some steps."""
     with socket.socket() as free:
