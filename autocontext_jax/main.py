@@ -74,9 +74,12 @@ def main(argv: list[str]) -> int:
     try:
         _parse(argv)
         _log_plainly()
-        _check()
         if MODE.value in ("all", "train"):
             keep_freed_memory()
+        # Worker processes import this module again; this is slow to import and not theirs.
+        from autocontext_jax.jobs.checks import check
+
+        check(CONFIG.value)
         if CONFIG.value.model.dtype == "float32":
             fuse_results()
         wait_for_programs()
@@ -104,12 +107,6 @@ def _untold(what: "sys.UnraisableHookArgs") -> None:
     """Shows what no caller can catch, but for the reads and writes that orbax leaves behind after the first fails."""
     if str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
-
-
-def _check() -> None:
-    from autocontext_jax.jobs.checks import check
-
-    check(CONFIG.value)
 
 
 def _start_processes() -> None:
@@ -155,12 +152,15 @@ def wait_for_programs() -> None:
 def fuse_results() -> None:
     """Has XLA on the CPU compute several results of the same arrays in one pass; called before its first program.
 
-    What is not convolution (Adam, the gradients of normalisation) then takes a quarter to a third less time. On
-    accelerators XLA does so anyway. Not for bfloat16: there it keeps float32 copies of activations and loses a tenth.
+    A step in float32 then takes 0.87 to 0.94 times as long, by faster Adam and gradients of normalisation. Not for
+    bfloat16: there it keeps float32 copies of activations, and a step takes up to 1.1 times as long
+    (benchmarks/README.md). On accelerators XLA does so anyway.
+    XLA_FLAGS with `--xla_backend_extra_options` of its own stays as it is.
     """
     # As an option of one compilation XLA does not take it.
-    fusion = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fusion}"
+    option, given = "--xla_backend_extra_options", os.environ.get("XLA_FLAGS", "")
+    if option not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {option}=xla_cpu_use_multi_output_fusion"
 
 
 def keep_freed_memory() -> None:

@@ -31,6 +31,7 @@ from common import machine, make_pyramid, median_ratio, peak_gb, report
 from flax import nnx
 
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
+from autocontext_jax.main import fuse_results
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.training.state import inference_model
 
@@ -53,6 +54,7 @@ def main() -> None:
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cuda,cpu" if flags.device == "gpu" else "cpu")
     if flags.only:
+        fuse_results()  # as the job does
         print(json.dumps(measure(flags)))
         return
 

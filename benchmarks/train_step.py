@@ -71,7 +71,7 @@ def main() -> None:
         factors = tuple(2 ** (flags.levels - level) for level in range(flags.levels))
         cases = prepared_cases(flags.data, factors, Path(folder)) if flags.data else []
         sizes = itertools.product(flags.width, flags.edge, flags.batch)
-        rows = [measure(*size, flags.dtype, flags, cases=cases, peers=peers) for size in sizes]
+        rows = [measure(*size, flags, cases=cases, peers=peers) for size in sizes]
     means = {}
     for program in ("train", "predict") if peers else ():
         means[program] = float(np.exp(np.mean([np.log(row[f"{program} ratio"]) for row in rows])))
@@ -83,17 +83,17 @@ def main() -> None:
 
 
 def measure(
-    width: int, edge: int, batch: int, dtype: str, flags: Any, *, cases: Sequence[PreparedCase], peers: bool
+    width: int, edge: int, batch: int, flags: Any, *, cases: Sequence[PreparedCase], peers: bool
 ) -> dict[str, Any]:
     """One row of the table."""
     classes = len(cases[0].labels) if cases else flags.classes
-    pyramid = make_pyramid(levels=flags.levels, classes=classes, width=width, dtype=dtype)
+    pyramid = make_pyramid(levels=flags.levels, classes=classes, width=width, dtype=flags.dtype)
     flops = 3 * batch * convolution_flops(pyramid, edge)
     rng = np.random.default_rng(0)
     shape = (batch, *(edge,) * 3)
     images = tuple(rng.uniform(-500, 500, shape).astype(np.float32) for _ in range(flags.levels))
     labels = tuple(rng.integers(0, classes, shape, np.uint8) for _ in range(flags.levels))
-    rivals = _torch_calls(pyramid, images, labels, dtype) if peers else None
+    rivals = _torch_calls(pyramid, images, labels, flags.dtype) if peers else None
 
     mesh = make_mesh(batch)
     sharding = batch_sharding(mesh)
@@ -123,7 +123,7 @@ def measure(
         calls["fed"] = lambda: train(Batch(*next(fed)))
     if rivals:
         losses = {name: call() for name, call in rivals["train"].items()}
-        tolerance = 1e-4 if dtype == "float32" else 1e-2
+        tolerance = 1e-4 if flags.dtype == "float32" else 1e-2
         assert all(abs(loss - first_loss) < tolerance for loss in losses.values()), (first_loss, losses)
         calls |= rivals["train"]
     seconds = in_turn(calls, steps=flags.steps, lead_in=FeedConfig.ahead if feed else 0, rounds=flags.rounds)
@@ -132,7 +132,7 @@ def measure(
         "width": width,
         "edge": edge,
         "batch": batch,
-        "dtype": dtype,
+        "dtype": flags.dtype,
         "compile s": compile_seconds,
         "step s": median,
         "pairs/s": batch / median,
