@@ -155,7 +155,7 @@ def fuse_results() -> None:
     A step in float32 then takes 0.87 to 0.94 times as long, by faster Adam and gradients of normalisation. Not for
     bfloat16: there it keeps float32 copies of activations, and a step takes up to 1.1 times as long
     (benchmarks/README.md). On accelerators XLA does so anyway.
-    XLA_FLAGS with `--xla_backend_extra_options` of its own stays as it is.
+    Where XLA_FLAGS hold an `--xla_backend_extra_options` already, that one stays and nothing is added.
     """
     # As an option of one compilation XLA does not take it.
     option, given = "--xla_backend_extra_options", os.environ.get("XLA_FLAGS", "")

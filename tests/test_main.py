@@ -200,8 +200,11 @@ def test_freed_memory_is_kept(kept):
     assert (int(result.stdout) < 100) == kept  # 540,672 pages of 4 KiB, or 1,056 of 2 MiB
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [("float32", 1), ("bfloat16", 2)])
-def test_programs_in_float32_compute_several_results_in_one_pass(tmp_path, dtype, passes):
+@pytest.mark.parametrize(
+    ("dtype", "own", "passes"),
+    [("float32", "", 1), ("bfloat16", "", 2), ("float32", "--xla_backend_extra_options=xla_none", 2)],
+)
+def test_programs_in_float32_compute_several_results_in_one_pass(tmp_path, dtype, own, passes):
     code = """if True:
         import sys
         from autocontext_jax import main
@@ -215,7 +218,8 @@ def test_programs_in_float32_compute_several_results_in_one_pass(tmp_path, dtype
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments[3:], f"--config.model.dtype={dtype}"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, encoding="utf-8", check=True,
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": own},
+        capture_output=True, encoding="utf-8", check=True,
     )  # fmt: skip
     assert f"{nowhere} does not exist" in result.stderr
     assert int(result.stdout) == passes
