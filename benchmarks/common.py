@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.config import default_config
 from autocontext_jax.jobs.prepare import prepare

@@ -175,7 +175,7 @@ def contents(connection: Any) -> None:
 
 def read_store(root: Path, name: str) -> tuple[str, list[bytes]]:
     """The error that reading a prepared case ends with, or "", and all that was read of it."""
-    from autocontext_jax.data.store import PreparedCase
+    from autocontext_jax.data.store.reader import PreparedCase
     from autocontext_jax.errors import UserError
 
     found = []

@@ -39,8 +39,10 @@ import numpy as np
 from mutations import mutate
 
 import autocontext_jax
-from autocontext_jax.data import scans, store
+from autocontext_jax.data import preparation, scans
 from autocontext_jax.data.datasets import Case, read_dataset, split, split_from_file
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs import config as configuration
 from autocontext_jax.jobs.checks import check
@@ -188,12 +190,12 @@ def write_store(folder: Path) -> None:
     case = Case("a", folder / "image.nii", folder / "label.nii")
     scans.write_scan(case.image, rng.integers(-1000, 1000, size, np.int16), (2.5, 0.8, 0.7))
     scans.write_scan(folder / "label.nii", rng.integers(0, 3, size, np.uint8), (2.5, 0.8, 0.7))
-    store.prepare_case(case, str(folder), store.Settings((2, 1)), LABELS)
+    preparation.prepare_case(case, str(folder), LevelGrids((2, 1)), LABELS)
 
 
 def read_store(folder: Path) -> None:
     """What the feed reads of a case: its description, a crop of each level, a voxel of each class."""
-    case = store.PreparedCase.open(str(folder), "a")
+    case = PreparedCase.open(str(folder), "a")
     for level in range(1, len(case.shapes) + 1):
         case.read(level, (-2, 0, 1), (8, 8, 8)).result()
     for entry in (0, case.foreground_offsets[-1] - 1):

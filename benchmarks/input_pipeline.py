@@ -33,9 +33,9 @@ import numpy as np
 from common import machine, median_ratio, prepared_cases, report, side_by_side
 
 from autocontext_jax.data.augment import IntensityLimits, make_augment
-from autocontext_jax.data.phantom import write_dataset
+from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.pipeline import Feed, FeedConfig, host_batches, read_batch
-from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import SpatialLimits, crop_margins, pyramid_starts
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 

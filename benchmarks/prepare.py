@@ -28,7 +28,7 @@ import numpy as np
 from common import machine, median_ratio, report
 
 from autocontext_jax.data.datasets import read_dataset
-from autocontext_jax.data.phantom import write_dataset
+from autocontext_jax.data.phantom.dataset import write_dataset
 
 CONFIG = Path(__file__).parent.parent / "configs" / "abdomen_ct.py"
 PEER = "nnunetv2"

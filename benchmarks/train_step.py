@@ -34,7 +34,7 @@ import optax
 from common import machine, make_pyramid, median_ratio, prepared_cases, report
 
 from autocontext_jax.data.pipeline import Feed, FeedConfig
-from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.main import fuse_results, keep_freed_memory, wait_for_programs
 from autocontext_jax.models.pyramid import Pyramid

@@ -18,10 +18,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autocontext_jax import geometry
-from autocontext_jax.data import scans, store
+from autocontext_jax.data import preparation, scans
 from autocontext_jax.data.augment import IntensityLimits, make_augment
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.pipeline import Feed, FeedConfig, read_batch
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import SpatialLimits, crop_margins, pyramid_starts
 from autocontext_jax.models.layers import upsample_by_two
 from autocontext_jax.models.pyramid import context_of
@@ -30,11 +32,11 @@ SIZE, SPACING = (61, 70, 67), (2.5, 0.8, 0.7)  # no size is a multiple of 2
 SLOPE = np.array([11.0, 23.0, -31.0])  # HU / mm along z, y, x
 EDGE = 8
 SETTINGS = {
-    "factors 4, 2": store.Settings((4, 2)),
-    "factors 2, 1": store.Settings((2, 1)),
-    "factors 4, 2, 1": store.Settings((4, 2, 1)),
+    "factors 4, 2": LevelGrids((4, 2)),
+    "factors 2, 1": LevelGrids((2, 1)),
+    "factors 4, 2, 1": LevelGrids((4, 2, 1)),
     # Native voxels per finest voxel: 0.64 (the scan is coarser), 2.5 and 2.
-    "finest spacing": store.Settings((4, 2), (1.6, 2.0, 1.4)),
+    "finest spacing": LevelGrids((4, 2), (1.6, 2.0, 1.4)),
 }
 
 
@@ -67,7 +69,7 @@ def ramp(places: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def prepared(request, tmp_path_factory) -> tuple[store.PreparedCase, list[Level]]:
+def prepared(request, tmp_path_factory) -> tuple[PreparedCase, list[Level]]:
     """The ramp scan through files and store; its label is a small box in the middle."""
     folder: Path = tmp_path_factory.mktemp("ramp")
     voxels = np.rint(ramp(np.indices(SIZE) * np.array(SPACING)[:, None, None, None])).astype(np.int16)
@@ -77,14 +79,14 @@ def prepared(request, tmp_path_factory) -> tuple[store.PreparedCase, list[Level]
     scans.write_scan(case.image, voxels, SPACING)
     scans.write_scan(case.label, label, SPACING)
     root = str(folder / "store")
-    store.prepare_case(case, root, SETTINGS[request.param], ("background", "organ"))
+    preparation.prepare_case(case, root, SETTINGS[request.param], ("background", "organ"))
 
     ome = json.loads((folder / "store" / "ramp.ome.zarr" / "zarr.json").read_bytes())["attributes"]["ome"]
     levels = {}
     for dataset in ome["multiscales"][0]["datasets"]:
         scale, translation = dataset["coordinateTransformations"]
         levels[dataset["path"]] = describe(np.array(scale["scale"]), np.array(translation["translation"]))
-    opened = store.PreparedCase.open(root, "ramp")
+    opened = PreparedCase.open(root, "ramp")
     return opened, [levels[f"level_{level}"] for level in range(1, len(opened.shapes) + 1)]
 
 
@@ -119,7 +121,7 @@ def context_hu(values: np.ndarray) -> np.ndarray:
     return (over_next_patch(0.5 + values / 10_000) - 0.5) * 10_000
 
 
-def centres_of(case: store.PreparedCase) -> list[geometry.Triple]:
+def centres_of(case: PreparedCase) -> list[geometry.Triple]:
     z, y, x = case.shapes[-1]
     # The middle, both parities of each axis, the corners and beyond.
     return [
@@ -191,7 +193,7 @@ def test_the_label_lies_where_its_image_does(prepared):
         assert (np.abs(centroid - middle) <= 0.5 * level.spacing + 1e-6).all()
 
 
-def feed_differences(case: store.PreparedCase, levels: list[Level], spatial: SpatialLimits | None) -> list[np.ndarray]:
+def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialLimits | None) -> list[np.ndarray]:
     """Context less image, HU, at each level after the first of a batch."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     config = FeedConfig(3, EDGE, spatial=spatial)

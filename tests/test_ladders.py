@@ -7,11 +7,14 @@ import optax
 import pytest
 from flax import nnx
 
-from autocontext_jax.data import phantom, scans, store
+from autocontext_jax.data import preparation, scans
 from autocontext_jax.data.augment import IntensityLimits, make_augment
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.phantom.anatomy import ORGANS
+from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.data.pipeline import read_batch
-from autocontext_jax.data.store import AIR
+from autocontext_jax.data.store.level_grids import AIR, LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import SpatialLimits, crop_margins, next_level_start, pyramid_starts
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
 from autocontext_jax.inference.tiling import SLICES, pyramid_tiles
@@ -128,17 +131,17 @@ def test_patches_nest_in_plane_and_keep_their_slice():
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory) -> store.PreparedCase:
+def case(tmp_path_factory) -> PreparedCase:
     folder = tmp_path_factory.mktemp("flat")
-    image, label = phantom.make_phantom(np.random.default_rng(0), size=(24, 40, 44), spacing=(11.0, 8.0, 8.0))
+    image, label = make_phantom(np.random.default_rng(0), size=(24, 40, 44), spacing=(11.0, 8.0, 8.0))
     for name, voxels in (("image", image), ("label", label)):
         scans.write_scan(folder / f"{name}.nii.gz", voxels, (11.0, 8.0, 8.0), origin=(0.0, 0.0, 0.0))
     one = Case("one", folder / "image.nii.gz", folder / "label.nii.gz")
-    settings = store.Settings((2, 1), rank=2)
+    settings = LevelGrids((2, 1), rank=2)
     assert settings.level_factors((11.0, 8.0, 8.0)) == FLAT
-    assert store.Settings((2, 1), (5.0, 4.0, 4.0), rank=2).level_factors((11.0, 8.0, 8.0)) == ((1, 1, 1), (1, 0.5, 0.5))
-    store.prepare_case(one, str(folder / "store"), settings, ("background", *phantom.ORGANS))
-    return store.PreparedCase.open(str(folder / "store"), "one")
+    assert LevelGrids((2, 1), (5.0, 4.0, 4.0), rank=2).level_factors((11.0, 8.0, 8.0)) == ((1, 1, 1), (1, 0.5, 0.5))
+    preparation.prepare_case(one, str(folder / "store"), settings, ("background", *ORGANS))
+    return PreparedCase.open(str(folder / "store"), "one")
 
 
 def test_levels_read_from_the_store_are_one_slice(case):

@@ -12,7 +12,8 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 ORDER = [
     "errors", "files", "processes", "geometry",
     "data/headers", "data/scans",
-    "data/datasets", "data/phantom", "data/resampling", "data/store", "data/sampling", "data/augment",
+    "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/preparation", "data/sampling",
+    "data/augment",
     "data/pipeline",
     "models/onednn", "models/layers",
     "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/pyramid",
@@ -28,7 +29,7 @@ MODULES = [name for name in FILES if not name.endswith("__init__")]
 
 
 def group(name: str) -> str:
-    folder = name.split("/")[0] + "/*"
+    folder = name.rpartition("/")[0] + "/*"
     return folder if folder in ORDER else name
 
 
@@ -93,7 +94,7 @@ def test_a_library_stays_in_its_place(library, places):
     assert users <= places
 
 
-@pytest.mark.parametrize("name", ["geometry", "data/store", "inference/tiling"])
+@pytest.mark.parametrize("name", ["geometry", "data/preparation", "data/store/reader", "inference/tiling"])
 def test_what_needs_no_device_is_free_of_jax(name):
     """The store's worker processes would otherwise start a backend each."""
     seen, waiting = set(), {name}

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from autocontext_jax.data import phantom, scans
+from autocontext_jax.data import scans
+from autocontext_jax.data.phantom.anatomy import ORGANS
+from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.main import keep_compiled_programs
 
 ROOT = Path(__file__).parent.parent
@@ -81,11 +83,11 @@ def test_whole_job_leaves_everything(whole_job):
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert all(np.isfinite(row["loss"]) and row["pairs_per_second"] > 0 for row in rows)
     assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 24]
-    assert json.loads((workdir / "config.json").read_bytes())["data"]["labels"] == ["background", *phantom.ORGANS]
+    assert json.loads((workdir / "config.json").read_bytes())["data"]["labels"] == ["background", *ORGANS]
     assert list((workdir / "tensorboard").iterdir())
 
     evaluation = json.loads((workdir / "evaluation.json").read_bytes())
-    assert evaluation["labels"] == list(phantom.ORGANS)
+    assert evaluation["labels"] == list(ORGANS)
     assert sorted(evaluation["cases"]) == ["phantom_005", "phantom_006"]
     for name, levels in evaluation["cases"].items():
         truth = scans.read_grid(workdir / "phantoms" / "labelsTs" / f"{name}.nii.gz")
@@ -340,7 +342,7 @@ def test_mistakes_end_in_one_line(tmp_path, arguments, words):
 
 def test_bad_cases_are_all_named_and_the_good_ones_prepared(tmp_path):
     root = tmp_path / "data"
-    phantom.write_dataset(root, training=4, test=0, size=(40, 40, 40), spacing=(8.0, 8.0, 8.0), seed=0)
+    write_dataset(root, training=4, test=0, size=(40, 40, 40), spacing=(8.0, 8.0, 8.0), seed=0)
     labels = root / "labelsTr"
     label = sitk.ReadImage(labels / "phantom_000.nii.gz")
     sitk.WriteImage(label * 0, labels / "phantom_000.nii.gz")

@@ -6,11 +6,12 @@ import pytest
 import scipy.ndimage
 import SimpleITK as sitk
 
-from autocontext_jax.data import phantom
+from autocontext_jax.data.phantom import anatomy, dataset, painting
+from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.errors import UserError
 
 SMALL = {"size": (64, 64, 64), "spacing": (5.25, 5.25, 5.25)}
-LABELS = {organ: value for value, organ in enumerate(phantom.ORGANS, 1)}
+LABELS = {organ: value for value, organ in enumerate(ORGANS, 1)}
 MILLILITRES = {
     "artery": (60, 250), "portal_vein": (15, 80), "liver": (600, 2000), "spleen": (50, 350), "stomach": (100, 800),
     "gallbladder": (5, 80), "pancreas": (25, 130),
@@ -22,7 +23,7 @@ HOUNSFIELD = {  # of the median voxel; vessels lose some to their blurred surfac
 
 
 def make(seed, **grid):
-    return phantom.make_phantom(np.random.default_rng([0, seed]), **(grid or SMALL))
+    return painting.make_phantom(np.random.default_rng([0, seed]), **(grid or SMALL))
 
 
 def volumes(label, spacing):
@@ -43,7 +44,7 @@ def test_the_seed_decides(patients):
     assert np.mean(label != patients[1][1]) > 0.02
 
 
-@pytest.mark.parametrize("organ", phantom.ORGANS)
+@pytest.mark.parametrize("organ", ORGANS)
 def test_every_patient_has_a_plausible_organ(patients, organ):
     value, place = LABELS[organ], LABELS[organ] - 1
     ml = [volumes(label, SMALL["spacing"])[place] for _, label in patients]
@@ -64,7 +65,7 @@ def test_every_patient_has_air_around_and_fat_and_bone_inside(patients):
 def test_organs_lie_where_they_should(patients):
     for image, label in patients:
         z, y, x = np.transpose([scipy.ndimage.center_of_mass(label == value) for value in range(1, 8)])
-        at = {organ: place for place, organ in enumerate(phantom.ORGANS)}
+        at = {organ: place for place, organ in enumerate(ORGANS)}
         middle = np.argwhere(image > -500)[:, 2].mean()
         for right in ("liver", "gallbladder"):
             assert x[at[right]] < middle
@@ -104,7 +105,7 @@ def test_a_small_field_of_view_shrinks_the_body():
 
 
 def test_slabs_leave_no_seam(monkeypatch, patients):
-    monkeypatch.setattr(phantom, "_SLAB", 7 * 64 * 64)
+    monkeypatch.setattr(painting, "_SLAB", 7 * 64 * 64)
     image, label = make(2)
     assert np.mean(label != patients[2][1]) < 1e-4
     assert np.mean(np.abs(image - patients[2][0].astype(float)) > 2) < 1e-4
@@ -115,7 +116,7 @@ def test_write_dataset(tmp_path, monkeypatch):
     left = root / "imagesTr" / "phantom_007_0000.nii.gz"  # by an interrupted run for more cases
     left.parent.mkdir(parents=True)
     left.touch()
-    phantom.write_dataset(root, training=2, test=1, **wanted)
+    dataset.write_dataset(root, training=2, test=1, **wanted)
     assert sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()) == [
         "dataset.json",
         "imagesTr/phantom_000_0000.nii.gz",
@@ -131,36 +132,36 @@ def test_write_dataset(tmp_path, monkeypatch):
 
     stored = sitk.ReadImage(root / "labelsTs" / "phantom_002.nii.gz")
     assert stored.GetSpacing() == (13.0, 12.0, 10.0)
-    _, label = phantom.make_phantom(np.random.default_rng([4, 2]), size=wanted["size"], spacing=wanted["spacing"])
+    _, label = painting.make_phantom(np.random.default_rng([4, 2]), size=wanted["size"], spacing=wanted["spacing"])
     np.testing.assert_array_equal(sitk.GetArrayFromImage(stored), label)
 
-    monkeypatch.setattr(phantom, "make_phantom", None)  # from here on nothing may be made anew
-    phantom.write_dataset(root, training=2, test=1, **wanted)
+    monkeypatch.setattr(dataset, "make_phantom", None)  # from here on nothing may be made anew
+    dataset.write_dataset(root, training=2, test=1, **wanted)
     with pytest.raises(UserError, match=r"dataset\.json.*another folder"):
-        phantom.write_dataset(root, training=3, test=1, **wanted)
+        dataset.write_dataset(root, training=3, test=1, **wanted)
 
 
 def test_look_alikes_look_like_organs_and_are_none():
-    alike = {part.name: part for part in phantom._look_alikes(np.random.default_rng(0), 1)}
-    organs = {part.name: part for part in phantom._anatomy(np.random.default_rng(0), 0)}
+    alike = {part.name: part for part in anatomy._look_alikes(np.random.default_rng(0), 1)}
+    organs = {part.name: part for part in anatomy._anatomy(np.random.default_rng(0), 0)}
     pairs = {"cyst": "gallbladder", "loop": "stomach", "other artery": "artery", "other vein": "portal_vein"}
     assert alike.keys() == pairs.keys()
     for name, organ in pairs.items():
         assert alike[name].hu == organs[organ].hu
-        assert name not in phantom.ORGANS
+        assert name not in ORGANS
 
     # Painted alone, each shows and leaves the label empty.
     axis = np.arange(-200, 150, 5.0, np.float32)
     p = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))
     for part in alike.values():
         image, label = np.full(p.shape[1:], 20, np.float32), np.zeros(p.shape[1:], np.uint8)
-        smooth = dataclasses.replace(part, curve=phantom._smooth(part.curve))
-        phantom._paint(image, label, p, [smooth], 5.0, 4.0)
+        smooth = dataclasses.replace(part, curve=anatomy._smooth(part.curve))
+        painting._paint(image, label, p, [smooth], 5.0, 4.0)
         assert np.sum(np.abs(image - 20) > 5) > 20
         assert not label.any()
 
     # A patient has them beside all organs.
     rng = np.random.default_rng(0)
-    assert len(phantom._individual(rng, 8)) == len(phantom._individual(rng, 0)) + 4 * 8
-    _, label = phantom.make_phantom(np.random.default_rng([1, 0]), **SMALL, look_alikes=8)
+    assert len(anatomy.individual(rng, 8)) == len(anatomy.individual(rng, 0)) + 4 * 8
+    _, label = painting.make_phantom(np.random.default_rng([1, 0]), **SMALL, look_alikes=8)
     assert np.unique(label).tolist() == list(range(8))

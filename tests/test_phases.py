@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from flax import nnx
 
-from autocontext_jax.data import phantom
+from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.config import check_same_run, default_config, read_config
 from autocontext_jax.jobs.evaluate import evaluate
@@ -112,7 +112,7 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 def weights(workdir: Path, config, step: int):
     """Parameters and running averages."""
-    model = make_model(config, len(phantom.ORGANS) + 1)
+    model = make_model(config, len(ORGANS) + 1)
     _, params, statistics = nnx.split(model, nnx.Param, ...)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=4)) as checkpoints:
         return checkpoints.restore_weights(step, params, statistics)
@@ -139,7 +139,7 @@ def test_separate_goes_on_between_its_phases(store, separate, tmp_path):
 
 def test_the_length_of_a_phase_stays(store, separate):
     config = small_config(store, "separate")
-    config.data.labels = ("background", *phantom.ORGANS)
+    config.data.labels = ("background", *ORGANS)
     saved = read_config(separate)
     assert saved is not None
     check_same_run(config, saved, separate)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from autocontext_jax.data import pipeline, scans, store
+from autocontext_jax.data import pipeline, preparation, scans
 from autocontext_jax.data.augment import IntensityLimits
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.pipeline import Feed, FeedConfig, host_batches, read_batch
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import SpatialLimits, crop_margins, pyramid_starts
 
@@ -26,7 +28,7 @@ SIZES = [(37, 41, 45), (30, 33, 52), (45, 29, 36), (33, 44, 31), (26, 27, 29)]
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory) -> list[store.PreparedCase]:
+def cases(tmp_path_factory) -> list[PreparedCase]:
     """Five small scans of noise, of different size and spacing; the last lacks classes."""
     folder = tmp_path_factory.mktemp("cases")
     rng = np.random.default_rng(0)
@@ -41,8 +43,8 @@ def cases(tmp_path_factory) -> list[store.PreparedCase]:
             label[10:20, 8:24, -12:-4] = 3
         scans.write_scan(case.image, rng.integers(-1000, 2000, size, np.int16), spacing)
         scans.write_scan(case.label, label, spacing)
-        store.prepare_case(case, str(folder / "store"), store.Settings((4, 2)), LABELS)
-        opened.append(store.PreparedCase.open(str(folder / "store"), name))
+        preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LABELS)
+        opened.append(PreparedCase.open(str(folder / "store"), name))
     return opened
 
 

@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autocontext_jax.data import resampling, scans, store
+from autocontext_jax.data import preparation, resampling, scans
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.store import layout, reader, writer
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 
 LABELS = ("background", "artery", "portal vein", "pancreas")
 SPACING, ORIGIN = (1.5, 0.75, 0.8125), (-100.0, 30.0, 5.5)  # exact in float32, as headers keep it
 SIZE = (70, 75, 81)  # no multiple of a chunk; level 2 has an odd size along x
-SETTINGS = store.Settings((4, 2))
+SETTINGS = LevelGrids((4, 2))
 
 
 def write_case(folder: Path, name: str = "case 1", seed: int = 0, organs: bool = True) -> Case:
@@ -64,7 +67,7 @@ def prepared(tmp_path_factory) -> tuple[Case, str]:
     """One prepared case that no test writes to."""
     folder = tmp_path_factory.mktemp("prepared")
     case = write_case(folder)
-    assert store.prepare_case(case, str(folder / "store"), SETTINGS, LABELS)
+    assert preparation.prepare_case(case, str(folder / "store"), SETTINGS, LABELS)
     return case, str(folder / "store")
 
 
@@ -72,7 +75,7 @@ def prepared(tmp_path_factory) -> tuple[Case, str]:
 def own(tmp_path) -> tuple[Case, str]:
     """One prepared case to spoil."""
     case = write_case(tmp_path)
-    assert store.prepare_case(case, str(tmp_path / "store"), SETTINGS, LABELS)
+    assert preparation.prepare_case(case, str(tmp_path / "store"), SETTINGS, LABELS)
     return case, str(tmp_path / "store")
 
 
@@ -112,7 +115,7 @@ def test_others_read_what_was_written(prepared):
 
 def test_description(prepared):
     case, root = prepared
-    opened = store.PreparedCase.open(root, case.name)
+    opened = PreparedCase.open(root, case.name)
     assert (opened.name, opened.labels) == (case.name, LABELS)
     assert opened.factors == ((4, 4, 4), (2, 2, 2))
     assert opened.shapes == tuple(image.shape for image, _ in wanted_levels(case))
@@ -122,7 +125,7 @@ def test_description(prepared):
 @pytest.mark.parametrize("cache_bytes", [0, 10**7])
 def test_crops_equal_a_padded_scan(prepared, cache_bytes):
     case, root = prepared
-    opened = store.PreparedCase.open(root, case.name, cache_bytes)
+    opened = PreparedCase.open(root, case.name, cache_bytes)
     margin = 60
     size = (17, 8, 33)
     for level, (image, label) in enumerate(wanted_levels(case), start=1):
@@ -141,7 +144,7 @@ def test_crops_equal_a_padded_scan(prepared, cache_bytes):
 
 def test_reads_from_threads_and_after_pickling(prepared):
     case, root = prepared
-    opened = store.PreparedCase.open(root, case.name)
+    opened = PreparedCase.open(root, case.name)
     wanted, _ = wanted_levels(case)[1]
     copy = pickle.loads(pickle.dumps(opened))
     found: list[np.ndarray] = []
@@ -149,10 +152,10 @@ def test_reads_from_threads_and_after_pickling(prepared):
         threading.Thread(target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), wanted.shape).result()[0]))
         for handle in (opened, copy) * 4
     ]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
+    for thread in readers:
+        thread.start()
+    for thread in readers:
+        thread.join()
     assert len(found) == 8
     for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), wanted.shape).result()[0]]:
         np.testing.assert_array_equal(image, wanted)
@@ -160,7 +163,7 @@ def test_reads_from_threads_and_after_pickling(prepared):
 
 def test_foreground_lists_each_class(prepared):
     case, root = prepared
-    opened = store.PreparedCase.open(root, case.name)
+    opened = PreparedCase.open(root, case.name)
     _, label = wanted_levels(case)[-1]
     assert len(opened.foreground_offsets) == len(LABELS)
     assert opened.foreground_offsets[0] == 0
@@ -173,9 +176,9 @@ def test_foreground_lists_each_class(prepared):
 def test_second_run_skips(own):
     case, root = own
     before = times(Path(root))
-    assert store.is_prepared(case, root, SETTINGS, LABELS)
-    assert not store.prepare_case(case, root, SETTINGS, LABELS)
-    assert not store.prepare_case(case, root, store.Settings((4.0, 2.0)), LABELS)  # the same numbers
+    assert preparation.is_prepared(case, root, SETTINGS, LABELS)
+    assert not preparation.prepare_case(case, root, SETTINGS, LABELS)
+    assert not preparation.prepare_case(case, root, LevelGrids((4.0, 2.0)), LABELS)  # the same numbers
     assert times(Path(root)) == before
 
 
@@ -187,14 +190,14 @@ def test_a_change_prepares_again(own, tmp_path, change):
         other = write_case(tmp_path, "other", seed=1)
         os.replace(getattr(other, change), getattr(case, change))
     elif change == "factors":
-        settings = store.Settings((2, 1))
+        settings = LevelGrids((2, 1))
     elif change == "spacing":
-        settings = store.Settings((4, 2), (3.0, 1.5, 1.5))
+        settings = LevelGrids((4, 2), (3.0, 1.5, 1.5))
     else:
         labels = ("background", "vessel", *LABELS[2:])
-    assert not store.is_prepared(case, root, settings, labels)
-    assert store.prepare_case(case, root, settings, labels)
-    store.prepare_case(case, str(tmp_path / "clean"), settings, labels)
+    assert not preparation.is_prepared(case, root, settings, labels)
+    assert preparation.prepare_case(case, root, settings, labels)
+    preparation.prepare_case(case, str(tmp_path / "clean"), settings, labels)
     assert contents(Path(root)) == contents(tmp_path / "clean")
 
 
@@ -204,18 +207,20 @@ def test_without_its_mark_a_case_is_prepared_again(own):
     (Path(root) / f"{case.name}.ome.zarr/zarr.json").unlink()
     (Path(root) / f"{case.name}.ome.zarr/level_1/stray").write_text("left by someone else", encoding="utf-8")
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete .*prepare the case again"):
-        store.PreparedCase.open(root, case.name)
-    assert store.prepare_case(case, root, SETTINGS, LABELS)
+        PreparedCase.open(root, case.name)
+    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
     assert contents(Path(root)) == clean
 
 
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-from autocontext_jax.data import store
+from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.store import writer
+from autocontext_jax.data.store.level_grids import LevelGrids
 
-real, calls = store.ts.open, 0
+real, calls = writer.ts.open, 0
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -226,10 +231,10 @@ def open_then_die(*args, **keywords):
     return die() if calls == int(sys.argv[4]) else real(*args, **keywords)
 
 if sys.argv[4] == "0":
-    store.ts.KvStore.KeyRange = die
-store.ts.open = open_then_die
+    writer.ts.KvStore.KeyRange = die
+writer.ts.open = open_then_die
 case = Case(sys.argv[1], Path(sys.argv[2] + ".nii.gz"), Path(sys.argv[2] + "_label.nii.gz"))
-store.prepare_case(case, sys.argv[3], store.Settings((4, 2)), {LABELS!r})
+preparation.prepare_case(case, sys.argv[3], LevelGrids((4, 2)), {LABELS!r})
 """
 
 
@@ -241,12 +246,12 @@ def test_killed_while_writing_is_prepared_again(own, tmp_path, arrays):
     arguments = [case.name, str(tmp_path / case.name), root, str(arrays)]
     process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=60)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    assert not store.is_prepared(changed, root, SETTINGS, LABELS)
+    assert not preparation.is_prepared(changed, root, SETTINGS, LABELS)
     with pytest.raises(UserError, match="incomplete"):
-        store.PreparedCase.open(root, case.name)
+        PreparedCase.open(root, case.name)
 
     write_case(tmp_path)  # the first content again: what the killed run left must not show
-    assert store.prepare_case(case, root, SETTINGS, LABELS)
+    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
     assert contents(Path(root)) == clean
 
 
@@ -261,7 +266,7 @@ def spoil(file: Path, how: str) -> None:
         file.unlink()
 
 
-def read_all(opened: store.PreparedCase) -> None:
+def read_all(opened: PreparedCase) -> None:
     opened.read(2, (0, 0, 0), opened.shapes[1]).result()
     for number in range(opened.foreground_offsets[-1]):
         opened.foreground_voxel(number)
@@ -273,7 +278,7 @@ def test_damage_is_an_error_not_data(own, array, how):
     case, root = own
     (file,) = (path for path in (Path(root) / f"{case.name}.ome.zarr" / array / "c").rglob("*") if path.is_file())
     spoil(file, how)
-    opened = store.PreparedCase.open(root, case.name)
+    opened = PreparedCase.open(root, case.name)
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr cannot be read .*delete that folder") as caught:
         read_all(opened)
     assert "\n" not in str(caught.value)
@@ -287,25 +292,25 @@ def test_a_description_that_is_not_what_was_written_is_refused_and_mended(own):
     described["attributes"]["autocontext_jax"]["factors"][0][0] += 1  # still a description, of other grids
     mark.write_text(json.dumps(described), encoding="utf-8")
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete or damaged: delete that folder"):
-        store.PreparedCase.open(root, case.name)
-    assert store.prepare_case(case, root, SETTINGS, LABELS)
-    store.PreparedCase.open(root, case.name)
+        PreparedCase.open(root, case.name)
+    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
+    PreparedCase.open(root, case.name)
 
     array = folder / "level_1" / "zarr.json"
     described = json.loads(array.read_bytes())
     described["shape"][0] += 1
     array.write_text(json.dumps(described), encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be read \(level_1/zarr\.json has .*: delete that folder"):
-        read_all(store.PreparedCase.open(root, case.name))
+        read_all(PreparedCase.open(root, case.name))
 
 
 WORKER = """
 import os, signal, sys, time
-from autocontext_jax.data import store
+from autocontext_jax.data import preparation
 if __name__ == "__main__":
     import concurrent.futures, multiprocessing
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=store._end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=preparation._end_with_parent) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -326,20 +331,22 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path):
 def test_other_formats_and_no_store_are_named(own, monkeypatch):
     case, root = own
     with pytest.raises(UserError, match=r"nowhere/case 1\.ome\.zarr is missing"):
-        store.PreparedCase.open(f"{root}/nowhere", case.name)
+        PreparedCase.open(f"{root}/nowhere", case.name)
     with pytest.raises(UserError, match=r"gopher.*give a folder"):
-        store.PreparedCase.open("gopher://host", case.name)
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+        PreparedCase.open("gopher://host", case.name)
+    later = layout.FORMAT + 1
+    for module in (layout, reader, preparation, writer):
+        monkeypatch.setattr(module, "FORMAT", later)
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 2, wanted 3: delete that folder"):
-        store.PreparedCase.open(root, case.name)
-    assert store.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
+        PreparedCase.open(root, case.name)
+    assert preparation.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
 
 
 def test_finest_spacing_holds_for_every_scanner():
-    settings = store.Settings((4, 2), (1.0, 1.0, 1.0))
+    settings = LevelGrids((4, 2), (1.0, 1.0, 1.0))
     assert settings.level_factors((2.0, 0.5, 0.5)) == ((1.0, 4.0, 4.0), (0.5, 2.0, 2.0))
     assert settings.level_factors((1.0, float(np.float32(0.8)), 1.0))[1] == (1.0, 1.25, 1.0)
-    assert store.Settings((4, 2)).level_factors((2.0, 0.5, 0.5)) == ((4, 4, 4), (2, 2, 2))
+    assert LevelGrids((4, 2)).level_factors((2.0, 0.5, 0.5)) == ((4, 4, 4), (2, 2, 2))
 
 
 def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
@@ -348,16 +355,16 @@ def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
     unlabelled, lost = Case("unlabelled", good.image, None), Case("lost", tmp_path / "lost.nii.gz", good.label)
     done: list[str] = []
     cases = [empty, unlabelled, good, lost]
-    bad = store.prepare(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)
+    bad = preparation.prepare_cases(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)
     assert sorted(done) == ["empty", "good", "lost", "unlabelled"]
     assert [case for case, _ in bad] == [empty, unlabelled, lost]
     for (case, message), wanted in zip(bad, ("none of the 0 labelled voxels", "no label", "lost.nii.gz"), strict=True):
         assert message.startswith(f"case {case.name}: ")
         assert wanted in message
-    assert store.is_prepared(good, root, SETTINGS, LABELS)
+    assert preparation.is_prepared(good, root, SETTINGS, LABELS)
     assert sorted(path.name for path in Path(root).iterdir()) == ["good.ome.zarr"]
 
 
 def test_workers_import_no_jax():
-    script = "import sys; import autocontext_jax.data.store; sys.exit('jax' in sys.modules)"
+    script = "import sys; import autocontext_jax.data.preparation; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0

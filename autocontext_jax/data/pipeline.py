@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from autocontext_jax.data.augment import Augment, IntensityLimits, make_augment
 from autocontext_jax.data.sampling import case_batches, draw_anywhere, draw_entry
-from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import SpatialLimits, Triple, crop_margins, patch_shape, pyramid_starts
 
 # Voxels read beyond each side of each level's patch, coarsest first; None at a level that is not read.

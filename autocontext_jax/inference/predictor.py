@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from autocontext_jax.data.resampling import downsample_image
-from autocontext_jax.data.store import AIR
+from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.geometry import Triple, halving, level_shape
 from autocontext_jax.inference.masks import MaskWriter, native_masks
 from autocontext_jax.inference.tiling import SLICES, Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles

@@ -1,8 +1,8 @@
 """Every key of a run with its default, what the sections describe, and the file that a work directory keeps of them.
 
 The sections are the dataclasses that the code takes, so each key is explained where it acts: `levels` in
-`data/store.py`, `feed` in `data/pipeline.py`, `spatial` in `geometry.py`, `intensity` in `data/augment.py`, `model` in
-`models/network.py`, `pyramid` in `models/pyramid.py`, `loss` and `optimizer` in `training/`, `predict` in
+`data/store/level_grids.py`, `feed` in `data/pipeline.py`, `spatial` in `geometry.py`, `intensity` in `data/augment.py`,
+`model` in `models/network.py`, `pyramid` in `models/pyramid.py`, `loss` and `optimizer` in `training/`, `predict` in
 `inference/predictor.py`.
 """
 
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from autocontext_jax.data.augment import IntensityLimits
 from autocontext_jax.data.pipeline import FeedConfig
-from autocontext_jax.data.store import Settings
+from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_whole
 from autocontext_jax.geometry import SpatialLimits
@@ -123,10 +123,10 @@ def dataclass_of(kind: type, section: ConfigDict, **more: Any) -> Any:
     return kind(**{key: value for key, value in section.items() if key in names}, **more)
 
 
-def settings(config: ConfigDict) -> Settings:
+def settings(config: ConfigDict) -> LevelGrids:
     """What the prepared data set depends on."""
     finest_spacing = tuple(config.levels.finest_spacing) or None
-    return Settings(tuple(config.levels.factors), finest_spacing, config.levels.rank)
+    return LevelGrids(tuple(config.levels.factors), finest_spacing, config.levels.rank)
 
 
 def training_phases(config: ConfigDict) -> tuple[Phase, ...]:

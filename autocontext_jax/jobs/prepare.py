@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from autocontext_jax import processes
-from autocontext_jax.data import phantom, store
+from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset, split, split_from_file
+from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.config import settings
 
@@ -43,7 +44,7 @@ def describe(config: ConfigDict, workdir: Path) -> Data:
     root = Path(config.data.root).expanduser() if config.data.root else workdir / "phantoms"
     if config.phantom.training:
         if processes.is_first():
-            phantom.write_dataset(
+            write_dataset(
                 root,
                 training=config.phantom.training,
                 test=config.phantom.test,
@@ -78,7 +79,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
-        bad = store.prepare(
+        bad = preparation.prepare_cases(
             cases, data.store, settings(config), data.dataset.labels, workers=workers, progress=progress
         )
     messages = [message for found in processes.gather([message for _, message in bad]) for message in found]

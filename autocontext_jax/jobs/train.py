@@ -23,7 +23,7 @@ from tqdm import tqdm
 from autocontext_jax import processes
 from autocontext_jax.data.pipeline import Feed, read_batch
 from autocontext_jax.data.sampling import draw_entry
-from autocontext_jax.data.store import PreparedCase
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import pictures
 from autocontext_jax.jobs import config as configuration

@@ -1,0 +1,1 @@
+"""Generated labelled CT scans of an upper abdomen: the embedded default data."""

@@ -1,0 +1,60 @@
+"""A data set of generated scans in the nnU-Net v2 folder layout."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from autocontext_jax.data import scans
+from autocontext_jax.data.phantom.anatomy import ORGANS
+from autocontext_jax.data.phantom.painting import make_phantom
+from autocontext_jax.errors import UserError
+from autocontext_jax.files import write_whole, writing
+
+
+def write_dataset(
+    root: Path,
+    *,
+    training: int,
+    test: int,
+    size: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    look_alikes: int = 0,
+    seed: int,
+) -> None:
+    """An nnU-Net v2 folder of phantoms; returns at once where the same one stands already.
+
+    A case depends on the seed and its number alone. `dataset.json` is written last: without it a folder is unfinished.
+    """
+    expected = {
+        "training": training, "test": test, "size": list(size), "spacing": list(spacing), "look_alikes": look_alikes,
+        "seed": seed,
+    }  # fmt: skip
+    index = root / "dataset.json"
+    if index.exists():
+        found = json.loads(index.read_bytes()).get("phantom")
+        if found != expected:
+            raise UserError(
+                f"{index}: made with {found}, expected {expected}; choose another folder or remove this one"
+            )
+        return
+    for unfinished in root.glob("*T[rs]/phantom_*.nii.gz"):  # perhaps of other parameters
+        unfinished.unlink()
+    for number in range(training + test):
+        rng = np.random.default_rng([seed, number])
+        image, label = make_phantom(rng, size=size, spacing=spacing, look_alikes=look_alikes)
+        split, name = "Tr" if number < training else "Ts", f"phantom_{number:03d}"
+        for path, voxels in ((f"images{split}/{name}_0000.nii.gz", image), (f"labels{split}/{name}.nii.gz", label)):
+            scans.write_scan(root / path, voxels, spacing, origin=(0.0, 0.0, 0.0))
+    description = {
+        "name": "Phantom",
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0} | {organ: value for value, organ in enumerate(ORGANS, 1)},
+        "numTraining": training,
+        "numTest": test,
+        "file_ending": ".nii.gz",
+        "phantom": expected,
+    }
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+    write_whole(index, json.dumps(description, indent=2) + "\n")

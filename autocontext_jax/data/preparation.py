@@ -1,0 +1,137 @@
+"""From labelled scans to prepared cases, in parallel processes. Free of jax, as worker processes import it."""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from autocontext_jax.data import scans
+from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.store.layout import FORMAT, read_attributes
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.writer import write_case
+from autocontext_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def is_prepared(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ...]) -> bool:
+    """Whether the store holds all of this case, made from the same files, grids and classes; as `prepare_case`."""
+    return read_attributes(root, case.name).get("hash") == _digest(case, grids, labels)
+
+
+def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ...]) -> bool:
+    """Writes a case's pyramid, unless it is there already; a part of it from an interrupted run is replaced.
+
+    Args:
+      case: its scan and label on one grid.
+      root: folder or URL of the store.
+      grids: of the levels.
+      labels: [K] names, background first; a label's number is its place.
+
+    Returns:
+      True if written, False if it was there.
+
+    Raises:
+      UserError: the case has no label; a file cannot be read (see `scans`); no organ reaches the finest level.
+    """
+    if case.label is None:
+        raise UserError(f"case {case.name}: {case.image} has no label: add one or leave the case out of training")
+    digest = _digest(case, grids, labels)
+    if read_attributes(root, case.name).get("hash") == digest:
+        return False
+
+    scan = scans.read_scan(case.image)
+    if not scans.looks_like_ct(scan.voxels):
+        log.warning("case %s does not look like CT in HU: %d to %d", case.name, scan.voxels.min(), scan.voxels.max())
+    label = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
+    write_case(
+        root,
+        case.name,
+        scan.voxels,
+        label,
+        scan.spacing,
+        grids,
+        labels,
+        origin=scan.origin,
+        direction=scan.direction,
+        digest=digest,
+    )
+    return True
+
+
+def prepare_cases(
+    cases: Sequence[Case],
+    root: str,
+    grids: LevelGrids,
+    labels: tuple[str, ...],
+    *,
+    workers: int,
+    progress: Callable[[str], object],
+) -> list[tuple[Case, str]]:
+    """Prepares cases in parallel processes, each with one scan in memory at a time.
+
+    Args:
+      cases: of different names.
+      root: folder or URL of the store.
+      grids: of the levels.
+      labels: [K] names, background first.
+      workers: number of processes.
+      progress: called with the name of each case that is done with, good or bad.
+
+    Returns:
+      The cases that a `UserError` stopped and its line, in the order given; the others are prepared nevertheless.
+
+    Raises:
+      UserError: the system ended a process.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the new processes: workers x cores threads would thrash
+    bad = {}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+        running = {pool.submit(prepare_case, case, root, grids, labels): case for case in cases}
+        try:
+            for done in concurrent.futures.as_completed(running):
+                try:
+                    done.result()
+                except UserError as error:
+                    bad[done] = str(error)
+                progress(running[done].name)
+        except concurrent.futures.BrokenExecutor:
+            raise UserError(
+                f"prepare: the system ended one of {workers} workers, likely for want of memory: run again with fewer"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [(case, bad[done]) for done, case in running.items() if done in bad]
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the run is killed: it would wait for work for ever, or write while the next run does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _digest(case: Case, grids: LevelGrids, labels: tuple[str, ...]) -> str:
+    """Of all that a prepared case is made from."""
+    numbers = [[float(number) for number in row or ()] for row in (grids.factors, grids.finest_spacing)]
+    digest = hashlib.blake2b(json.dumps([FORMAT, labels, numbers, grids.rank]).encode(), digest_size=16)
+    for source in filter(None, (case.image, case.label)):
+        try:
+            slices = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
+            for path in slices:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise UserError(f"case {case.name}: {source} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""Reads crops of a prepared case; the files are described in `layout.py`."""
+
+import dataclasses
+import functools
+import json
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from autocontext_jax.data.store.layout import (
+    CHUNK,
+    FORMAT,
+    REMEDY,
+    SHARD,
+    array_spec,
+    case_path,
+    case_url,
+    read_attributes,
+    storage_errors,
+)
+from autocontext_jax.data.store.level_grids import AIR, Triple, times
+from autocontext_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A crop of one level that is being read: image and label, on their way at once.
+
+    Attributes:
+      case: whose.
+      arrays: image int16 HU and label uint8, [D, H, W] each; where the scan does not reach, air and background.
+      reads: futures of what fills the rest of them; none if the crop misses the scan.
+    """
+
+    case: "PreparedCase"
+    arrays: tuple[np.ndarray, np.ndarray]
+    reads: tuple[Any, ...]
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Waits; returns the arrays.
+
+        Raises:
+          UserError: a chunk is damaged or missing.
+        """
+        with storage_errors(self.case.root, self.case.name, "read"):
+            for read in self.reads:
+                read.result()
+        return self.arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedCase:
+    """A prepared case to read from; cheap, safe to share among threads and to send to other processes.
+
+    Attributes:
+      root: folder or URL of the store.
+      name: the case's.
+      labels: [K] names, background first.
+      spacing: mm of the finest level, (z, y, x).
+      factors: [S] native voxels per voxel along (z, y, x), coarsest level first.
+      shapes: [S] voxels (z, y, x), coarsest level first.
+      foreground_offsets: [K]; entries [k - 1] to [k] of the foreground are the voxels of class k.
+      cache_bytes: most memory for decompressed chunks.
+    """
+
+    root: str
+    name: str
+    labels: tuple[str, ...]
+    spacing: Triple
+    factors: tuple[Triple, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    foreground_offsets: tuple[int, ...]
+    cache_bytes: int = 0
+
+    @classmethod
+    def open(cls, root: str, name: str, cache_bytes: int = 0) -> "PreparedCase":
+        """Reads a case's description; its arrays are opened by the first read.
+
+        Raises:
+          UserError: the case is missing or incomplete, or of another format.
+        """
+        ours = read_attributes(root, name)
+        if not ours:
+            raise UserError(f"{case_path(root, name)} is missing, incomplete or damaged: {REMEDY}")
+        if ours.get("format") != FORMAT:
+            raise UserError(f"{case_path(root, name)} has the format {ours.get('format')}, wanted {FORMAT}: {REMEDY}")
+        try:
+            labels, offsets = tuple(ours["labels"]), tuple(map(operator.index, ours["foreground_offsets"]))
+            factors = tuple(_three(float, row) for row in ours["factors"])
+            shapes = tuple(_three(operator.index, row) for row in ours["shapes"])
+            spacing = times(_three(float, ours["native"]["spacing"]), factors[-1])
+            whole = all(isinstance(label, str) for label in labels) and len(shapes) == len(factors)
+            whole &= all(0 < size < 2**32 for shape in shapes for size in shape)
+            whole &= len(offsets) == len(labels) and [0, *offsets] == sorted([0, *offsets]) and offsets[-1] > 0
+            whole &= bool(np.isfinite(spacing).all()) and all(0 < f < 1e9 for row in (spacing, *factors) for f in row)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+            whole = False
+        if not whole:
+            raise UserError(f"{case_path(root, name)} has a description that is not what was written: {REMEDY}")
+        return cls(root, name, labels, spacing, factors, shapes, offsets, cache_bytes)
+
+    def read(
+        self,
+        level: int,
+        start: tuple[int, int, int],
+        size: tuple[int, int, int],
+        into: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Crop:
+        """Starts to read a crop, and returns at once.
+
+        Args:
+          level: 1 = coarsest.
+          start: the level's voxel at the crop's corner, (z, y, x); may be negative or beyond the scan.
+          size: voxels, (z, y, x).
+          into: image int16 and label uint8 of `size` to read into, such as views of a batch; new ones if not given.
+        """
+        crops = into or (np.empty(size, np.int16), np.empty(size, np.uint8))
+        for crop, outside in zip(crops, (AIR, 0), strict=True):
+            crop.fill(outside)
+        shape = self.shapes[level - 1]
+        first = np.clip(start, 0, shape)
+        last = np.clip(np.add(start, size), 0, shape)
+        if (last <= first).any():
+            return Crop(self, crops, ())
+        inside = tuple(slice(*edges) for edges in (np.stack([first, last], 1) - np.array(start)[:, None]).tolist())
+        box = tuple(slice(*edges) for edges in np.stack([first, last], 1).tolist())
+        arrays = self._arrays[f"level_{level}/"], self._arrays[f"labels/organs/level_{level}/"]
+        # Chunks are decoded straight into their places: no copy, and no memory that is new to the process each time.
+        reads = (ts.array(crop[inside]).write(array[box]) for crop, array in zip(crops, arrays, strict=True))
+        return Crop(self, crops, tuple(reads))
+
+    def foreground_voxel(self, number: int) -> tuple[int, int, int]:
+        """The finest level's voxel (z, y, x) at this place of the foreground.
+
+        Raises:
+          UserError: its chunk is damaged or missing.
+        """
+        array = self._arrays["foreground/"]
+        with storage_errors(self.root, self.name, "read"):
+            flat = array[number].read().result()
+            z, y, x = np.unravel_index(int(flat), self.shapes[-1])  # a ValueError if it lies outside
+        return int(z), int(y), int(x)
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, Any]:
+        levels = [f"level_{level}/" for level in range(1, len(self.shapes) + 1)]
+        names = ["foreground/", *levels, *(f"labels/organs/{level}" for level in levels)]
+        context = ts.Context({"cache_pool": {"total_bytes_limit": self.cache_bytes}})
+        with storage_errors(self.root, self.name, "read"):
+            url = case_url(self.root, self.name)
+            described = ts.KvStore.open(url).result()
+            for read in [described.read(f"{name}zarr.json") for name in names]:
+                _check_depth(read.result().value)
+            opening = [
+                ts.open(array_spec(url + name), read=True, recheck_cached=False, context=context) for name in names
+            ]
+            arrays = {name: array.result() for name, array in zip(names, opening, strict=True)}
+            wanted: dict[str, tuple[tuple[int, ...], str]] = {"foreground/": (self.foreground_offsets[-1:], "uint32")}
+            for level, shape in zip(levels, self.shapes, strict=True):
+                wanted |= {level: (shape, "int16"), f"labels/organs/{level}": (shape, "uint8")}
+            for name, (size, dtype) in wanted.items():  # what an array says of itself carries no checksum
+                found = arrays[name]
+                if (found.shape, found.dtype.name) != (size, dtype):
+                    raise ValueError(f"{name}zarr.json has {found.shape} {found.dtype.name}, wanted {size} {dtype}")
+                # A piece is decoded at once: it takes its memory whatever the file holds.
+                layout = found.chunk_layout
+                piece, file = ([n or 0 for n in part.shape or ()] for part in (layout.read_chunk, layout.write_chunk))
+                if math.prod(piece) > CHUNK**3 or math.prod(file) > SHARD**3:
+                    raise ValueError(f"{name}zarr.json has pieces of {piece} in files of {file}, more than are written")
+            return arrays
+
+
+def _check_depth(description: bytes) -> None:
+    """Raises a ValueError for JSON so deep that TensorStore, which reads it next, would run out of stack and crash."""
+    try:
+        json.loads(description or "{}")
+    except RecursionError:
+        raise ValueError("a zarr.json is nested too deep") from None
+
+
+def _three(kind: Callable[[Any], Any], numbers: Any) -> tuple[Any, Any, Any]:
+    """Three numbers of a description, (z, y, x); a ValueError or TypeError if it holds something else."""
+    z, y, x = map(kind, numbers)
+    return z, y, x
