@@ -17,22 +17,24 @@ from flax import nnx
 
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.config import default_config
-from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
 
 
-def make_pyramid(*, levels: int, classes: int, width: int, dtype: str = "float32") -> Pyramid:
+def make_pyramid(*, levels: int, classes: int, width: int, depth: int = 4, dtype: str = "float32") -> Pyramid:
     """The pyramid of 3D U-Nets that the jobs train, with fresh parameters."""
-    network = NetworkConfig(width=width, dtype=dtype)
+    network = NetworkConfig(width=width, depth=depth, dtype=dtype)
     config = PyramidConfig(levels=levels, classes=classes)
     return Pyramid(config, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(0))
 
 
 def prepared_cases(data: str, factors: tuple[float, ...], folder: Path) -> list[PreparedCase]:
     """The cases of a prepared store; a data set's folder, or `phantoms`, is prepared in `folder` first."""
+    # Here, as it needs SimpleITK, which not every machine with an accelerator has.
+    from autocontext_jax.jobs.config import default_config
+    from autocontext_jax.jobs.prepare import prepare
+
     config = default_config()
     config.levels.factors = factors
     if data == "phantoms":

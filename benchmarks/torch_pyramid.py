@@ -1,6 +1,8 @@
 """The pyramid in PyTorch with the same parameters: the peer beside which our steps and predictions are measured."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,66 @@ def total_loss(logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -
       logits: for each level [B, K, N, N, N].
       labels: for each level [B, N, N, N], int64.
     """
-    return sum((_dice_loss(*level) for level in zip(logits, labels, strict=True)), torch.zeros(()))
+    return sum(
+        (_dice_loss(*level) for level in zip(logits, labels, strict=True)), labels[0].new_zeros((), dtype=torch.float32)
+    )
+
+
+def training_and_prediction(
+    pyramid: Pyramid,
+    images: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    dtype: str,
+    *,
+    layouts: Sequence[str] = ("NCDHW", "NDHWC"),
+) -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
+    """A training step with Adam (returning its loss) and a forward pass in eval mode, in eager PyTorch.
+
+    They run on the first GPU if PyTorch has one, in TF32 if `dtype` is float32; else on the CPU with all its cores. In
+    bfloat16 they run under autocast. What they return may still be under way on the GPU.
+
+    Args:
+      pyramid: gives the parameters.
+      images: for each level [B, N, N, N] in HU.
+      labels: for each level [B, N, N, N], uint8.
+      dtype: `float32` or `bfloat16`.
+      layouts: of the memory.
+
+    Returns:
+      `train` and `predict`, a call a layout each.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    inputs = [torch.from_numpy(image).to(device) for image in images]
+    targets = [torch.from_numpy(label).long().to(device) for label in labels]
+    calls: dict[str, dict[str, Callable[[], torch.Tensor]]] = {"train": {}, "predict": {}}
+
+    def narrow() -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    for name in layouts:
+        layout = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last_3d}[name]
+        model, frozen = (to_torch(pyramid).to(device, memory_format=layout) for _ in range(2))
+        frozen.eval()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+
+        def train(model=model, optimizer=optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            with narrow():
+                logits = model(inputs)
+            loss = total_loss([level.float() for level in logits], targets)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        def predict(frozen=frozen) -> torch.Tensor:
+            with torch.inference_mode(), narrow():
+                return frozen(inputs)[-1]
+
+        calls["train"][name], calls["predict"][name] = train, predict
+    return calls
 
 
 class TorchPyramid(nn.Module):

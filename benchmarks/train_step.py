@@ -9,40 +9,35 @@ convolution or deconvolution at each voxel, times three for forward and both gra
 lowering. Memory is what the compiled program says (without the scratch of foreign calls).
 
 --data FOLDER (a data set, or a prepared store) or `phantoms` runs blocks of steps on batches from the real pipeline,
-augmented, in turn with blocks on the synthetic batch. What the feed read while others ran is used up before the clock
+augmented, in turn with blocks on the synthetic batch. What the loader read while others ran is used up before the clock
 starts. `feed` is the fed rate over the synthetic one: 1 means that the step never waits.
 
---peers runs the same network, loss and Adam in eager PyTorch on the CPU with all its cores, checks that both have the
-same loss, and takes the better of PyTorch's two memory layouts; then the forward pass in eval mode likewise. Ratios
-above 1 mean that ours is faster. In bfloat16 PyTorch runs under autocast.
+--peers runs the same network, loss and Adam in eager PyTorch on the same device (a CPU with all its cores, or one GPU
+with cuDNN's own benchmark of its algorithms), checks that both have the same loss, and takes the better of PyTorch's
+two memory layouts; then the forward pass in eval mode likewise. Ratios above 1 mean that ours is faster. In bfloat16
+PyTorch runs under autocast; in float32 on GPUs both multiply in TF32.
 """
 
 import argparse
-import functools
 import importlib.util
 import itertools
-import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from common import machine, make_pyramid, median_ratio, prepared_cases, report
+from common import machine, median_ratio, prepared_cases, report
+from training_program import Calls, compile_training_step, in_turn
 
 from autocontext_jax.data.pipeline import Feed, FeedConfig
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.main import fuse_results, keep_freed_memory, wait_for_programs
-from autocontext_jax.models.pyramid import Pyramid
-from autocontext_jax.training.losses import LossConfig
-from autocontext_jax.training.sharding import batch_sharding, make_mesh, replicated
-from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
-
-Calls = dict[str, Callable[[], Any]]
+from autocontext_jax.models.layers import compiler_options
+from autocontext_jax.training.sharding import batch_sharding, make_mesh
+from autocontext_jax.training.state import Batch, inference_model
 
 
 def main() -> None:
@@ -87,43 +82,27 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     classes = len(cases[0].labels) if cases else flags.classes
-    pyramid = make_pyramid(levels=flags.levels, classes=classes, width=width, dtype=flags.dtype)
-    flops = 3 * batch * convolution_flops(pyramid, edge)
-    rng = np.random.default_rng(0)
-    shape = (batch, *(edge,) * 3)
-    images = tuple(rng.uniform(-500, 500, shape).astype(np.float32) for _ in range(flags.levels))
-    labels = tuple(rng.integers(0, classes, shape, np.uint8) for _ in range(flags.levels))
-    rivals = _torch_calls(pyramid, images, labels, flags.dtype) if peers else None
+    program = compile_training_step(
+        width=width, edge=edge, batch=batch, dtype=flags.dtype, levels=flags.levels, classes=classes
+    )
+    rivals = None
+    if peers:
+        from torch_pyramid import training_and_prediction
 
-    mesh = make_mesh(batch)
-    sharding = batch_sharding(mesh)
-    synthetic = Batch(jax.device_put(images, sharding), jax.device_put(labels, sharding))
-    optimizer = optax.adam(1e-3)
-    graph, state = create_state(pyramid, optimizer)
-    # A copy even where nothing moves: the first step takes its arguments' memory.
-    state = jax.device_put(state, replicated(mesh), may_alias=False)
-    frozen = jax.device_put((state.params, state.statistics), may_alias=False)
-    started = time.perf_counter()
-    with jax.set_mesh(mesh):  # as the job does: layers ask for it
-        step = make_train_step(graph, optimizer, LossConfig()).lower(state, synthetic).compile()
-    compile_seconds = time.perf_counter() - started
-
-    def train(batch: Batch) -> jax.Array:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return metrics.loss
-
-    first_loss = float(train(synthetic))
-    calls: Calls = {"ours": lambda: train(synthetic)}
+        rivals = training_and_prediction(program.pyramid, program.images, program.labels, flags.dtype)
+    frozen = jax.device_put((program.state.params, program.state.statistics), may_alias=False)
+    first_loss = float(program.step())
+    calls: Calls = {"ours": program.step}
     feed = None
     if cases:
         feed_config = FeedConfig(batch=batch, edge=edge, spatial=SpatialLimits())
-        feed = Feed(cases, feed_config, seed=0, sharding=sharding)
+        feed = Feed(cases, feed_config, seed=0, sharding=batch_sharding(make_mesh(batch)))
         fed = iter(feed)
-        calls["fed"] = lambda: train(Batch(*next(fed)))
+        calls["fed"] = lambda: program.step(Batch(*next(fed)))
     if rivals:
-        losses = {name: call() for name, call in rivals["train"].items()}
-        tolerance = 1e-4 if flags.dtype == "float32" else 1e-2
+        losses = {name: float(call()) for name, call in rivals["train"].items()}
+        # On GPUs float32 is multiplied in TF32, which has the precision of a float16.
+        tolerance = 1e-4 if flags.dtype == "float32" and jax.default_backend() == "cpu" else 1e-2
         assert all(abs(loss - first_loss) < tolerance for loss in losses.values()), (first_loss, losses)
         calls |= rivals["train"]
     seconds = in_turn(calls, steps=flags.steps, lead_in=FeedConfig.ahead if feed else 0, rounds=flags.rounds)
@@ -133,88 +112,24 @@ def measure(
         "edge": edge,
         "batch": batch,
         "dtype": flags.dtype,
-        "compile s": compile_seconds,
+        "compile s": program.compile_seconds,
         "step s": median,
-        "pairs/s": batch / median,
-        "GFLOP/s": flops / median / 1e9,
-        "peak GB": step.memory_analysis().peak_memory_in_bytes / 1e9,
+        "patches/s": batch / median,
+        "GFLOP/s": program.flops / median / 1e9,
+        "peak GB": program.compiled.memory_analysis().peak_memory_in_bytes / 1e9,
     }
     if feed:
         feed.close()
         row["feed"] = 1 / median_ratio(seconds["ours"], seconds["fed"])
     if rivals:
         row |= _against("train", seconds)
-        predict = jax.jit(lambda weights, images: inference_model(graph, *weights)(images))
-        calls = {"ours": lambda: predict(frozen, synthetic.images), **rivals["predict"]}
+        predict = jax.jit(
+            lambda weights, images: inference_model(program.graph, *weights)(images),
+            compiler_options=compiler_options(jax.default_backend()),
+        )
+        calls = {"ours": lambda: predict(frozen, program.batch.images), **rivals["predict"]}
         row |= _against("predict", in_turn(calls, steps=flags.steps, lead_in=0, rounds=flags.rounds))
     return row
-
-
-def in_turn(calls: Calls, *, steps: int, lead_in: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each kind, in blocks of `steps` calls, A B A B ...
-
-    Only a block's end waits for the device, as a training run hardly ever does. Before each block come `lead_in` calls
-    that are not timed; before the first, one of each.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(rounds):
-        for name, call in calls.items():
-            jax.block_until_ready([call() for _ in range(lead_in)])
-            started = time.perf_counter()
-            jax.block_until_ready([call() for _ in range(steps)])
-            seconds[name].append((time.perf_counter() - started) / steps)
-    return seconds
-
-
-def convolution_flops(pyramid: Pyramid, edge: int) -> int:
-    """FLOPs in convolutions and deconvolutions of one pyramid patch's forward pass: two a multiplication."""
-    total = 0
-    networks: Sequence[Any] = pyramid.networks
-    for network in networks:
-        for resolution, blocks in enumerate(network.analysis):
-            total += sum(block.layer.kernel[...].size for block in blocks) * (edge >> resolution) ** 3
-        for resolution, (up, *blocks) in enumerate(reversed(network.synthesis)):
-            # An eighth of a deconvolution's weights acts on each of its output voxels.
-            kernels = sum(block.layer.kernel[...].size for block in blocks) + up.layer.kernel[...].size // 8
-            total += kernels * (edge >> resolution) ** 3
-        total += network.head.kernel[...].size * edge**3
-    return 2 * total
-
-
-def _torch_calls(
-    pyramid: Pyramid, images: Sequence[np.ndarray], labels: Sequence[np.ndarray], dtype: str
-) -> dict[str, Calls]:
-    """A training step (giving its loss) and a forward pass in eval mode, in each of PyTorch's memory layouts."""
-    import torch
-    from torch_pyramid import to_torch, total_loss
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    inputs = [torch.from_numpy(image) for image in images]
-    targets = [torch.from_numpy(label).long() for label in labels]
-    calls: dict[str, Calls] = {"train": {}, "predict": {}}
-    narrow = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    for name, layout in (("NCDHW", torch.contiguous_format), ("NDHWC", torch.channels_last_3d)):
-        model, frozen = (to_torch(pyramid).to(memory_format=layout) for _ in range(2))
-        frozen.eval()
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-
-        def train(model=model, optimizer=optimizer) -> float:
-            optimizer.zero_grad()
-            with narrow():
-                logits = model(inputs)
-            loss = total_loss([level.float() for level in logits], targets)
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
-        def predict(frozen=frozen) -> None:
-            with torch.inference_mode(), narrow():
-                frozen(inputs)
-
-        calls["train"][name], calls["predict"][name] = train, predict
-    return calls
 
 
 def _against(program: str, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -284,3 +284,13 @@ def test_noise_is_of_one_strength_and_independent():
     assert np.ptp(strength) > 15
     assert abs(np.corrcoef(coarse.ravel(), fine.ravel())[0, 1]) < 0.03
     assert not any(np.array(out).any() for out in label_out)
+
+
+def test_positions_are_computed_in_full_float32_on_every_platform():
+    """GPUs would otherwise multiply in TF32 and TPUs in bfloat16: positions up to a quarter of a voxel off."""
+    images, labels, spacing = crops(2)
+    run = make_augment(EDGE, MARGINS, SPATIAL, INTENSITY)
+    program = str(jax.make_jaxpr(run)(jax.random.key(KEY), np.arange(2, dtype=np.uint32), spacing, images, labels))
+    products = program.count("dot_general[")
+    assert products >= 3  # the elastic field along z, y, x at least
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products

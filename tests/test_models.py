@@ -91,6 +91,17 @@ def test_convolution_equals_scipys_correlation(function, kernel):
     assert_close(jax.jit(function)(x, weights), wanted)
 
 
+def test_gradient_of_a_bias_in_bfloat16_adds_up_in_float32():
+    """Its terms nearly cancel: summed in bfloat16 the gradient of the head's bias was wrong by as much as itself."""
+    layer = layers.Convolution(1, 1, size=1, bias=True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jnp.zeros((2, 32, 32, 32, 1), jnp.bfloat16)
+    cotangent = jnp.asarray(normal(0, *x.shape) + 0.01, jnp.bfloat16)
+    _, gradient = jax.vjp(lambda state: nnx.merge(graph, state)(x), state)
+    exact = np.sum(np.asarray(cotangent, np.float64))
+    np.testing.assert_allclose(jax.jit(gradient)(cotangent)[0]["bias"][...], [exact], rtol=1e-4)
+
+
 def test_filter_gradient_of_bfloat16_adds_up_in_float32():
     """Sums of one sign are where rounding at every plane would show."""
     x, cotangent = (jnp.asarray(np.abs(normal(seed, 1, 64, 6, 6, 2)), jnp.bfloat16) for seed in (0, 1))

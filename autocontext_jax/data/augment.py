@@ -31,6 +31,9 @@ class IntensityLimits:
     scale: float = 0.0
 
 
+# Accelerators otherwise multiply float32 in TF32 or bfloat16, which moves positions by up to a quarter of a voxel.
+EXACT = lax.Precision.HIGHEST
+
 Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 
 
@@ -135,7 +138,7 @@ def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, r
         sizes = zip(patch_shape(edge, rank), scale, strict=True)
         offsets = [(np.arange(size) + 0.5 - size / 2) * step for size, step in sizes]
         weights = [spline_weights((along + reach) / limits.elastic_spacing, points) for along in offsets]
-        elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, *weights, optimize=True)
+        elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, *weights, optimize=True, precision=EXACT)
         elastic = jnp.clip(elastic, -limits.elastic_limit, limits.elastic_limit) * moving[:, None, None, None]
         # Rotate in millimetres: voxels need not be cubes.
         turn = size * _rotation(angles) * spacing / spacing[:, None]
@@ -172,7 +175,7 @@ def _rotation(angles: jax.Array) -> jax.Array:
     about_z = jnp.array([[one, zero, zero], [zero, cos[0], -sin[0]], [zero, sin[0], cos[0]]])
     about_y = jnp.array([[cos[1], zero, -sin[1]], [zero, one, zero], [sin[1], zero, cos[1]]])
     about_x = jnp.array([[cos[2], -sin[2], zero], [sin[2], cos[2], zero], [zero, zero, one]])
-    return about_x @ about_y @ about_z
+    return jnp.matmul(jnp.matmul(about_x, about_y, precision=EXACT), about_z, precision=EXACT)
 
 
 def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -23,14 +23,20 @@ from autocontext_jax.models import onednn
 EPSILON = 1e-5
 
 
-def compiler_options(platform: str) -> dict[str, bool]:
-    """What XLA is told for programs of these layers, for `jax.jit` or `compile`.
+def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str, bool]:
+    """The options of XLA for programs of these layers, for `jax.jit` or `compile`.
 
     Args:
       platform: of the devices, such as `jax.default_backend()` gives it.
+      deterministic: whether the same inputs must give the same bits in every run. On GPUs XLA then uses no operation
+        that adds up in a random order, and chooses algorithms by rule, not by timing. Programs for CPUs and TPUs are
+        deterministic anyway.
     """
-    # Else it puts channels first for 3D convolutions, which costs transposes around them and inside cuDNN.
-    return {"xla_gpu_force_conv_nhwc": True} if platform in ("gpu", "cuda") else {}
+    if platform not in ("gpu", "cuda"):
+        return {}
+    # Otherwise XLA puts channels first for 3D convolutions, which costs transposes around them and inside cuDNN.
+    options = {"xla_gpu_force_conv_nhwc": True}
+    return options | {"xla_gpu_deterministic_ops": True} if deterministic else options
 
 
 def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -293,8 +299,12 @@ class Convolution(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> [B, D, H, W, outputs]."""
-        x = convolution(x, self.kernel[...].astype(x.dtype))
-        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
+        y = convolution(x, self.kernel[...].astype(x.dtype))
+        if self.bias is None:
+            return y
+        # In float32: the gradient of the bias is a sum over all voxels whose terms nearly cancel. Summed in bfloat16 on
+        # CPUs, it was wrong by as much as itself.
+        return (y.astype(jnp.float32) + self.bias[...]).astype(y.dtype)
 
 
 class Deconvolution(nnx.Module):

@@ -88,6 +88,8 @@ def make_train_step(
     loss: LossConfig,
     learning: Collection[int] | None = None,
     sharding: Any = None,
+    *,
+    deterministic: bool = False,
 ) -> Any:
     """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
 
@@ -96,7 +98,7 @@ def make_train_step(
 
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
     ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
-    None leaves it to the compiler.
+    None leaves it to the compiler; `deterministic` is that of `compiler_options`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -124,7 +126,7 @@ def make_train_step(
         step,
         donate_argnames="state",
         out_shardings=sharding,
-        compiler_options=compiler_options(jax.default_backend()),
+        compiler_options=compiler_options(jax.default_backend(), deterministic=deterministic),
     )
 
 

@@ -1,0 +1,396 @@
+"""Parts 1 to 6 of accelerator.py, run one after the other in a process that accelerator.py starts and may stop.
+
+A line that begins with `@@` tells of a part's begin, end or failure; a line of JSON goes to results.jsonl; every other
+line belongs to the tables.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import roofline
+import targets
+from accelerator import MARK, box_seconds, numbers
+from accelerator_checks import against_the_cpu, price_of_determinism, repeatability
+from common import machine, make_pyramid, median_ratio
+from flax import nnx
+from kernel_times import Profile, profiled
+from training_program import TrainingProgram, compile_training_step, in_turn
+
+from autocontext_jax.data.phantom.anatomy import ORGANS
+from autocontext_jax.data.phantom.painting import make_phantom
+from autocontext_jax.data.pipeline import Feed, FeedConfig
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
+from autocontext_jax.data.store.writer import write_case
+from autocontext_jax.geometry import SpatialLimits
+from autocontext_jax.inference.predictor import Predictor, PredictorConfig
+from autocontext_jax.main import wait_for_programs
+from autocontext_jax.training.sharding import batch_sharding, make_mesh
+from autocontext_jax.training.state import Batch, inference_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured: the paper's configuration, or something that a CPU does in seconds.
+
+    Attributes:
+      matrix: edge of the square matrices multiplied.
+      vector: numbers copied.
+      check: arguments of `against_the_cpu`.
+      width, depth, edge: of the network and its patches.
+      batch: patches a step.
+      batches: larger ones, of which the largest that fits is measured.
+      steps: in a block of measurements.
+      phantoms: number, size and spacing of the scans that the loader reads.
+      scan: voxels of the scan that is predicted.
+      tile, plane: see `PredictorConfig`.
+    """
+
+    matrix: int = 8192
+    vector: int = 2**29
+    check: dict[str, int] = dataclasses.field(default_factory=lambda: {"width": 8, "depth": 3, "edge": 32, "batch": 2})
+    width: int = 32
+    depth: int = 4
+    edge: int = 64
+    batch: int = 3
+    batches: tuple[int, ...] = (32, 16, 8)
+    steps: int = 10
+    phantoms: tuple[int, tuple[int, int, int], tuple[float, float, float]] = (3, (96, 160, 160), (4.0, 2.4, 2.4))
+    scan: tuple[int, int, int] = (300, 512, 512)
+    tile: int = 128
+    plane: int = 512
+
+
+SMALL = Sizes(
+    matrix=128, vector=2**16, check={"width": 2, "depth": 2, "edge": 8, "batch": 1}, width=2, depth=2, edge=8, batch=1,
+    batches=(2,), steps=1, phantoms=(2, (24, 24, 24), (12.0, 12.0, 12.0)), scan=(12, 24, 24), tile=16, plane=32,
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Session:
+    """What the parts share.
+
+    Attributes:
+      sizes: see there.
+      folder: of the results.
+      small: whether this is a trial.
+      seconds_left: of the part that runs.
+      programs: training steps compiled so far, by type, batch and whether they are deterministic.
+      rates: FLOP a second of a large matrix product by type, as hlo.py names types; `copy` in bytes a second.
+    """
+
+    sizes: Sizes
+    folder: Path
+    small: bool
+    seconds_left: Callable[[], float] = lambda: 0.0
+    programs: dict[tuple[str, int, bool], TrainingProgram] = dataclasses.field(default_factory=dict)
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def program(self, dtype: str, batch: int, *, deterministic: bool = False) -> TrainingProgram:
+        """The training step, compiled once."""
+        key = dtype, batch, deterministic
+        if key not in self.programs:
+            size = {"width": self.sizes.width, "depth": self.sizes.depth, "edge": self.sizes.edge, "batch": batch}
+            self.programs[key] = compile_training_step(
+                **size, dtype=dtype, classes=len(ORGANS) + 1, deterministic=deterministic
+            )
+        return self.programs[key]
+
+    def accelerator(self) -> targets.Accelerator:
+        """The device's data sheet; its measured rates where none is known."""
+        kind = jax.devices()[0].device_kind
+        name = next((name for name, gpu in targets.GPUS.items() if gpu.title == kind), None)
+        if name is not None:
+            return targets.ACCELERATORS[name]
+        rates = self.rates or {"bf16": 1e12, "f32": 1e12, "copy": 1e11}
+        return targets.Accelerator("cuda", 0, rates["copy"], {"bf16": rates["bf16"], "f32": rates["f32"]}, 1e9)
+
+
+def main() -> None:
+    """Runs the parts that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--parts", type=numbers, required=True)
+    parser.add_argument("--all-parts", type=numbers, required=True, help="share the minutes")
+    parser.add_argument("--end", type=float, required=True, help="of all parts, as time.time() gives it")
+    parser.add_argument("--small", action="store_true")
+    flags = parser.parse_args()
+    wait_for_programs()
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(flags.output.absolute() / "cache"))
+    session = Session(SMALL if flags.small else Sizes(), flags.output, flags.small)
+    for part in flags.parts:
+        print(f"{MARK} begin {part}")
+        stop = time.time() + box_seconds(part, flags.all_parts, flags.end)
+        session.seconds_left = functools.partial(lambda stop: stop - time.time(), stop)
+        try:
+            PARTS[part](session)
+        except Exception as error:  # whatever it is: the next part shall run
+            traceback.print_exc()
+            print(f"{MARK} fail {part} {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        else:
+            print(f"{MARK} end {part}")
+
+
+def what_it_is(session: Session) -> None:
+    """Part 1."""
+    device, sizes = jax.devices()[0], session.sizes
+    about = machine("jaxlib", "optax", "numpy") | {
+        "platform": f"{jax.default_backend()}, {jax.device_count()} device(s)",
+        "runtime": " ".join(device.client.platform_version.split())[:200],
+        "driver": nvidia_driver(),
+        "PyTorch": importlib.metadata.version("torch") if importlib.util.find_spec("torch") else "not installed",
+        "memory": f"{(device.memory_stats() or {}).get('bytes_limit', 0) / 1e9:.1f} GB that JAX may take",
+    }
+    table("Device", ({"what": name, "value": value} for name, value in about.items()))
+
+    def rates() -> Iterable[dict[str, Any]]:
+        for name, dtype, precision in (
+            ("bf16", jnp.bfloat16, None), ("f32", jnp.float32, None), ("f32, highest precision", jnp.float32, "highest")
+        ):  # fmt: skip
+            matrix = jnp.ones((sizes.matrix, sizes.matrix), dtype)
+            multiply = jax.jit(functools.partial(jnp.matmul, precision=precision))
+            (seconds,) = in_turn({"": lambda: multiply(matrix, matrix)}, steps=5, lead_in=0, rounds=3).values()  # noqa: B023
+            session.rates[name] = 2 * sizes.matrix**3 / float(np.median(seconds))
+            yield {
+                "what": f"product of {sizes.matrix}² matrices, {name}",
+                "rate": session.rates[name] / 1e12,
+                "unit": "TFLOP/s",
+            }
+        vector = jnp.ones(sizes.vector, jnp.float32)
+        copy = jax.jit(lambda vector: vector + 1)
+        (seconds,) = in_turn({"": lambda: copy(vector)}, steps=5, lead_in=0, rounds=3).values()
+        session.rates["copy"] = 8 * sizes.vector / float(np.median(seconds))
+        yield {"what": "copy on the device, read and written", "rate": session.rates["copy"] / 1e9, "unit": "GB/s"}
+
+    table("Measured rates", rates())
+
+
+def is_it_right(session: Session) -> None:
+    """Part 2."""
+    table("Against the CPU", iter(against_the_cpu(**session.sizes.check)))
+    batch = session.sizes.batch
+
+    def rows() -> Iterable[dict[str, Any]]:
+        for name, deterministic in (("deterministic", True), ("default", False)):
+            program = session.program("bfloat16", batch, deterministic=deterministic)
+            folder = session.folder / f"checkpoints_{name}_{time.time_ns()}"
+            yield repeatability(name, program, folder) | {"compile s": program.compile_seconds}
+
+    table("Ten steps: saved, restored, repeated", rows())
+    programs = [session.program("bfloat16", batch, deterministic=choice) for choice in (True, False)]
+    table("The price of determinism", [price_of_determinism(*programs, steps=session.sizes.steps)])
+    del session.programs["bfloat16", batch, True]  # and its memory
+
+
+def how_fast(session: Session) -> None:
+    """Part 3."""
+    sizes = session.sizes
+
+    def rows() -> Iterable[dict[str, Any]]:
+        first = session.program("bfloat16", sizes.batch)
+        yield speed(session, first, "bfloat16", sizes.batch)
+        larger = largest_that_fits(session, first)
+        # Before float32 at the small batch: the peak of memory only grows.
+        for dtype, batch in ([("bfloat16", larger)] if larger else []) + [("float32", sizes.batch)]:
+            if session.seconds_left() < 1.5 * first.compile_seconds + 10:
+                print(f"No time left to compile {dtype} at batch {batch}.")
+                continue
+            yield speed(session, session.program(dtype, batch), dtype, batch)
+            del session.programs[dtype, batch, False]
+
+    table("The training step", rows())
+
+
+def speed(session: Session, program: TrainingProgram, dtype: str, batch: int) -> dict[str, Any]:
+    """One row: our step, and in turn with it PyTorch's where it is installed."""
+    calls: dict[str, Callable[[], Any]] = {"ours": program.step}
+    if importlib.util.find_spec("torch"):
+        from torch_pyramid import training_and_prediction
+
+        arguments = program.pyramid, program.images, program.labels, dtype
+        calls["PyTorch"] = training_and_prediction(*arguments, layouts=["NDHWC"])["train"]["NDHWC"]
+    seconds = in_turn(calls, steps=session.sizes.steps, lead_in=1, rounds=3)
+    median = float(np.median(seconds["ours"]))
+    rate = session.rates.get({"bfloat16": "bf16", "float32": "f32"}[dtype])
+    needed = roofline.needed_bytes(program.compiled)
+    row = {
+        "type": "TF32 or float32" if dtype == "float32" else dtype,
+        "batch": batch,
+        "ms a step": 1e3 * median,
+        "patches/s": batch / median,
+        "TFLOP/s": program.flops / median / 1e12,
+        "of the matrix rate": program.flops / median / rate if rate else "not measured",
+        "compile s": program.compile_seconds,
+        "GB predicted": needed / 1e9,
+        "GB measured, peak": peak_bytes() / 1e9,
+    }
+    if "PyTorch" in seconds:
+        row["PyTorch, ms"] = 1e3 * float(np.median(seconds["PyTorch"]))
+        row["times as fast"] = median_ratio(seconds["ours"], seconds["PyTorch"])
+    return row
+
+
+def largest_that_fits(session: Session, program: TrainingProgram) -> int | None:
+    """The largest batch whose memory, estimated from the small batch's measured peak, fits the device."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return session.sizes.batches[0]
+    needed = max(peak_bytes(), roofline.needed_bytes(program.compiled)) / session.sizes.batch
+    return next((batch for batch in session.sizes.batches if batch * needed < 0.9 * limit), None)
+
+
+def where_the_time_goes(session: Session) -> None:
+    """Part 4."""
+    program, steps = session.program("bfloat16", session.sizes.batch), 3
+    jax.block_until_ready(program.step())
+    with profiled(session.folder / "trace") as profile:
+        jax.block_until_ready([program.step() for _ in range(steps)])
+    text = program.compiled.as_text()
+    (session.folder / "step.hlo.txt").write_text(text, encoding="utf-8")
+    module = hlo.parse(text)
+    costs = hlo.costs(module)
+    accelerator = session.accelerator()
+    bounds = [roofline.roofline_seconds(cost, accelerator, 1) for cost in costs]
+    times = {name: time / steps for name, time in profile.instructions.items()}
+
+    def longest() -> Iterable[dict[str, Any]]:
+        pairs = sorted(zip(costs, bounds, strict=True), key=lambda pair: -times.get(pair[0].instruction.name, 0.0))
+        for cost, bound in pairs[:20]:
+            measured = times.get(cost.instruction.name, 0.0) / 1e6
+            yield {
+                "ms a step": measured,
+                "roofline ms": 1e3 * bound,
+                "instruction": cost.instruction.name,
+                "kind": cost.kind,
+                "source": roofline.where(module, cost),
+                "writes": " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in cost.instruction.outputs[:2]),
+            }
+
+    def kinds() -> Iterable[dict[str, Any]]:
+        for kind in hlo.KINDS:
+            members = [(cost, bound) for cost, bound in zip(costs, bounds, strict=True) if cost.kind == kind]
+            if members:
+                measured = sum(times.get(cost.instruction.name, 0.0) for cost, _ in members) / 1e6
+                bound = 1e3 * sum(bound for _, bound in members)
+                yield {"kind": kind, "kernels": len(members), "ms a step": measured, "roofline ms": bound}
+        named = {cost.instruction.name for cost in costs}
+        other = sum(time for name, time in times.items() if name not in named) / 1e6
+        yield {"kind": "other instructions", "kernels": "", "ms a step": other, "roofline ms": ""}
+        unnamed = sum(profile.unnamed.values()) / steps / 1e6
+        yield {"kind": "kernels of no instruction", "kernels": "", "ms a step": unnamed, "roofline ms": ""}
+
+    table("Kernels' time by kind", kinds())
+    table("The twenty longest kernels", longest())
+    print_profile(profile, steps)
+
+
+def does_the_loader_keep_up(session: Session) -> None:
+    """Part 5."""
+    sizes, store = session.sizes, str(session.folder / f"store_{time.time_ns()}")
+    count, size, spacing = sizes.phantoms
+    cases = []
+    for number in range(count):
+        voxels, label = make_phantom(np.random.default_rng([0, number]), size=size, spacing=spacing)
+        write_case(store, f"phantom_{number}", voxels, label, spacing, LevelGrids((2, 1)), ("background", *ORGANS))
+        cases.append(PreparedCase.open(store, f"phantom_{number}", 2**28))
+    program = session.program("bfloat16", sizes.batch)
+    config = FeedConfig(batch=sizes.batch, edge=sizes.edge, spatial=SpatialLimits())
+    feed = Feed(cases, config, seed=0, sharding=batch_sharding(make_mesh(sizes.batch)))
+    batches = iter(feed)
+    calls = {"synthetic": program.step, "fed": lambda: program.step(Batch(*next(batches)))}
+    seconds = in_turn(calls, steps=2 * sizes.steps, lead_in=config.ahead, rounds=3)
+    feed.close()
+    rates = {name: sizes.batch / float(np.median(times)) for name, times in seconds.items()}
+    row = {f"patches/s, {name}": rate for name, rate in rates.items()}
+    table("Fed by the loader", [row | {"fed over synthetic": 1 / median_ratio(seconds["synthetic"], seconds["fed"])}])
+
+
+def whole_scans(session: Session) -> None:
+    """Part 6."""
+    sizes, levels = session.sizes, 2
+    pyramid = make_pyramid(
+        levels=levels, classes=len(ORGANS) + 1, width=sizes.width, depth=sizes.depth, dtype="bfloat16"
+    )
+    model = inference_model(*nnx.split(pyramid, nnx.Param, ...))
+    predictor = Predictor(model, PredictorConfig(sizes.tile, plane=sizes.plane), align=2 ** (sizes.depth - 1))
+    factors = tuple((2.0 ** (levels - level),) * 3 for level in range(levels))
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(-500, 500, sizes.scan, dtype=np.int16)
+    begun = time.perf_counter()
+    predictor.masks(voxels[:8], factors)
+    first = time.perf_counter() - begun
+    begun = time.perf_counter()
+    mask = predictor.masks(voxels, factors)[levels]
+    seconds = time.perf_counter() - begun
+    assert mask.shape == sizes.scan
+    row = {"scan": "x".join(map(str, sizes.scan)), "s": seconds, "first scan s": first}
+    table(
+        "A whole scan", [row | {"device GB, peak": peak_bytes() / 1e9, "compiled programs": predictor.compilations()}]
+    )
+    with profiled(session.folder / "trace_scan") as profile:
+        predictor.masks(voxels, factors)
+    print_profile(profile, 1)
+
+
+def print_profile(profile: Profile, runs: int) -> None:
+    """How busy the device was, and what went to it and came from it."""
+    print(f"\nBusy {100 * profile.busy / max(profile.span, 1.0):.1f} % of {profile.span / 1e6 / runs:.2f} ms.")
+    for direction, (count, nanoseconds) in profile.copies.items():
+        print(f"Copies {direction}: {count / runs:.0f}, {nanoseconds / 1e6 / runs:.3f} ms.")
+
+
+def peak_bytes() -> float:
+    """Most memory in use on the first device so far; NaN where it does not tell."""
+    return float((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", np.nan))
+
+
+def nvidia_driver() -> str:
+    """Version of the NVIDIA driver; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20).stdout.strip()
+    except OSError:
+        return ""
+
+
+def table(title: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Prints each row of a Markdown table, and as JSON, as soon as it is there."""
+    print(f"\n**{title}**\n")
+    columns: list[str] = []
+    for row in rows:
+        if not columns:
+            columns = list(row)
+            print("| " + " | ".join(columns) + " |")
+            print("|" + " --- |" * len(columns))
+        cells = [row.get(column, "") for column in columns]
+        print("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+        print(json.dumps({"table": title, **row}))
+
+
+PARTS: dict[int, Callable[[Session], None]] = {
+    1: what_it_is,
+    2: is_it_right,
+    3: how_fast,
+    4: where_the_time_goes,
+    5: does_the_loader_keep_up,
+    6: whole_scans,
+}
+
+if __name__ == "__main__":
+    main()
