@@ -6,17 +6,14 @@ python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/qui
 """
 
 import contextlib
-import ctypes
 import logging
-import os
-import platform
 import sys
 from pathlib import Path
 
 from absl import flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
@@ -29,9 +26,6 @@ PROCESSES = flags.DEFINE_integer("processes", 1, "With --coordinator: how many t
 PROCESS = flags.DEFINE_integer("process", 0, "With --coordinator: which one this is, from 0.")
 OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
 
-# Of `malloc.h`.
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-
 
 def run() -> bool:
     """Runs the job that the flags name; False if some of many scans failed."""
@@ -42,7 +36,6 @@ def run() -> bool:
     from autocontext_jax.jobs.lock import locked
     from autocontext_jax.jobs.predict import predict
     from autocontext_jax.jobs.prepare import describe, prepare
-    from autocontext_jax.jobs.report import report
     from autocontext_jax.jobs.train import train
 
     config, workdir, mode = CONFIG.value, Path(WORKDIR.value).expanduser(), MODE.value
@@ -56,6 +49,8 @@ def run() -> bool:
         if mode == "all" and config.experiment:
             return experiment(config, workdir)
         if mode == "report":
+            from autocontext_jax.jobs.report import report  # needs plotly and others that nothing else does
+
             report(config, workdir)
             return True
         if mode == "evaluate" and config.evaluate.root:
@@ -73,40 +68,22 @@ def main(argv: list[str]) -> int:
     """Parses the command line and runs; returns the exit status: 0, 1 (some scans failed) or 2 (the user's mistake)."""
     try:
         _parse(argv)
-        _log_plainly()
+        runtime.log_plainly()
         if MODE.value in ("all", "train"):
-            keep_freed_memory()
+            runtime.keep_freed_memory()
         # Worker processes import this module again; this is slow to import and not theirs.
         from autocontext_jax.jobs.checks import check
 
         check(CONFIG.value)
         if CONFIG.value.model.dtype == "float32":
-            fuse_results()
-        wait_for_programs()
+            runtime.fuse_results()
+        runtime.disable_asynchronous_dispatch()
         _start_processes()
-        keep_compiled_programs()
+        runtime.keep_compiled_programs()
         return 0 if run() else 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _log_plainly() -> None:
-    """Our own lines on standard error; the libraries' only from warnings up (orbax tells every step of a save)."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    # What orbax's threads log with a traceback, as of a full disk, they raise too, where we have one line for it.
-    absl_logging.get_absl_logger().addFilter(lambda record: record.exc_info is None)
-    sys.unraisablehook = _untold
-    ours = logging.getLogger("autocontext_jax")
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    ours.addHandler(logging.StreamHandler(sys.stderr))
-
-
-def _untold(what: "sys.UnraisableHookArgs") -> None:
-    """Shows what no caller can catch, but for the reads and writes that orbax leaves behind after the first fails."""
-    if str(what.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(what)
 
 
 def _start_processes() -> None:
@@ -123,57 +100,6 @@ def _start_processes() -> None:
         ) from error
     if not processes.is_first():
         logging.getLogger("autocontext_jax").setLevel(logging.ERROR)  # the first one speaks for all
-
-
-def keep_compiled_programs() -> None:
-    """A second run of the same shapes on an accelerator compiles nothing.
-
-    JAX_COMPILATION_CACHE_DIR names another folder than the user's cache; empty, it keeps nothing.
-    """
-    import jax
-
-    # The CPU's compile in seconds.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocontext_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def wait_for_programs() -> None:
-    """Has calls of programs on the CPU return when they are done.
-
-    One that still ran as Python ends, as after an error, would wait for ever for its next call of oneDNN, which takes
-    Python's lock. Reading and writing have threads of their own, so that nothing else waits.
-    """
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def fuse_results() -> None:
-    """Has XLA on the CPU compute several results of the same arrays in one pass; called before its first program.
-
-    A step in float32 then takes 0.87 to 0.94 times as long, by faster Adam and gradients of normalisation. Not for
-    bfloat16: there it keeps float32 copies of activations, and a step takes up to 1.1 times as long
-    (benchmarks/README.md). On accelerators XLA does so anyway.
-    Where XLA_FLAGS hold an `--xla_backend_extra_options` already, that one stays and nothing is added.
-    """
-    # As an option of one compilation XLA does not take it.
-    option, given = "--xla_backend_extra_options", os.environ.get("XLA_FLAGS", "")
-    if option not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {option}=xla_cpu_use_multi_output_fusion"
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for what is taken next; where there is no glibc it does nothing.
-
-    XLA takes the memory of a step anew each time. Given back to Linux in between, it comes in cleared pages of 4 KiB:
-    on CPUs a tenth to a fifth of the step (`benchmarks/README.md`). Before any thread has begun.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        # A threshold of -1 is none.
-        for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
-            mallopt(setting, value)
 
 
 def _parse(argv: list[str]) -> None:

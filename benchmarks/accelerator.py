@@ -35,7 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).with_name("accelerator_parts.py")
 # Share of the minutes. What a part leaves goes to the parts after it.
-WEIGHTS = {1: 3, 2: 13, 3: 13, 4: 4, 5: 5, 6: 7, 7: 5}
+WEIGHTS = {1: 2, 2: 16, 3: 13, 4: 3, 5: 4, 6: 8, 7: 4}
 TITLES = {
     1: "What it is",
     2: "Is it right",
@@ -52,7 +52,7 @@ QUICK_START = ["-m", "autocontext_jax.main", "--config", str(ROOT / "configs/qui
 SMALL_QUICK_START = [
     "--config.phantom.training=2", "--config.phantom.test=1", "--config.phantom.size=(24, 24, 24)",
     "--config.phantom.spacing=(12.0, 12.0, 12.0)", "--config.feed.edge=8", "--config.model.width=2",
-    "--config.model.depth=2", "--config.train.steps=2", "--config.train.checkpoint_every=2", "--config.predict.tile=16",
+    "--config.model.depth=2", "--config.levels.factors=(1.0,)", "--config.train.steps=2", "--config.train.checkpoint_every=2", "--config.predict.tile=16",
     "--config.predict.plane=32", "--config.train.validation_patches=1",
 ]  # fmt: skip
 
@@ -153,11 +153,13 @@ def _run_worker(
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read(stream=worker.stdout) -> None:
-        for line in stream:
-            lines.put(line.rstrip("\n"))
+        with stream:
+            for line in stream:
+                lines.put(line.rstrip("\n"))
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     current, finished, begun = left[0], False, time.time()
     stop = begun + box_seconds(current, parts, end) + 60  # importing JAX and finding the device take their time
     try:
@@ -191,6 +193,7 @@ def _run_worker(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
+        reader.join()
     if outcomes[current].startswith("failed: "):
         show(f"Part {current} {outcomes[current]}")
     return current

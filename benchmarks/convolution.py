@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from common import machine, median_ratio, report, side_by_side
 
-from autocontext_jax.main import keep_freed_memory, wait_for_programs
 from autocontext_jax.models import layers, onednn
+from autocontext_jax.runtime import disable_asynchronous_dispatch, keep_freed_memory
 
 # What a U-Net of width 8 to 32 has of them, finest first; the last is a deconvolution's.
 SHAPES = "3x64x8x16,3x64x16x16,3x64x32x32,3x32x32x32,3x16x128x128,3x8x512x512,3x4x512x512,1x32x64x256"
@@ -37,7 +37,7 @@ def main() -> None:
     flags = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     keep_freed_memory()
-    wait_for_programs()
+    disable_asynchronous_dispatch()
     peers = flags.peers and importlib.util.find_spec("torch") is not None
     if flags.peers and not peers:
         print("PyTorch is not installed (pip install torch): ours is measured alone")

@@ -37,12 +37,13 @@ from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
-from autocontext_jax.models.layers import compiler_options
+from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, replicated, state_sharding
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
 
 FLOOR = (hlo.FORWARD, hlo.DATA, hlo.FILTER, hlo.PRODUCT)
+BOOLEANS = {"true": True, "false": False}  # XLA refuses the words
 EDGE_STEP = 16  # what --fit edge grows by: patches must halve three times, and their quarter be even
 
 
@@ -115,7 +116,7 @@ def compile_program(flags: argparse.Namespace, devices: np.ndarray) -> tuple[Any
     platform = devices.flat[0].platform
     options: dict[str, Any] = {} if platform == "tpu" else {"xla_gpu_autotune_level": "0"}
     options |= compiler_options(platform)
-    options |= dict(option.split("=", 1) for option in flags.xla)
+    options |= {name: BOOLEANS.get(value, value) for name, value in (option.split("=", 1) for option in flags.xla)}
     return lowered.compile(compiler_options=options), elsewhere
 
 

@@ -34,8 +34,7 @@ from training_program import Calls, compile_training_step, in_turn
 from autocontext_jax.data.pipeline import Feed, FeedConfig
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import SpatialLimits
-from autocontext_jax.main import fuse_results, keep_freed_memory, wait_for_programs
-from autocontext_jax.models.layers import compiler_options
+from autocontext_jax.runtime import compiler_options, disable_asynchronous_dispatch, fuse_results, keep_freed_memory
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 from autocontext_jax.training.state import Batch, inference_model
 
@@ -57,7 +56,7 @@ def main() -> None:
     keep_freed_memory()
     if flags.dtype == "float32":
         fuse_results()
-    wait_for_programs()
+    disable_asynchronous_dispatch()
     peers = flags.peers and importlib.util.find_spec("torch") is not None
     if flags.peers and not peers:
         print("PyTorch is not installed (pip install torch): ours is measured alone")

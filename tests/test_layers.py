@@ -10,7 +10,7 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
-    "errors", "files", "processes", "geometry",
+    "errors", "files", "processes", "runtime", "geometry",
     "data/headers", "data/scans",
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/preparation", "data/sampling",
     "data/augment",
@@ -86,7 +86,8 @@ def test_packages_import_nothing():
 
 
 @pytest.mark.parametrize(
-    ("library", "places"), [("SimpleITK", {"data/scans"}), ("ml_collections", {"jobs/*", "main"}), ("absl", {"main"})]
+    ("library", "places"),
+    [("SimpleITK", {"data/scans"}), ("ml_collections", {"jobs/*", "main"}), ("absl", {"runtime", "main"})],
 )
 def test_a_library_stays_in_its_place(library, places):
     users = {group(name) for name in MODULES if library in outside(name)}

@@ -188,9 +188,9 @@ def test_freed_memory_is_kept(kept):
     code = """if True:
         import resource
         import sys
-        from autocontext_jax import main
+        from autocontext_jax import runtime
         if sys.argv[1] == "True":
-            main.keep_freed_memory()
+            runtime.keep_freed_memory()
         faults = [0]
         for _ in range(3):
             bytearray(2**31 + 2**26)  # more than any threshold that glibc takes

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from autocontext_jax.geometry import SpatialLimits, Triple, halving, patch_shape, turning_axes
+from autocontext_jax.runtime import compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ def make_augment(
     intensity: IntensityLimits,
     rank: int = 3,
     sharding: jax.sharding.Sharding | None = None,
+    *,
+    deterministic: bool = False,
 ) -> Augment:
     """The augmentation of a batch, jitted.
 
@@ -55,6 +58,7 @@ def make_augment(
       intensity: see there.
       rank: 3 or 2; of rank 2 a patch is [1, N, N] in place of the [N, N, N] below.
       sharding: of the result's axes [B, N] over devices; None leaves it to the compiler.
+      deterministic: see `runtime.compiler_options`.
 
     Returns:
       augment(key, numbers, spacing, images, labels) -> (images, labels), where
@@ -103,7 +107,8 @@ def make_augment(
     def move(key, numbers, *arrays):
         return jax.vmap(move_sample)(sample_keys(key, numbers), *arrays)
 
-    draw, move = (jax.jit(program, out_shardings=sharding) for program in (draw, move))
+    options = compiler_options(jax.default_backend(), deterministic=deterministic)
+    draw, move = (jax.jit(program, out_shardings=sharding, compiler_options=options) for program in (draw, move))
 
     def augment(key, numbers, spacing, images, labels):
         # Two programs: in one, XLA works each voxel's position out anew for each of the nine reads that need it.

@@ -59,16 +59,31 @@ class Feed:
       config: see there.
       seed: of the whole sequence.
       sharding: of the patches' first axes, [B, D], over devices. Crops are split along B alone.
+      deterministic: see `runtime.compiler_options`.
     """
 
-    def __init__(self, cases: Sequence[PreparedCase], config: FeedConfig, *, seed: int, sharding: NamedSharding):
+    def __init__(
+        self,
+        cases: Sequence[PreparedCase],
+        config: FeedConfig,
+        *,
+        seed: int,
+        sharding: NamedSharding,
+        deterministic: bool = False,
+    ):
         spacings = [case.spacing for case in cases]
         margins: Margins = crop_margins(config.edge, len(cases[0].shapes), spacings, config.spatial, config.rank)
         if config.levels:
             margins = tuple(m if level in config.levels else None for level, m in enumerate(margins, start=1))
         self._key = jax.random.key(seed)
         self._augment: Augment = make_augment(
-            config.edge, margins, config.spatial, config.intensity, config.rank, sharding
+            config.edge,
+            margins,
+            config.spatial,
+            config.intensity,
+            config.rank,
+            sharding,
+            deterministic=deterministic,
         )
         self._batch = config.batch
         self._sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))

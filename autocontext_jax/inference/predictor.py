@@ -28,8 +28,8 @@ from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.geometry import Triple, halving, level_shape
 from autocontext_jax.inference.masks import MaskWriter, native_masks
 from autocontext_jax.inference.tiling import SLICES, Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles
-from autocontext_jax.models.layers import compiler_options
 from autocontext_jax.models.pyramid import Pyramid
+from autocontext_jax.runtime import compiler_options
 
 Chunks = Iterator[tuple[int, jax.Array]]  # z of the first plane in level voxels, [stride, canvas y, canvas x, K]
 

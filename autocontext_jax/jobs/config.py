@@ -36,7 +36,7 @@ BACKBONES: dict[str, type] = {"unet": UNet, "residual_unet": ResidualUNet, "fcn"
 # parameters' shapes nor the sequence of batches.
 FREE = ("data.root", "data.prepared", "data.workers", "data.cache_mib", "feed.threads", "feed.ahead",
         "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "predict.", "evaluate.",
-        "experiment", "mesh.", "train.non_finite")  # fmt: skip
+        "experiment", "mesh.", "train.non_finite", "train.deterministic")  # fmt: skip
 
 
 def default_config() -> ConfigDict:
@@ -92,6 +92,9 @@ def default_config() -> ConfigDict:
     # What follows a loss or gradient that is not finite: `stop`, with its cases named and all that was saved kept, or
     # `skip`, which goes on without that step.
     config.train.non_finite = "stop"
+    # Whether a run that goes on from a checkpoint repeats the very bits on GPUs too, where XLA otherwise times several
+    # algorithms and takes the fastest. CPUs and TPUs repeat them anyway. On until its price has been measured.
+    config.train.deterministic = True
     config.train.log_every = 10
     # Validation and checkpoint together; the newest `keep` checkpoints and the best are kept.
     config.train.checkpoint_every = 500

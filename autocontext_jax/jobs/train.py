@@ -109,7 +109,8 @@ def _train_phase(
         [PreparedCase.open(data.store, case.name, cache_bytes) for case in cases]
         for cases in (data.training, data.validation)
     )
-    feed = Feed(training, configuration.feed(config, phase), seed=config.seed, sharding=batch_sharding(mesh))
+    exact = {"deterministic": config.train.deterministic}
+    feed = Feed(training, configuration.feed(config, phase), seed=config.seed, sharding=batch_sharding(mesh), **exact)
     held_out = validation_batches(validation, config, phase)
 
     # ---- model, optimiser, steps
@@ -128,10 +129,10 @@ def _train_phase(
     everywhere = replicated(mesh)
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)
-    train_step = make_train_step(graph, optimizer, loss, learning, sharding=(placement, everywhere))
-    frozen_norm_step = make_train_step(frozen_graph, optimizer, loss, learning, sharding=(placement, everywhere))
+    train_step = make_train_step(graph, optimizer, loss, learning, (placement, everywhere), **exact)
+    frozen_norm_step = make_train_step(frozen_graph, optimizer, loss, learning, (placement, everywhere), **exact)
     frozen_norm_after = end - round(config.train.frozen_norm * config.train.steps)
-    validation_step = make_validation_step(graph, loss, sharding=everywhere)
+    validation_step = make_validation_step(graph, loss, everywhere, **exact)
 
     # ---- restore
     if first > start:

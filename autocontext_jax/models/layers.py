@@ -23,22 +23,6 @@ from autocontext_jax.models import onednn
 EPSILON = 1e-5
 
 
-def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str, bool]:
-    """The options of XLA for programs of these layers, for `jax.jit` or `compile`.
-
-    Args:
-      platform: of the devices, such as `jax.default_backend()` gives it.
-      deterministic: whether the same inputs must give the same bits in every run. On GPUs XLA then uses no operation
-        that adds up in a random order, and chooses algorithms by rule, not by timing. Programs for CPUs and TPUs are
-        deterministic anyway.
-    """
-    if platform not in ("gpu", "cuda"):
-        return {}
-    # Otherwise XLA puts channels first for 3D convolutions, which costs transposes around them and inside cuDNN.
-    options = {"xla_gpu_force_conv_nhwc": True}
-    return options | {"xla_gpu_deterministic_ops": True} if deterministic else options
-
-
 def direct_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """XLA's own 3D convolution, zero-padded to the same size.
 

@@ -17,7 +17,8 @@ class NetworkConfig:
       depth: resolution levels inside the network; 4 in the paper. A patch edge must divide by 2^(depth - 1).
       norm: `batch` or `none`; without it the 3^3 convolutions have a bias.
       momentum: of the running averages that inference uses.
-      dtype: compute type of activations; parameters, statistics, softmax and loss stay float32.
+      dtype: compute type of activations; parameters, statistics, softmax and loss stay float32. Accelerators multiply
+        `float32` in a shorter type unless JAX_DEFAULT_MATMUL_PRECISION is `highest`: TF32 on GPUs, bfloat16 on TPUs.
       rank: 3, or 2 for flat kernels: 3^2 where 3^3 is written, 2^2 where 2^3 is.
     """
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from autocontext_jax.models.layers import compiler_options
 from autocontext_jax.models.pyramid import Pyramid
+from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.losses import LossConfig, overlap_counts, total_loss
 
 
@@ -131,12 +131,12 @@ def make_train_step(
 
 
 def make_validation_step(
-    graph: nnx.GraphDef, loss: LossConfig, sharding: Any = None
+    graph: nnx.GraphDef, loss: LossConfig, sharding: Any = None, *, deterministic: bool = False
 ) -> Callable[[TrainState, Batch], tuple[Metrics, tuple[jax.Array, ...]]]:
     """Forward pass with the running averages; the state stays as it is.
 
     Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8.
-    `sharding` is that of both.
+    `sharding` is that of both; `deterministic` is that of `compiler_options`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[Metrics, tuple[jax.Array, ...]]:
@@ -145,7 +145,8 @@ def make_validation_step(
         slices = tuple(jnp.argmax(level[:, level.shape[1] // 2], axis=-1).astype(jnp.uint8) for level in logits)
         return Metrics(total, losses, _counts(logits, batch), jnp.zeros(())), slices
 
-    return jax.jit(step, out_shardings=sharding, compiler_options=compiler_options(jax.default_backend()))
+    options = compiler_options(jax.default_backend(), deterministic=deterministic)
+    return jax.jit(step, out_shardings=sharding, compiler_options=options)
 
 
 def inference_model(graph: nnx.GraphDef, params: Any, statistics: Any) -> Pyramid:

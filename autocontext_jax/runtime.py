@@ -1,0 +1,105 @@
+"""Every setting of the whole process, and of XLA's compiler, each with its reason.
+
+Nothing here imports JAX before it must: worker processes that prepare scans import this module too.
+"""
+
+import ctypes
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+
+from absl import logging as absl_logging
+
+# Settings of glibc's `mallopt`, from `malloc.h`.
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+
+
+def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str, bool]:
+    """The options of XLA for programs of these layers, for `jax.jit` or `compile`.
+
+    Args:
+      platform: of the devices, such as `jax.default_backend()` gives it.
+      deterministic: whether the same inputs must give the same bits in every run. On GPUs XLA then uses no operation
+        that adds up in a random order, and chooses algorithms by rule, not by timing. Programs for CPUs and TPUs are
+        deterministic anyway.
+    """
+    if platform not in ("gpu", "cuda"):
+        return {}
+    # Otherwise XLA puts channels first for 3D convolutions, which costs transposes around them and inside cuDNN.
+    options = {"xla_gpu_force_conv_nhwc": True}
+    return options | {"xla_gpu_deterministic_ops": True} if deterministic else options
+
+
+def log_plainly() -> None:
+    """Shows our own messages on standard error, and those of libraries from warnings up.
+
+    Without this orbax logs every stage of every save.
+    """
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    # Errors in orbax's threads, such as a full disk, are logged with a traceback and raised again where we handle them.
+    absl_logging.get_absl_logger().addFilter(lambda record: record.exc_info is None)
+    sys.unraisablehook = _show_unraisable
+    ours = logging.getLogger("autocontext_jax")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    ours.addHandler(logging.StreamHandler(sys.stderr))
+
+
+def _show_unraisable(what: "sys.UnraisableHookArgs") -> None:
+    """Shows exceptions that no caller can catch, except those of reads and writes that orbax abandons."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache, so that a second run of the same shapes compiles nothing.
+
+    For accelerators alone: CPU programs compile in seconds. With them JAX keeps XLA's choices of algorithms.
+    JAX_COMPILATION_CACHE_DIR names another folder; empty, nothing is kept.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocontext_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def disable_asynchronous_dispatch() -> None:
+    """Disables asynchronous dispatch on the CPU: a call of a program returns when it has been computed.
+
+    oneDNN is called through Python. A program that still ran while Python exits, as after an error, would wait for
+    Python's lock for ever. Reading and writing have threads of their own, so nothing else waits.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def fuse_results() -> None:
+    """Lets XLA on the CPU fuse operations with several results; must be called before the first program.
+
+    A float32 training step then takes 0.87 to 0.94 times as long: Adam and the gradients of normalisation are faster.
+    In bfloat16 it would keep float32 copies of activations, and a step would take up to 1.1 times as long
+    (benchmarks/README.md). On accelerators XLA does this anyway.
+    If XLA_FLAGS already holds `--xla_backend_extra_options`, the user's value stays and nothing is added.
+    """
+    # XLA does not accept it as an option of a single compilation.
+    option, given = "--xla_backend_extra_options", os.environ.get("XLA_FLAGS", "")
+    if option not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {option}=xla_cpu_use_multi_output_fusion"
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory for the next allocation; without glibc it does nothing.
+
+    XLA allocates the memory of a step anew each time. If it is returned to Linux in between, Linux must clear every
+    page of 4 KiB again: on CPUs a tenth to a fifth of the step (`benchmarks/README.md`). Must be called before any
+    thread has started.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        # A threshold of -1 means never to trim.
+        for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
+            mallopt(setting, value)
