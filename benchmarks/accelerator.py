@@ -52,8 +52,9 @@ QUICK_START = ["-m", "autocontext_jax.main", "--config", str(ROOT / "configs/qui
 SMALL_QUICK_START = [
     "--config.phantom.training=2", "--config.phantom.test=1", "--config.phantom.size=(24, 24, 24)",
     "--config.phantom.spacing=(12.0, 12.0, 12.0)", "--config.feed.edge=8", "--config.model.width=2",
-    "--config.model.depth=2", "--config.levels.factors=(1.0,)", "--config.train.steps=2", "--config.train.checkpoint_every=2", "--config.predict.tile=16",
-    "--config.predict.plane=32", "--config.train.validation_patches=1",
+    "--config.model.depth=2", "--config.levels.factors=(1.0,)", "--config.train.steps=2",
+    "--config.train.checkpoint_every=2", "--config.predict.tile=16", "--config.predict.plane=32",
+    "--config.train.validation_patches=1",
 ]  # fmt: skip
 
 
