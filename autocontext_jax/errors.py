@@ -1,14 +1,35 @@
-"""The one kind of error that is the user's to mend, not ours."""
+"""The user's mistakes, told in one line; every other exception is a bug and keeps its traceback."""
+
+from typing import Any
 
 
 class UserError(Exception):
     """A mistake in the data, the configuration or the command line.
 
-    Its message is one line: what is wrong, where, the value found, the value wanted, what to do. `main.py` prints that
-    line on standard error and ends with status 2; every other exception is a bug and keeps its traceback.
+    Its message is one line: what is wrong, where, the value found, the value expected, what to do. `main.py` prints
+    that line on standard error and ends with status 2.
     """
 
     def __init__(self, message: str):
         # What it quotes may come from a broken file: a line end in a name must not make two lines of it.
         line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
         super().__init__(line if len(line) <= 4000 else f"{line[:4000]} …")
+
+
+class InvalidField(ValueError):
+    """A field of a section of the configuration has a value that it cannot have.
+
+    Attributes:
+      field: its name within the section.
+      expected: what it should have been.
+    """
+
+    def __init__(self, section: Any, field: str, expected: str):
+        self.field, self.found, self.expected = field, getattr(section, field), expected
+        super().__init__(f"{type(section).__name__}.{field} is {self.found!r}; expected {expected}")
+
+
+def require(holds: bool, section: Any, field: str, expected: str) -> None:
+    """Raises `InvalidField` unless the condition on a section's field holds."""
+    if not holds:
+        raise InvalidField(section, field, expected)

@@ -3,10 +3,11 @@
 python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/quickstart
     [--mode all|prepare|train|evaluate|predict|report] [--input SCAN_OR_FOLDER --output PATH] [--config.key=value ...]
     [--distributed | --coordinator HOST:PORT --processes N --process I]
+
+With --mode evaluate, predict and report --workdir is enough: the run folder knows its configuration.
 """
 
-import contextlib
-import logging
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,104 +18,72 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run: checkpoints, logs, predictions, tables.")
+WORKDIR = flags.DEFINE_string("workdir", "", "The run folder: checkpoints, logs, predictions, tables.")
 MODE = flags.DEFINE_enum("mode", "all", ["all", "prepare", "train", "evaluate", "predict", "report"], "What to do.")
 INPUT = flags.DEFINE_string("input", "", "With --mode predict: a scan, a DICOM folder or a folder of scans.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as SLURM, Kubernetes, ... say.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 where nothing else says it.")
+OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, found through SLURM, Kubernetes, ...")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where --distributed cannot find it.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "With --coordinator: how many there are.")
 PROCESS = flags.DEFINE_integer("process", 0, "With --coordinator: which one this is, from 0.")
-OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
-
-
-def run() -> bool:
-    """Runs the job that the flags name; False if some of many scans failed."""
-    # Worker processes import this module again; what follows is slow to import and is not theirs.
-    from autocontext_jax import processes
-    from autocontext_jax.jobs.evaluate import evaluate, evaluate_elsewhere, held_out
-    from autocontext_jax.jobs.experiment import experiment
-    from autocontext_jax.jobs.lock import locked
-    from autocontext_jax.jobs.predict import predict
-    from autocontext_jax.jobs.prepare import describe, prepare
-    from autocontext_jax.jobs.train import train
-
-    config, workdir, mode = CONFIG.value, Path(WORKDIR.value).expanduser(), MODE.value
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}): choose another folder") from None
-    if mode == "predict":
-        return predict(config, workdir, Path(INPUT.value), Path(OUTPUT.value))
-    with locked(workdir) if processes.is_first() else contextlib.nullcontext():
-        if mode == "all" and config.experiment:
-            return experiment(config, workdir)
-        if mode == "report":
-            from autocontext_jax.jobs.report import report  # needs plotly and others that nothing else does
-
-            report(config, workdir)
-            return True
-        if mode == "evaluate" and config.evaluate.root:
-            return evaluate_elsewhere(config, workdir)
-        data = describe(config, workdir) if mode == "evaluate" else prepare(config, workdir)
-        if mode in ("all", "train") and not train(config, workdir, data):
-            return True  # a signal ended it; what was done is saved
-        if mode == "all" and not held_out(data):
-            logging.getLogger("autocontext_jax").warning("every case was trained on: nothing is left to evaluate")
-            return True
-        return mode not in ("all", "evaluate") or evaluate(config, workdir, data)
 
 
 def main(argv: list[str]) -> int:
     """Parses the command line and runs; returns the exit status: 0, 1 (some scans failed) or 2 (the user's mistake)."""
     try:
         _parse(argv)
-        runtime.log_plainly()
-        if MODE.value in ("all", "train"):
-            runtime.keep_freed_memory()
-        # Worker processes import this module again; this is slow to import and not theirs.
-        from autocontext_jax.jobs.checks import check
+        # Worker processes import this module again; this is slow to import, and they do not need it.
+        from autocontext_jax.jobs.config import from_config_dict
 
-        check(CONFIG.value)
-        if CONFIG.value.model.dtype == "float32":
-            runtime.fuse_results()
-        runtime.disable_asynchronous_dispatch()
-        _start_processes()
-        runtime.keep_compiled_programs()
-        return 0 if run() else 1
+        config = from_config_dict(CONFIG.value)
+        runtime.set_up(training=MODE.value in ("all", "train"), dtype=config.model.dtype)
+        runtime.join_processes(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        from autocontext_jax.jobs.run import run
+
+        workdir = Path(WORKDIR.value).expanduser()
+        return 0 if run(MODE.value, config, workdir, Path(INPUT.value), Path(OUTPUT.value)) else 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _start_processes() -> None:
-    if not (DISTRIBUTED.value or COORDINATOR.value):
-        return
-    from autocontext_jax import processes
-
-    try:
-        processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"process {PROCESS.value} of {PROCESSES.value} cannot join the others ({' '.join(str(error).split())[:200]}"
-            "): see that all are started and that --coordinator HOST:PORT can be reached; name it if nothing else does"
-        ) from error
-    if not processes.is_first():
-        logging.getLogger("autocontext_jax").setLevel(logging.ERROR)  # the first one speaks for all
-
-
 def _parse(argv: list[str]) -> None:
+    """Reads the flags; without --config, the modes that only look at a run take its own configuration.
+
+    Raises:
+      UserError: a flag, or the config file.
+    """
     try:
+        files = [argument.partition("=")[2] or value for argument, value in itertools.pairwise([*argv, ""])
+                 if argument.partition("=")[0] in ("--config", "-config")]  # fmt: skip
+        # Config files import others that lie beside them.
+        sys.path += [str(Path(file).absolute().parent) for file in files]
+        if not files:
+            argv = _with_saved_config(argv)
         rest = flags.FLAGS(argv)[1:]
         if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}; wanted only --flags")
-        if CONFIG.value is None or not WORKDIR.value:
-            raise UserError("--config FILE and --workdir FOLDER are both wanted")
+            raise UserError(f"unexpected argument {rest[0]!r}; expected only --flags")
+        if not WORKDIR.value or CONFIG.value is None:
+            raise UserError("expected --workdir FOLDER, and --config FILE unless the run in that folder is only used")
         if MODE.value == "predict" and not (INPUT.value and OUTPUT.value):
-            raise UserError("--mode predict wants --input SCAN_OR_FOLDER and --output PATH")
+            raise UserError("--mode predict requires --input SCAN_OR_FOLDER and --output PATH")
         CONFIG.value.to_dict()  # a file that could not be loaded says so only when it is used
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, SyntaxError, MemoryError) as error:
         # MemoryError: so many brackets that Python's parser gives up.
         raise UserError(f"command line: {' '.join(str(error).split())}") from error
+
+
+def _with_saved_config(argv: list[str]) -> list[str]:
+    """Adds the run folder's own configuration as --config, for the modes that only use a run."""
+    from autocontext_jax.jobs import saved_config
+
+    flags.FLAGS([argv[0], *(argument for argument in argv[1:] if not argument.startswith("--config."))])
+    workdir, mode = WORKDIR.value, MODE.value
+    flags.FLAGS.unparse_flags()
+    if not workdir or mode not in ("evaluate", "predict", "report"):
+        return argv
+    saved_config.get_config(workdir)  # one line if it cannot be read
+    return [argv[0], f"--config={saved_config.__file__}:{workdir}", *argv[1:]]
 
 
 if __name__ == "__main__":

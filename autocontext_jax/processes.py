@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -10,9 +10,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from autocontext_jax.errors import UserError
+
 Item = TypeVar("Item")
 
-# Seconds that processes wait for each other where the work between is uneven: preparing, evaluating.
+# Seconds that processes wait for each other where their shares of work differ: preparing, evaluating.
 PATIENCE = 24 * 3600
 
 
@@ -49,13 +51,40 @@ def mine(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def wait(name: str) -> None:
-    """Until every process is here; each `name` once."""
+    """Waits until every process has come to the point of this name; each name may be used once."""
     if jax.process_count() > 1:
         multihost.sync_global_processes(name, timeout=PATIENCE, processes=set(range(jax.process_count())))
 
 
+def agree(action: Callable[[], Item]) -> Item:
+    """Does something in every process; if one meets a user's mistake, all raise it, and none waits for it in vain.
+
+    Raises:
+      UserError: that of the first process that met one.
+    """
+    found, error = None, ""
+    try:
+        found = action()
+    except UserError as mistake:
+        if jax.process_count() == 1:
+            raise
+        error = str(mistake)
+    if errors := [message for message in gather(error) if message]:
+        raise UserError(errors[0])
+    return found  # type: ignore[return-value] # no process raised
+
+
+def first_does(action: Callable[[], None]) -> None:
+    """Does something in the first process while the others wait for it; its mistake is raised in all.
+
+    Raises:
+      UserError: that of the first process.
+    """
+    agree(action if is_first() else lambda: None)
+
+
 def gather(value: Any) -> list[Any]:
-    """What each process gives, in their order, to every process; values must be JSON."""
+    """The values of all processes, in their order, in every process; values must be JSON."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -3,14 +3,18 @@
 Nothing here imports JAX before it must: worker processes that prepare scans import this module too.
 """
 
+import contextlib
 import ctypes
 import logging
+import math
 import os
 import platform
 import sys
 from pathlib import Path
 
 from absl import logging as absl_logging
+
+from autocontext_jax.errors import UserError
 
 # Settings of glibc's `mallopt`, from `malloc.h`.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -32,6 +36,42 @@ def compiler_options(platform: str, *, deterministic: bool = False) -> dict[str,
     return options | {"xla_gpu_deterministic_ops": True} if deterministic else options
 
 
+def set_up(*, training: bool, dtype: str) -> None:
+    """Everything that a job on the command line sets; before the first program runs and any thread has started.
+
+    Args:
+      training: whether the job trains.
+      dtype: of the network's computations.
+    """
+    log_plainly()
+    if training:
+        keep_freed_memory()
+    if dtype == "float32":
+        fuse_results()
+    disable_asynchronous_dispatch()
+
+
+def join_processes(distributed: bool, coordinator: str, count: int, index: int) -> None:
+    """Makes this process one of several where the flags say so; then keeps compiled programs.
+
+    Raises:
+      UserError: it cannot join the others.
+    """
+    if distributed or coordinator:
+        from autocontext_jax import processes
+
+        try:
+            processes.start(coordinator, count, index)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"process {index} of {count} cannot join the others ({' '.join(str(error).split())[:200]}): see that "
+                "all are started and that --coordinator HOST:PORT can be reached; name it if nothing else does"
+            ) from error
+        if not processes.is_first():
+            logging.getLogger("autocontext_jax").setLevel(logging.ERROR)  # the first one speaks for all
+    keep_compiled_programs()
+
+
 def log_plainly() -> None:
     """Shows our own messages on standard error, and those of libraries from warnings up.
 
@@ -39,7 +79,10 @@ def log_plainly() -> None:
     """
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Errors in orbax's threads, such as a full disk, are logged with a traceback and raised again where we handle them.
-    absl_logging.get_absl_logger().addFilter(lambda record: record.exc_info is None)
+    # It also warns of every checkpoint directory that is opened for reading only, which is meant.
+    absl_logging.get_absl_logger().addFilter(
+        lambda record: record.exc_info is None and "directory is read only" not in record.getMessage()
+    )
     sys.unraisablehook = _show_unraisable
     ours = logging.getLogger("autocontext_jax")
     ours.setLevel(logging.INFO)
@@ -51,6 +94,22 @@ def _show_unraisable(what: "sys.UnraisableHookArgs") -> None:
     """Shows exceptions that no caller can catch, except those of reads and writes that orbax abandons."""
     if str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
+
+
+def available_cpus() -> int:
+    """Processors that this process may use: by its affinity, and by the quota of its control group (containers)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = []
+    with contextlib.suppress(OSError, ValueError):
+        limit, of = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        quotas.append(float(limit) / float(of))  # a ValueError if the limit is "max"
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path("/sys/fs/cgroup/cpu")
+        quota, period = (
+            float((folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
+        )
+        quotas.append(quota / period)
+    return max(1, min([count, *(math.ceil(quota) for quota in quotas if quota > 0)]))
 
 
 def keep_compiled_programs() -> None:

@@ -48,9 +48,9 @@ def against_the_cpu(*, width: int, depth: int, edge: int, batch: int, classes: i
         graph, step = steps[dtype]
         with jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext():
             after, metrics = step(state, batch)
-            logits = inference_model(graph, state.params, state.statistics)(batch.images)
+            logits = inference_model(graph, state.params, state.batch_stats)(batch.images)
         maps = tuple(jax.nn.softmax(level) for level in logits)
-        results = {"loss": metrics.loss, "gradients": after.optimizer, "running averages": after.statistics}
+        results = {"loss": metrics.loss, "gradients": after.optimizer, "running averages": after.batch_stats}
         return results | {"maps": maps}
 
     def both(states, batch):

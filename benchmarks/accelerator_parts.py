@@ -30,13 +30,13 @@ from flax import nnx
 from kernel_times import Profile, profiled
 from training_program import TrainingProgram, compile_training_step, in_turn
 
+from autocontext_jax.data.augmentation import SpatialRanges
+from autocontext_jax.data.loader import Loader, LoaderConfig
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
-from autocontext_jax.data.pipeline import Feed, FeedConfig
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.data.store.writer import write_case
-from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
 from autocontext_jax.runtime import disable_asynchronous_dispatch
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
@@ -310,15 +310,16 @@ def does_the_loader_keep_up(session: Session) -> None:
     cases = []
     for number in range(count):
         voxels, label = make_phantom(np.random.default_rng([0, number]), size=size, spacing=spacing)
-        write_case(store, f"phantom_{number}", voxels, label, spacing, LevelGrids((2, 1)), ("background", *ORGANS))
+        write_case(store, f"phantom_{number}", voxels, label, spacing, LevelGrids((2.0, 1.0)), ("background", *ORGANS))
         cases.append(PreparedCase.open(store, f"phantom_{number}", 2**28))
     program = session.program("bfloat16", sizes.batch)
-    config = FeedConfig(batch=sizes.batch, edge=sizes.edge, spatial=SpatialLimits())
-    feed = Feed(cases, config, seed=0, sharding=batch_sharding(make_mesh(sizes.batch)))
-    batches = iter(feed)
+    config = LoaderConfig(batch_size=sizes.batch, patch_size=sizes.edge)
+    sharding = batch_sharding(make_mesh(sizes.batch))
+    loader = Loader(cases, config, seed=0, sharding=sharding, spatial=SpatialRanges())
+    batches = iter(loader)
     calls = {"synthetic": program.step, "fed": lambda: program.step(Batch(*next(batches)))}
-    seconds = in_turn(calls, steps=2 * sizes.steps, lead_in=config.ahead, rounds=3)
-    feed.close()
+    seconds = in_turn(calls, steps=2 * sizes.steps, lead_in=config.prefetch, rounds=3)
+    loader.close()
     rates = {name: sizes.batch / float(np.median(times)) for name, times in seconds.items()}
     row = {f"patches/s, {name}": rate for name, rate in rates.items()}
     table("Fed by the loader", [row | {"fed over synthetic": 1 / median_ratio(seconds["synthetic"], seconds["fed"])}])

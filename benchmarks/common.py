@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.models.network import NetworkConfig
@@ -24,7 +25,7 @@ from autocontext_jax.models.unet import UNet
 
 def make_pyramid(*, levels: int, classes: int, width: int, depth: int = 4, dtype: str = "float32") -> Pyramid:
     """The pyramid of 3D U-Nets that the jobs train, with fresh parameters."""
-    network = NetworkConfig(width=width, depth=depth, dtype=dtype)
+    network = NetworkConfig(base_channels=width, depth=depth, dtype=dtype)
     config = PyramidConfig(levels=levels, classes=classes)
     return Pyramid(config, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(0))
 
@@ -32,17 +33,16 @@ def make_pyramid(*, levels: int, classes: int, width: int, depth: int = 4, dtype
 def prepared_cases(data: str, factors: tuple[float, ...], folder: Path) -> list[PreparedCase]:
     """The cases of a prepared store; a data set's folder, or `phantoms`, is prepared in `folder` first."""
     # Here, as it needs SimpleITK, which not every machine with an accelerator has.
-    from autocontext_jax.jobs.config import default_config
+    from autocontext_jax.data.phantom.dataset import PhantomConfig
     from autocontext_jax.jobs.prepare import prepare
+    from autocontext_jax.jobs.run_config import DataConfig, RunConfig
 
-    config = default_config()
-    config.levels.factors = factors
+    levels = LevelGrids(tuple(map(float, factors)))
     if data == "phantoms":
-        config.phantom.update({"training": 4, "test": 0, "size": (128, 192, 192), "spacing": (3.0, 2.0, 2.0)})
-        data = prepare(config, folder).store
+        phantoms = PhantomConfig(training=4, size=(128, 192, 192), spacing=(3.0, 2.0, 2.0))
+        data = prepare(RunConfig(levels=levels, phantom=phantoms), folder).store
     elif (Path(data) / "dataset.json").exists():
-        config.data.root = data
-        data = prepare(config, folder).store
+        data = prepare(RunConfig(levels=levels, data=DataConfig(root=data)), folder).store
     names = sorted(path.name.removesuffix(".ome.zarr") for path in Path(data).glob("*.ome.zarr"))
     return [PreparedCase.open(data, name, 2**28) for name in names]
 

@@ -17,11 +17,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SMALL = (
     "--config.phantom.training=3", "--config.phantom.test=1", "--config.phantom.size=(24, 24, 24)",
-    "--config.phantom.spacing=(12.0, 12.0, 12.0)", "--config.feed.edge=8", "--config.feed.batch=1",
-    "--config.model.width=2", "--config.model.depth=1", "--config.train.steps=12",
+    "--config.phantom.spacing=(12.0, 12.0, 12.0)", "--config.loader.patch_size=8", "--config.loader.batch_size=1",
+    "--config.model.base_channels=2", "--config.model.depth=1", "--config.train.steps=12",
     "--config.train.checkpoint_every=4", "--config.train.log_every=1", "--config.train.keep=3",
     "--config.train.validation_patches=2", "--config.predict.tile=16", "--config.predict.plane=24",
-    "--config.predict.checkpoint=latest", "--config.spatial.elastic_sigma=0.0",
+    "--config.predict.checkpoint=latest", "--config.augmentation.elastic_sigma=0.0",
 )  # fmt: skip
 STEPS, TEST = (4, 8, 12), "phantom_003"
 SECONDS = 120  # a job that takes longer hangs

@@ -32,15 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 from common import machine, median_ratio, prepared_cases, report, side_by_side
 
-from autocontext_jax.data.augment import IntensityLimits, make_augment
+from autocontext_jax.data.augment import make_augment
+from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.loader import Loader, LoaderConfig, case_margins, host_batches, largest_margins, read_batch
 from autocontext_jax.data.phantom.dataset import write_dataset
-from autocontext_jax.data.pipeline import Feed, FeedConfig, host_batches, read_batch
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import SpatialLimits, crop_margins, pyramid_starts
+from autocontext_jax.geometry import pyramid_starts
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 
 PEERS = ("batchgeneratorsv2", "monai", "torchio")
-LIMITS = SpatialLimits()
+RANGES = SpatialRanges()
 
 Arrays = tuple[np.ndarray, ...]  # [1, D, H, W] of each level, coarsest first
 
@@ -70,9 +71,9 @@ def main() -> None:
         cached = prepared_cases(data, tuple(flags.factors), Path(folder))
         cases = [dataclasses.replace(case, cache_bytes=0) for case in cached]
         sizes = flags.edge, flags.batch, flags.batches
-        rows = measure_feed(cases, *sizes, "") + measure_feed(cached, *sizes, ", cached")
-        margins = crop_margins(flags.edge, len(flags.factors), [(1.0,) * 3], LIMITS)
-        pair = read_batch([draw_centre(cases, np.random.default_rng(0))], flags.edge, margins)
+        rows = measure_loader(cases, *sizes, "") + measure_loader(cached, *sizes, ", cached")
+        margins = crop_margins(flags.edge, len(flags.factors), (1.0, 1.0, 1.0), RANGES)
+        pair = read_batch([(*draw_centre(cases, np.random.default_rng(0)), margins)], flags.edge, margins)
 
     images, labels = pair["images"], pair["labels"]
     calls = {"augment, pyramid": ours(flags.edge, images, labels)}
@@ -107,13 +108,14 @@ def row(part: str, seconds: Sequence[float], cpu: float | None = None) -> dict[s
     }
 
 
-def measure_feed(cases: list[PreparedCase], edge: int, batch: int, batches: int, about: str) -> list[dict[str, Any]]:
+def measure_loader(cases: list[PreparedCase], edge: int, batch: int, batches: int, about: str) -> list[dict[str, Any]]:
     """Lines of the table for the host part, the whole feed, and the read of a crop of each level."""
-    margins = crop_margins(edge, len(cases[0].shapes), [case.spacing for case in cases], LIMITS)
-    config = FeedConfig(batch=batch, edge=edge, spatial=LIMITS)
+    every = [case_margins(case, edge, RANGES) for case in cases]
+    margins = largest_margins(every)
+    config = LoaderConfig(batch_size=batch, patch_size=edge)
     sources: dict[str, Callable[[], Any]] = {
-        "host": lambda: host_batches(cases, config, margins, seed=0),
-        "feed": lambda: Feed(cases, config, seed=0, sharding=batch_sharding(make_mesh(batch))),
+        "host": lambda: host_batches(cases, config, every, seed=0),
+        "feed": lambda: Loader(cases, config, seed=0, sharding=batch_sharding(make_mesh(batch)), spatial=RANGES),
     }
     rows = []
     for part, make in sources.items():
@@ -125,7 +127,7 @@ def measure_feed(cases: list[PreparedCase], edge: int, batch: int, batches: int,
     rng = np.random.default_rng(0)
     for level, margin in enumerate(margins, start=1):
 
-        def read(level: int = level, margin: tuple[int, int, int] = margin) -> None:
+        def read(level: int = level, margin: tuple[int, int, int] = margin or (0, 0, 0)) -> None:
             case, centre = draw_centre(cases, rng)
             z, y, x = np.subtract(pyramid_starts(centre, edge, len(margins))[level - 1], margin).tolist()
             depth, height, width = (edge + 2 * m for m in margin)
@@ -137,7 +139,7 @@ def measure_feed(cases: list[PreparedCase], edge: int, batch: int, batches: int,
 
 def timed(call: Callable[[], Any], count: int) -> tuple[list[float], float]:
     """Seconds of each call and CPU seconds of all threads a call, after what was read ahead has been used up."""
-    for _ in range(FeedConfig.ahead + 1):
+    for _ in range(LoaderConfig.prefetch + 1):
         jax.block_until_ready(call())
     seconds, cpu = [], time.process_time()
     for _ in range(count):
@@ -156,7 +158,7 @@ def draw_centre(cases: list[PreparedCase], rng: np.random.Generator) -> tuple[Pr
 def ours(edge: int, images: Arrays, labels: Arrays) -> Callable[[], Any]:
     """The jitted augmentation of a batch of one: a pyramid patch, or its finest level alone."""
     margins = tuple(tuple((size - edge) // 2 for size in image.shape[1:]) for image in images)
-    augment = make_augment(edge, margins, LIMITS, IntensityLimits())
+    augment = make_augment(edge, margins, RANGES, IntensityRanges())
     arrays = [tuple(map(jnp.asarray, level)) for level in (images, labels)]
     key, number, spacings = jax.random.key(0), jnp.zeros(1, jnp.uint32), jnp.ones((1, 3))
     return lambda: augment(key, number, spacings, *arrays)
@@ -168,7 +170,7 @@ def batchgenerators(edge: int, image: np.ndarray, label: np.ndarray, mode: str) 
     from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 
     torch.set_num_threads(1)
-    angle = np.deg2rad(LIMITS.rotation)
+    angle = np.deg2rad(RANGES.rotation)
     transform = SpatialTransform(
         (edge,) * 3, 0, random_crop=False, p_elastic_deform=1, p_rotation=1, rotation=(-angle, angle), mode_seg=mode
     )
@@ -182,7 +184,7 @@ def monai(edge: int, image: np.ndarray, label: np.ndarray) -> Callable[[], Any]:
     from monai.transforms import Rand3DElasticd
 
     torch.set_num_threads(1)
-    angle, shift = np.deg2rad(LIMITS.rotation), LIMITS.translation
+    angle, shift = np.deg2rad(RANGES.rotation), RANGES.translation
     transform = Rand3DElasticd(
         ("image", "label"), sigma_range=(5, 8), magnitude_range=(50, 150), spatial_size=(edge,) * 3, prob=1,
         rotate_range=(angle,) * 3, translate_range=(shift,) * 3, mode=("bilinear", "nearest"), padding_mode="border",
@@ -197,11 +199,11 @@ def torchio(edge: int, image: np.ndarray, label: np.ndarray) -> Callable[[], Any
     import torchio as tio
 
     torch.set_num_threads(1)
-    points = edge // LIMITS.elastic_spacing + 3
+    points = edge // RANGES.elastic_spacing + 3
     transform = tio.Compose(
         [
-            tio.RandomAffine(scales=0, degrees=LIMITS.rotation, translation=LIMITS.translation),
-            tio.RandomElasticDeformation(num_control_points=max(5, points), max_displacement=LIMITS.elastic_sigma),
+            tio.RandomAffine(scales=0, degrees=RANGES.rotation, translation=RANGES.translation),
+            tio.RandomElasticDeformation(num_control_points=max(5, points), max_displacement=RANGES.elastic_sigma),
         ]
     )
     depth, height, width = (slice((size - edge) // 2, (size + edge) // 2) for size in image.shape[1:])

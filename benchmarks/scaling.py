@@ -136,7 +136,7 @@ def least_reduced_bytes(flags: argparse.Namespace) -> int:
     """Gradients, and of each normalised layer two sums forward and two backward, in float32."""
     shapes = jax.eval_shape(lambda: create_state(new_pyramid(flags), optax.adam(1e-3))[1])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-    channels = sum(leaf.size for leaf in jax.tree.leaves(shapes.statistics)) // 2
+    channels = sum(leaf.size for leaf in jax.tree.leaves(shapes.batch_stats)) // 2
     return 4 * (parameters + 4 * channels)
 
 

@@ -31,9 +31,9 @@ import numpy as np
 from common import machine, median_ratio, prepared_cases, report
 from training_program import Calls, compile_training_step, in_turn
 
-from autocontext_jax.data.pipeline import Feed, FeedConfig
+from autocontext_jax.data.augmentation import SpatialRanges
+from autocontext_jax.data.loader import Loader, LoaderConfig
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.runtime import compiler_options, disable_asynchronous_dispatch, fuse_results, keep_freed_memory
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 from autocontext_jax.training.state import Batch, inference_model
@@ -89,13 +89,14 @@ def measure(
         from torch_pyramid import training_and_prediction
 
         rivals = training_and_prediction(program.pyramid, program.images, program.labels, flags.dtype)
-    frozen = jax.device_put((program.state.params, program.state.statistics), may_alias=False)
+    frozen = jax.device_put((program.state.params, program.state.batch_stats), may_alias=False)
     first_loss = float(program.step())
     calls: Calls = {"ours": program.step}
     feed = None
     if cases:
-        feed_config = FeedConfig(batch=batch, edge=edge, spatial=SpatialLimits())
-        feed = Feed(cases, feed_config, seed=0, sharding=batch_sharding(make_mesh(batch)))
+        feed_config = LoaderConfig(batch_size=batch, patch_size=edge)
+        sharding = batch_sharding(make_mesh(batch))
+        feed = Loader(cases, feed_config, seed=0, sharding=sharding, spatial=SpatialRanges())
         fed = iter(feed)
         calls["fed"] = lambda: program.step(Batch(*next(fed)))
     if rivals:
@@ -104,7 +105,7 @@ def measure(
         tolerance = 1e-4 if flags.dtype == "float32" and jax.default_backend() == "cpu" else 1e-2
         assert all(abs(loss - first_loss) < tolerance for loss in losses.values()), (first_loss, losses)
         calls |= rivals["train"]
-    seconds = in_turn(calls, steps=flags.steps, lead_in=FeedConfig.ahead if feed else 0, rounds=flags.rounds)
+    seconds = in_turn(calls, steps=flags.steps, lead_in=LoaderConfig.prefetch if feed else 0, rounds=flags.rounds)
     median = float(np.median(seconds["ours"]))
     row = {
         "width": width,

@@ -14,10 +14,10 @@ from autocontext_jax.jobs.config import default_config
 def get_config():
     config = default_config()
     config.levels.factors = (4, 2)
-    config.feed.batch = 3
-    config.feed.edge = 64
-    config.feed.centre = "foreground"
-    config.model.width = 32
+    config.loader.batch_size = 3
+    config.loader.patch_size = 64
+    config.loader.sampling = "foreground"
+    config.model.base_channels = 32
     config.model.depth = 4
     config.model.norm = "batch"
     config.optimizer.learning_rate = 1e-3

@@ -16,30 +16,30 @@ def get_config():
     config.data.validation_fraction = 0.05
     config.predict.checkpoint = "latest"
     config.levels.factors = (2, 1)
-    config.feed.batch = 3
+    config.loader.batch_size = 3
     # Level 1 then sees three quarters of the scan along each axis.
-    config.feed.edge = 48
-    config.feed.centre = "classes"
+    config.loader.patch_size = 48
+    config.loader.sampling = "classes"
     # What lies far from every organ is else never seen, and some of it is taken for one.
-    config.feed.anywhere = 0.2
-    config.spatial.rotation = 10.0
-    config.spatial.translation = 8.0
-    config.spatial.scaling = 0.1
+    config.loader.background_fraction = 0.2
+    config.augmentation.rotation = 10.0
+    config.augmentation.translation = 8.0
+    config.augmentation.scaling = 0.1
     # Organs of a few voxels' width: without it, those of bone come out thinner than their contours.
-    config.spatial.unmoved = 0.5
-    config.spatial.mirror = True
-    config.spatial.mirror_pairs = ("RightParotid=LeftParotid",)
-    config.intensity.noise = 10.0
-    config.intensity.shift = 10.0
-    config.intensity.scale = 0.1
+    config.augmentation.probability = 0.5
+    config.augmentation.flip = True
+    config.augmentation.flip_pairs = ("RightParotid=LeftParotid",)
+    config.augmentation.noise = 10.0
+    config.augmentation.intensity_shift = 10.0
+    config.augmentation.intensity_scale = 0.1
     # Of the organs only the mandible is bone.
     config.pyramid.window = (-200.0, 300.0)
-    config.model.width = 8
+    config.model.base_channels = 8
     config.model.momentum = 0.98
     # Twice as fast where the processor multiplies it.
     config.model.dtype = "bfloat16"
     # Few patches a step: with one, the brainstem came out 1.8 times too large on held-out scans without it.
-    config.train.frozen_norm = 0.3
+    config.train.frozen_batch_stats = 0.3
     # With the Dice itself the esophagus can vanish from the maps early and not come back.
     config.loss.log_dice = 0.1
     # Patches without organs teach by it alone: the Dice of a class that is not there has hardly a gradient.
@@ -51,5 +51,5 @@ def get_config():
     config.train.checkpoint_every = 280
     config.predict.tile = 48
     config.predict.plane = 128
-    config.predict.mirror = True
+    config.predict.flip = True
     return config

@@ -11,12 +11,12 @@ def get_config():
     config.phantom.training = 40
     config.phantom.test = 6
     config.levels.factors = (2, 1)
-    config.feed.batch = 1
-    config.feed.edge = 32
-    config.feed.centre = "classes"
-    config.spatial.rotation = 3.0
-    config.spatial.elastic_sigma = 2.0
-    config.model.width = 8
+    config.loader.batch_size = 1
+    config.loader.patch_size = 32
+    config.loader.sampling = "classes"
+    config.augmentation.rotation = 3.0
+    config.augmentation.elastic_sigma = 2.0
+    config.model.base_channels = 8
     config.model.momentum = 0.98
     # With the Dice itself an organ's maps can vanish early and not come back (the gallbladder's once did).
     config.loss.log_dice = 0.1

@@ -6,14 +6,10 @@ The recipe of `openkbp.py`. With six scans the signed-rank test cannot fall belo
 48 tests leaves nothing significant: read the differences themselves.
 """
 
-import runpy
-from pathlib import Path
-
-# The one recipe for these scans, found wherever this folder lies.
-openkbp = runpy.run_path(str(Path(__file__).with_name("openkbp.py")))["get_config"]
+import openkbp
 
 
 def get_config():
-    config = openkbp()
+    config = openkbp.get_config()
     config.experiment = ("separate", "end_to_end", "no_context")
     return config

@@ -11,23 +11,19 @@ level 1, 87.0 with level 2 trained after it, 87.9 end to end, 52.6 without conte
 Wilcoxon signed-rank tests, Holm-corrected).
 """
 
-import runpy
-from pathlib import Path
-
-# Found wherever this folder lies.
-quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]
+import quickstart
 
 
 def get_config():
-    config = quickstart()
+    config = quickstart.get_config()
     config.experiment = ("separate", "end_to_end", "no_context")
     config.phantom.test = 30
     config.phantom.size = (160, 160, 160)
     config.phantom.spacing = (2.1, 2.1, 2.1)
     config.phantom.look_alikes = 3
-    config.feed.anywhere = 0.125
+    config.loader.background_fraction = 0.125
     config.train.steps = 2_000
-    config.train.frozen_norm = 0.3
+    config.train.frozen_batch_stats = 0.3
     config.model.dtype = "bfloat16"
     config.train.checkpoint_every = 500
     return config

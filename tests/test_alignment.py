@@ -19,12 +19,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autocontext_jax import geometry
 from autocontext_jax.data import preparation, scans
-from autocontext_jax.data.augment import IntensityLimits, make_augment
+from autocontext_jax.data.augment import make_augment
+from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
-from autocontext_jax.data.pipeline import Feed, FeedConfig, read_batch
+from autocontext_jax.data.loader import Loader, LoaderConfig, read_batch
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import SpatialLimits, crop_margins, pyramid_starts
+from autocontext_jax.geometry import pyramid_starts
 from autocontext_jax.models.layers import upsample_by_two
 from autocontext_jax.models.pyramid import context_of
 
@@ -148,7 +149,7 @@ def test_crops_and_context_agree_at_the_same_millimetre(prepared, margin):
     case, levels = prepared
     margins = (margin,) + (tuple(2 * m for m in margin),) * (len(levels) - 1)
     centres = centres_of(case)
-    batch = read_batch([(case, centre) for centre in centres], EDGE, margins)
+    batch = read_batch([(case, centre, margins) for centre in centres], EDGE, margins)
     np.testing.assert_allclose(batch["spacing"], [levels[-1].spacing] * len(centres), rtol=1e-6)
     compared = 0
     for sample, centre in enumerate(centres):
@@ -193,13 +194,13 @@ def test_the_label_lies_where_its_image_does(prepared):
         assert (np.abs(centroid - middle) <= 0.5 * level.spacing + 1e-6).all()
 
 
-def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialLimits | None) -> list[np.ndarray]:
+def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialRanges | None) -> list[np.ndarray]:
     """Context less image, HU, at each level after the first of a batch."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    config = FeedConfig(3, EDGE, spatial=spatial)
-    feed = Feed([case], config, seed=1, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    images, _ = next(feed)
-    feed.close()
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    loader = Loader([case], LoaderConfig(3, EDGE), seed=1, sharding=sharding, spatial=spatial)
+    images, _ = next(loader)
+    loader.close()
     images = [np.array(image, np.float64) for image in images]
     return [np.stack([context_hu(before) for before in coarse]) - fine for coarse, fine in itertools.pairwise(images)]
 
@@ -213,7 +214,7 @@ def test_the_feed_keeps_levels_together(prepared):
 @pytest.mark.parametrize("prepared", ["finest spacing"], indirect=True)
 def test_the_augmented_feed_keeps_levels_together(prepared):
     case, levels = prepared
-    [difference] = feed_differences(case, levels, SpatialLimits(5, 1, 0.5, 16))
+    [difference] = feed_differences(case, levels, SpatialRanges(5, 1, 0.5, 16))
     bend = 0.15 * half_voxel(levels[1])  # the context is linear between the coarse voxels, an elastic field is not
     assert np.abs(difference).max() <= levels[0].tolerance + levels[1].tolerance + bend
 
@@ -225,14 +226,14 @@ GAIN = 200  # HU / mm
 
 
 def moved_places(
-    spatial: SpatialLimits | None, levels: int, edge: int, fields: int
+    spatial: SpatialRanges | None, levels: int, edge: int, fields: int
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Where voxels of each level lie [3, N, N, N] and were read [fields, 3, N, N, N], both mm about the patch's centre.
 
     Last come the labels [fields, 3, N, N, N]; they were 1 at places > 0.
     """
-    margins = crop_margins(edge, levels, [FINEST], spatial)
-    run = make_augment(edge, margins, spatial, IntensityLimits())
+    margins = crop_margins(edge, levels, FINEST, spatial)
+    run = make_augment(edge, margins, spatial, IntensityRanges())
     places, images, labels = [], [], []
     for level, margin in enumerate(margins, start=1):
         axes = []
@@ -258,7 +259,7 @@ def test_without_augmentation_nothing_moves():
 
 def test_a_translation_moves_all_levels_by_the_same_mm():
     levels = 2
-    places, read, _ = moved_places(SpatialLimits(rotation=0, translation=4, elastic_sigma=0), levels, 8, 6)
+    places, read, _ = moved_places(SpatialRanges(rotation=0, translation=4, elastic_sigma=0), levels, 8, 6)
     means = []
     for place, moved in zip(places, read, strict=True):
         shifts = (moved - place).mean(axis=(2, 3, 4), keepdims=True)
@@ -271,7 +272,7 @@ def test_a_translation_moves_all_levels_by_the_same_mm():
 
 def test_a_rotation_is_rigid_in_mm_about_the_common_centre():
     levels = 2
-    places, read, _ = moved_places(SpatialLimits(rotation=10, translation=0, elastic_sigma=0), levels, 8, 1)
+    places, read, _ = moved_places(SpatialRanges(rotation=10, translation=0, elastic_sigma=0), levels, 8, 1)
     matrices = []
     for place, moved in zip(places, read, strict=True):
         columns = np.concatenate([place.reshape(3, -1), np.ones((1, place[0].size))])
@@ -285,8 +286,8 @@ def test_a_rotation_is_rigid_in_mm_about_the_common_centre():
 
 def test_the_full_field_is_one_field():
     levels, edge, fields = 3, 16, 3
-    limits = SpatialLimits(rotation=10, translation=4, elastic_sigma=4, elastic_spacing=32)
-    places, read, labels = moved_places(limits, levels, edge, fields)
+    ranges = SpatialRanges(rotation=10, translation=4, elastic_sigma=4, elastic_spacing=32)
+    places, read, labels = moved_places(ranges, levels, edge, fields)
     for place, moved in zip(places, read, strict=True):
         assert (np.abs(moved - place).max(axis=(1, 2, 3, 4)) > 0.5).all()
     for coarse, fine in itertools.pairwise(read):

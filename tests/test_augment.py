@@ -1,4 +1,4 @@
-"""The augmentation against SciPy, against itself elsewhere in a batch, and at its limits."""
+"""The augmentation against SciPy, against itself elsewhere in a batch, and at its ranges."""
 
 import dataclasses
 
@@ -10,15 +10,15 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from autocontext_jax.data import augment
-from autocontext_jax.data.augment import IntensityLimits, make_augment
-from autocontext_jax.geometry import SpatialLimits, crop_margins
+from autocontext_jax.data.augment import make_augment
+from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
 
 EDGE, LEVELS = 8, 2
 SPACING = (2.5, 0.8, 0.7)
-SPATIAL = SpatialLimits(rotation=8, translation=3, elastic_sigma=2, elastic_spacing=6)
-MARGINS = crop_margins(EDGE, LEVELS, [SPACING], SPATIAL)
+SPATIAL = SpatialRanges(rotation=8, translation=3, elastic_sigma=2, elastic_spacing=6)
+MARGINS = crop_margins(EDGE, LEVELS, SPACING, SPATIAL)
 KEY = 7
-INTENSITY = IntensityLimits(noise=20, shift=50, scale=0.25)
+INTENSITY = IntensityRanges(noise=20, shift=50, scale=0.25)
 
 
 def crops(samples: int, margins=MARGINS, seed: int = 0):
@@ -30,7 +30,7 @@ def crops(samples: int, margins=MARGINS, seed: int = 0):
     return images, labels, np.array([SPACING] * samples, np.float32)
 
 
-def numpy_augment(intensity: IntensityLimits):
+def numpy_augment(intensity: IntensityRanges):
     """(numbers, images, labels, spacing) -> augmented images, labels as numpy; compiled once a batch size."""
     run, key = make_augment(EDGE, MARGINS, SPATIAL, intensity), jax.random.key(KEY)
 
@@ -47,17 +47,17 @@ def full():
 
 @pytest.fixture(scope="module")
 def plain():
-    return numpy_augment(IntensityLimits())
+    return numpy_augment(IntensityRanges())
 
 
 @pytest.mark.parametrize(
     ("spatial", "margins"),
-    [(None, ((0, 0, 0),) * 2), (None, ((1, 2, 3), (4, 3, 1))), (SpatialLimits(0, 0, 0), ((1, 2, 3), (4, 3, 1)))],
-    ids=["none", "margins alone", "zero limits"],
+    [(None, ((0, 0, 0),) * 2), (None, ((1, 2, 3), (4, 3, 1))), (SpatialRanges(0, 0, 0), ((1, 2, 3), (4, 3, 1)))],
+    ids=["none", "margins alone", "zero ranges"],
 )
 def test_zero_limits_are_the_identity(spatial, margins):
     images, labels, spacing = crops(2, margins)
-    run = make_augment(EDGE, margins, spatial, IntensityLimits())
+    run = make_augment(EDGE, margins, spatial, IntensityRanges())
     image_out, label_out = run(jax.random.key(0), np.arange(2, dtype=np.uint32), spacing, images, labels)
     for before, after in zip(images + labels, image_out + label_out, strict=True):
         margin = [(size - EDGE) // 2 for size in before.shape[1:]]
@@ -185,10 +185,10 @@ def test_outside_is_air_and_background(plain):
 
 
 def test_half_of_the_patches_are_mirrored_with_their_classes():
-    limits = SpatialLimits(0, 0, 0, mirror_classes=(0, 2, 1, 3, 4))
-    margins = crop_margins(EDGE, LEVELS, [SPACING], limits)
+    ranges = SpatialRanges(0, 0, 0, flip_classes=(0, 2, 1, 3, 4))
+    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
-    run = make_augment(EDGE, margins, limits, IntensityLimits())
+    run = make_augment(EDGE, margins, ranges, IntensityRanges())
     moved = run(jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
     handed = []
     for sample in range(40):
@@ -197,7 +197,7 @@ def test_half_of_the_patches_are_mirrored_with_their_classes():
             inner = before[sample][tuple(slice(m, m + EDGE) for m in margins[0])]
             other = inner[..., ::-1]
             if before.dtype == np.uint8:
-                other = np.array(limits.mirror_classes)[other]
+                other = np.array(ranges.flip_classes)[other]
             same.append(np.array_equal(after[sample], inner))
             turned.append(np.array_equal(after[sample], other))
         assert all(same) or all(turned)
@@ -206,12 +206,12 @@ def test_half_of_the_patches_are_mirrored_with_their_classes():
 
 
 def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_without_it():
-    limits = dataclasses.replace(SPATIAL, scaling=0.1, mirror_classes=(0, 2, 1, 3, 4))
-    margins = crop_margins(EDGE, LEVELS, [SPACING], limits)
+    ranges = dataclasses.replace(SPATIAL, scaling=0.1, flip_classes=(0, 2, 1, 3, 4))
+    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
 
     def moved(unmoved: float):
-        run = make_augment(EDGE, margins, dataclasses.replace(limits, unmoved=unmoved), IntensityLimits())
+        run = make_augment(EDGE, margins, dataclasses.replace(ranges, probability=1 - unmoved), IntensityRanges())
         arrays = run(jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
         return jax.tree.map(np.array, arrays)
 
@@ -219,7 +219,7 @@ def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_wit
     for before, after in zip(images + labels, whole, strict=True):
         margin = [(size - EDGE) // 2 for size in before.shape[1:]]
         inner = before[(slice(None), *(slice(m, m + EDGE) for m in margin))]
-        other = inner[..., ::-1] if before.dtype == np.int16 else np.array(limits.mirror_classes)[inner[..., ::-1]]
+        other = inner[..., ::-1] if before.dtype == np.int16 else np.array(ranges.flip_classes)[inner[..., ::-1]]
         for place, mirror, found in zip(inner, other, after, strict=True):
             assert np.array_equal(found, place) or np.array_equal(found, mirror)
     stays = [all(np.array_equal(a[n], b[n]) for a, b in zip(half, whole, strict=True)) for n in range(40)]
@@ -229,15 +229,15 @@ def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_wit
 
 
 def test_scaling_is_the_same_along_all_axes_at_all_levels_and_within_limits():
-    limits = SpatialLimits(0, 0, 0, scaling=0.25)
-    margins = crop_margins(EDGE, LEVELS, [SPACING], limits)
+    ranges = SpatialRanges(0, 0, 0, scaling=0.25)
+    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
     samples, images = 60, []
     for margin in margins:
         z, y, x = (400.0 * (np.arange(EDGE + 2 * m) - (EDGE - 1) / 2 - m) for m in margin)  # 0 HU in the middle
         ramp = z[:, None, None] + y[:, None] / 2 - x / 4
         images.append(np.repeat(ramp[None].astype(np.int16), samples, axis=0))
     labels = tuple(np.zeros(image.shape, np.uint8) for image in images)
-    run = make_augment(EDGE, margins, limits, IntensityLimits())
+    run = make_augment(EDGE, margins, ranges, IntensityRanges())
     spacing = np.array([SPACING] * samples, np.float32)
     moved, _ = run(jax.random.key(1), np.arange(samples, dtype=np.uint32), spacing, tuple(images), labels)
     sizes = np.array(moved[0])[:, -1, -1, -1] / (400 * (EDGE - 1) / 2 * (1 + 1 / 2 - 1 / 4))
@@ -255,7 +255,7 @@ def test_intensity_changes_are_the_same_for_all_levels_and_within_limits():
     image = np.zeros(shape, np.int16)
     image[..., EDGE // 2 :] = 1000  # halves of 0 and 1000 HU
     labels = (np.zeros(shape, np.uint8),) * 2
-    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityLimits(shift=50, scale=0.25))
+    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityRanges(shift=50, scale=0.25))
     numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
     coarse, fine = run(jax.random.key(1), numbers, spacing, (image, image), labels)[0]
     np.testing.assert_array_equal(coarse, fine)
@@ -274,7 +274,7 @@ def test_noise_is_of_one_strength_and_independent():
     samples = 60
     shape = (samples, EDGE, EDGE, EDGE)
     image, label = np.full(shape, 100, np.int16), np.zeros(shape, np.uint8)
-    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityLimits(noise=20))
+    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityRanges(noise=20))
     numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
     image_out, label_out = run(jax.random.key(1), numbers, spacing, (image, image), (label, label))
     coarse, fine = (np.array(out) - 100 for out in image_out)

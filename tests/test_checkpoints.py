@@ -36,7 +36,7 @@ def test_keeps_the_newest_and_the_best(tmp_path):
 
 @pytest.mark.parametrize("statistics", [{"mean": jnp.arange(3.0)}, {}])
 def test_weights_are_restored_whatever_the_optimiser_was(tmp_path, statistics):
-    whole = {"params": state(1), "statistics": statistics, "optimizer": {"momentum": jnp.ones(7)}}
+    whole = {"params": state(1), "batch_stats": statistics, "optimizer": {"momentum": jnp.ones(7)}}
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(3, whole, {})
     for _ in range(2):  # by what saved it, and by another

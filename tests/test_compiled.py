@@ -28,7 +28,7 @@ LEVELS, CLASSES, WIDTH, DEPTH, EDGE, BATCH = 2, 3, 4, 3, 16, 2
 def step_and_arguments():
     """The training step of a small pyramid and the shapes of its arguments."""
     optimizer = optax.adam(1e-3)
-    network = NetworkConfig(width=WIDTH, depth=DEPTH, dtype="bfloat16")
+    network = NetworkConfig(base_channels=WIDTH, depth=DEPTH, dtype="bfloat16")
 
     def make():
         config = PyramidConfig(levels=LEVELS, classes=CLASSES)

@@ -226,66 +226,6 @@ def test_msd_paths_that_lead_out(msd, path):
     refused(lambda: datasets.read_dataset(msd), path, "inside")
 
 
-def cases_of(count):
-    return [Case(f"c{index:02d}", Path(f"c{index:02d}.nii"), None) for index in range(count)]
-
-
-def test_split_is_a_partition_that_depends_on_the_seed_alone():
-    cases = cases_of(20)
-    training, validation = datasets.split(cases, fraction=0.25, seed=3)
-    assert (len(training), len(validation)) == (15, 5)
-    assert sorted((*training, *validation), key=lambda case: case.name) == cases
-    assert datasets.split(cases[::-1], fraction=0.25, seed=3) == (training, validation)
-    assert len({datasets.split(cases, fraction=0.25, seed=seed) for seed in range(5)}) == 5
-
-
-@pytest.mark.parametrize(
-    ("count", "fraction", "sizes"), [(0, 0.5, (0, 0)), (1, 0.9, (1, 0)), (2, 0.01, (1, 1)), (3, 0.99, (1, 2))]
-)
-def test_split_leaves_one_on_either_side(count, fraction, sizes):
-    assert tuple(map(len, datasets.split(cases_of(count), fraction=fraction, seed=0))) == sizes
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_split_refuses_what_is_no_fraction(fraction):
-    refused(lambda: datasets.split(cases_of(4), fraction=fraction, seed=0), fraction)
-
-
-def test_split_from_file(tmp_path):
-    path = tmp_path / "splits_final.json"
-    path.write_text(json.dumps([{"train": [], "val": []}, {"train": ["c02", "c00"], "val": ["c01"]}]), encoding="utf-8")
-    cases = cases_of(4)
-    assert datasets.split_from_file(cases, path, 1) == ((cases[0], cases[2]), (cases[1],))
-    refused(lambda: datasets.split_from_file(cases, path, 0), "fold 0", "no case")
-    for fold in (2, -1):
-        refused(lambda fold=fold: datasets.split_from_file(cases, path, fold), f"no fold {fold}", "its 2")
-    refused(lambda: datasets.split_from_file(cases[1:], path, 1), "'c00'", "fold 1")
-    refused(lambda: datasets.split_from_file(cases, tmp_path / "gone.json", 0), "gone.json does not exist")
-
-
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        ('[{"train": ["c00"],\n}]', "line 2"),
-        ('{"train": ["c00"], "val": []}', "not a list of folds"),
-        ('[{"train": ["c00"]}]', 'lacks the key "val"'),
-        ('[{"train": "c00", "val": []}]', '"train" is a str'),
-        ('[{"train": ["c00", "c01"], "val": ["c01"]}]', "c01 is in both"),
-        ('[{"train": [["c00"]], "val": []}]', "not in the data set"),
-    ],
-)
-def test_bad_split_files(tmp_path, content, part):
-    path = tmp_path / "splits_final.json"
-    path.write_text(content, encoding="utf-8")
-    refused(lambda: datasets.split_from_file(cases_of(3), path, 0), path, part)
-
-
-def test_a_pickled_split_is_not_opened(tmp_path):
-    path = tmp_path / "splits_final.pkl"
-    path.write_bytes(b"\x80\x04\x95cos\nsystem\n")
-    refused(lambda: datasets.split_from_file(cases_of(3), path, 0), path, "not text")
-
-
 def test_real_data_sets():
     if not SHARED.exists():
         pytest.skip(f"the shared scans {SHARED} are not on this machine")

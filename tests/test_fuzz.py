@@ -144,7 +144,7 @@ ONCE_FAILED = {
         "ZeroDivisionError: a depth far below 0": ("000.flags", whole(b"--config.model.depth=-2000000000")),
         "endless: a patch of 2^31 voxels": (
             "000.flags",
-            whole(b"--config.feed.edge=2147483640\n--config.mesh.space=0"),
+            whole(b"--config.loader.patch_size=2147483640\n--config.mesh.space=0"),
         ),
         "MemoryError: 200 brackets": (
             "000.flags",

@@ -20,7 +20,7 @@ import SimpleITK as sitk
 from autocontext_jax.data import scans
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.dataset import write_dataset
-from autocontext_jax.main import keep_compiled_programs
+from autocontext_jax.runtime import keep_compiled_programs
 
 ROOT = Path(__file__).parent.parent
 # The quick-start's own configuration, made small.
@@ -29,9 +29,9 @@ SMALL = [
     "--config.phantom.test=2",
     "--config.phantom.size=(40, 40, 40)",
     "--config.phantom.spacing=(8.0, 8.0, 8.0)",
-    "--config.feed.edge=16",
-    "--config.feed.batch=2",
-    "--config.model.width=2",
+    "--config.loader.patch_size=16",
+    "--config.loader.batch_size=2",
+    "--config.model.base_channels=2",
     "--config.model.depth=2",
     "--config.train.steps=24",
     "--config.train.checkpoint_every=8",
@@ -311,8 +311,8 @@ def test_predict_one_file_and_a_folder_with_a_bad_scan(whole_job, tmp_path):
 
 def test_another_config_in_the_same_work_directory(whole_job):
     workdir, _ = whole_job
-    message = one_line_error(run("--workdir", workdir, *SMALL, "--config.model.width=3"))
-    assert "model.width (there 2, here 3)" in message
+    message = one_line_error(run("--workdir", workdir, *SMALL, "--config.model.base_channels=3"))
+    assert "model.base_channels (there 2, here 3)" in message
 
 
 def test_a_missing_config_file(tmp_path):
@@ -324,8 +324,8 @@ def test_a_missing_config_file(tmp_path):
     [
         ([], ["--workdir"]),
         (["--workdir", "W", "--config.model.widht=8"], ["widht"]),
-        (["--workdir", "W", "--config.model.width=wide"], ["width", "wide"]),
-        (["--workdir", "W", "--config.feed.edge=30"], ["feed.edge", "30", "multiple of 8"]),
+        (["--workdir", "W", "--config.model.base_channels=wide"], ["width", "wide"]),
+        (["--workdir", "W", "--config.loader.patch_size=30"], ["loader.patch_size", "30", "multiple of 8"]),
         (["--workdir", "W", "--mode", "fly"], ["mode", "fly"]),
         (["--workdir", "W", "--mode", "predict"], ["--input"]),
         (["--workdir", "W", "--mode", "evaluate", *SMALL], ["config.json"]),
@@ -375,7 +375,7 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
         label.CopyInformation(image)
         sitk.WriteImage(label, path)
     arguments = ["--workdir", workdir, "--mode", "evaluate", *SMALL, f"--config.evaluate.root={root}"]
-    result = run(*arguments, "--config.evaluate.labels=('Leber=liver',)")
+    result = run(*arguments, "--config.evaluate.label_mapping=('Leber=liver',)")
     assert result.returncode == 0, result.stderr
     own = json.loads((workdir / "evaluation.json").read_bytes())
     other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_bytes())
@@ -384,7 +384,7 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
     for name, levels in own["cases"].items():
         for level, organs in levels.items():
             assert other["cases"][name][level] == {organ: organs[organ] for organ in ("liver", "spleen")}
-    message = one_line_error(run(*arguments, "--config.evaluate.labels=('Leber=livre',)"))
+    message = one_line_error(run(*arguments, "--config.evaluate.label_mapping=('Leber=livre',)"))
     assert "Leber=livre" in message
 
 
@@ -440,8 +440,9 @@ def test_scans_slice_by_slice(whole_job, tmp_path):
 def test_real_scan_through_the_papers_config_made_small(tmp_path):
     root = (ROOT / "../shared/data/abdomen").resolve()
     small = [
-        "--config.model.width=2", "--config.model.depth=3", "--config.feed.edge=16", "--config.train.steps=2",
-        "--config.predict.tile=32", "--config.predict.plane=128", f"--config.data.root={root}",
+        "--config.model.base_channels=2", "--config.model.depth=3", "--config.loader.patch_size=16",
+        "--config.train.steps=2", "--config.predict.tile=32", "--config.predict.plane=128",
+        f"--config.data.root={root}",
     ]  # fmt: skip
     config = "configs/abdomen_ct.py"
     result = run("--workdir", tmp_path, *small, config=config)

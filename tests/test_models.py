@@ -20,7 +20,7 @@ from autocontext_jax.training.losses import dice_loss
 from autocontext_jax.training.state import inference_model
 
 BACKBONES = (UNet, ResidualUNet, FCN)
-TINY = NetworkConfig(width=2, depth=1, norm="none")
+TINY = NetworkConfig(base_channels=2, depth=1, norm="none")
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -276,7 +276,7 @@ def test_parameters_with_batch_norm(width, depth, inputs, classes):
         convolutions += [(below + end, end), (end, end)]
     kernels = sum(27 * a * b for a, b in convolutions) + sum(8 * c * c for c in ends[1:])
     normalised = sum(b for _, b in convolutions) + sum(ends[1:])
-    model = abstract(UNet, inputs, classes, NetworkConfig(width=width, depth=depth))
+    model = abstract(UNet, inputs, classes, NetworkConfig(base_channels=width, depth=depth))
     assert count(model) == kernels + 2 * normalised + ends[0] * classes + classes
     assert count(model, nnx.BatchStat) == 2 * normalised
 
@@ -308,7 +308,7 @@ def test_parameters_of_the_other_backbones():
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_every_parameter_of_a_backbone_learns(backbone, norm):
-    model = drawn(lambda: backbone(2, 3, NetworkConfig(width=2, depth=3, norm=norm), rngs=nnx.Rngs(0)), seed=0)
+    model = drawn(lambda: backbone(2, 3, NetworkConfig(base_channels=2, depth=3, norm=norm), rngs=nnx.Rngs(0)), seed=0)
     graph, params, statistics = nnx.split(model, nnx.Param, ...)
     x, labels = normal(1, 1, 8, 8, 8, 2), np.random.default_rng(0).integers(0, 3, (1, 8, 8, 8))
     gradients = jax.jit(jax.grad(lambda p: dice_loss(nnx.merge(graph, p, statistics, copy=True)(x), labels)))(params)
@@ -334,7 +334,7 @@ def test_bfloat16_logits_are_float32_and_near():
     x = normal(0, 2, 8, 8, 8, 1)
     logits = {}
     for dtype in ("float32", "bfloat16"):
-        config = NetworkConfig(width=2, depth=2, dtype=dtype)
+        config = NetworkConfig(base_channels=2, depth=2, dtype=dtype)
         model = drawn(lambda config=config: UNet(1, 3, config, rngs=nnx.Rngs(0)), seed=0)
         graph, state = nnx.split(model)
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
@@ -351,7 +351,7 @@ def run_training(graph, state, x):
 
 
 def test_running_averages_are_updated_in_training_and_used_in_inference():
-    model = pyramid(1, classes=2, network=NetworkConfig(width=2, depth=1, momentum=0.75))
+    model = pyramid(1, classes=2, network=NetworkConfig(base_channels=2, depth=1, momentum=0.75))
     graph, params, statistics = nnx.split(model, nnx.Param, ...)
     image = 300 * normal(0, 2, 6, 6, 6)
 

@@ -29,7 +29,7 @@ def assert_relative(value: jax.Array, wanted: jax.Array, tolerance: float):
         ((1, 8, 8, 8, 1), 8, (3, 3, 3)),  # the first layer
         ((1, 8, 8, 8, 9), 5, (3, 3, 3)),  # with context; channels that fill no register
         ((2, 5, 6, 7, 16), 24, (3, 3, 3)),
-        ((2, 5, 6, 7, 4), 3, (1, 3, 3)),  # rank 2
+        ((2, 5, 6, 7, 4), 3, (1, 3, 3)),  # spatial_dims 2
         ((1, 1, 1, 1, 4), 3, (3, 3, 3)),  # one voxel, all of it border
         ((1, 6, 6, 6, 2), 2, (5, 3, 1)),
         ((2, 5, 6, 7, 16), 24, (1, 1, 1)),  # a deconvolution

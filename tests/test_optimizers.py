@@ -9,7 +9,7 @@ import pytest
 
 from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig, learning_rate, make_optimizer
 
-PARAMS = {"kernel": np.array([1.0, -2.0, 3.0], np.float32), "bias": np.array([0.5], np.float32)}
+PARAMS = {"kernel": np.array([[1.0], [-2.0], [3.0]], np.float32), "bias": np.array([0.5], np.float32)}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def walk(optimizer: optax.GradientTransformation, scale: float = 1.0) -> list:
         gradients = jax.tree.map(lambda p: scale * 2 * p, params)
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        path.append(np.concatenate(jax.tree.leaves(params)))
+        path.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)]))
     return path
 
 
@@ -63,7 +63,17 @@ def test_the_default_is_plain_adam():
 
 def test_weight_decay_is_adamws():
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
-    np.testing.assert_allclose(walk(make_optimizer(config, 10)), walk(optax.adamw(0.1, weight_decay=0.5)), rtol=1e-7)
+    adamw = optax.adamw(0.1, weight_decay=0.5, mask={"kernel": True, "bias": False})
+    np.testing.assert_allclose(walk(make_optimizer(config, 10)), walk(adamw), rtol=1e-7)
+
+
+def test_scales_and_biases_do_not_decay():
+    """They set what normalisation gives; decay would pull it towards 0."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    still = jax.tree.map(np.zeros_like, PARAMS)
+    updates, _ = optimizer.update(still, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * PARAMS["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
 
 
 def test_gradients_beyond_the_largest_norm_are_clipped():

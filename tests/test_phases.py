@@ -13,11 +13,13 @@ from flax import nnx
 
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.config import check_same_run, default_config, read_config
+from autocontext_jax.jobs.config import check_same_run, default_config, from_config_dict, read_config
 from autocontext_jax.jobs.evaluate import evaluate
 from autocontext_jax.jobs.predict import predict
-from autocontext_jax.jobs.prepare import Data, prepare
+from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.restore import make_model
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import RunData
 from autocontext_jax.jobs.train import train
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.phases import MODES, Phase, phases
@@ -44,18 +46,18 @@ def store(tmp_path_factory) -> Path:
     return folder
 
 
-def small_config(folder: Path, mode: str = "end_to_end"):
+def small_config(folder: Path, mode: str = "end_to_end", *, steps: int = STEPS, frozen: float = 0.0) -> RunConfig:
     config = default_config()
     config.phantom.update({"training": 3, "test": 1, "size": (40, 40, 40), "spacing": (8.0, 8.0, 8.0)})
     config.data.root, config.data.prepared, config.data.workers = str(folder / "phantoms"), str(folder / "prepared"), 1
     config.levels.factors = (2, 1)
-    config.feed.edge, config.feed.batch = 16, 1
-    config.model.width, config.model.depth = 2, 2
+    config.loader.patch_size, config.loader.batch_size = 16, 1
+    config.model.base_channels, config.model.depth = 2, 2
     config.predict.tile, config.predict.plane = 16, 40
-    config.train.mode, config.train.steps = mode, STEPS
+    config.train.mode, config.train.steps, config.train.frozen_batch_stats = mode, steps, frozen
     config.train.keep, config.train.checkpoint_every = 4, STEPS // 2
     config.train.log_every, config.train.validation_patches = 1, 1
-    return config
+    return from_config_dict(config)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +69,9 @@ def separate(store, tmp_path_factory) -> Path:
     return workdir
 
 
-def check_the_rest(config, workdir: Path, data: Data, levels: list[int]) -> None:
+def check_the_rest(config: RunConfig, workdir: Path, data: RunData, levels: list[int]) -> None:
     """The finished run restores, is scored at the model's levels, and predicts."""
-    assert evaluate(config, workdir, data)
+    assert evaluate(config, workdir)
     (case,) = json.loads((workdir / "evaluation.json").read_bytes())["cases"].values()
     assert list(case) == [f"level_{level}" for level in levels]
     mask = workdir / "mask.nii.gz"
@@ -86,8 +88,7 @@ def logged_levels(workdir: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize(("mode", "level"), [("first_level", 1), ("no_context", 2)])
 def test_one_level_as_a_job(store, separate, tmp_path, mode, level):
-    config = small_config(store, mode)
-    config.train.frozen_norm = 0.5 if mode == "no_context" else 0.0  # its last two steps
+    config = small_config(store, mode, frozen=0.5 if mode == "no_context" else 0.0)  # its last two steps
     data = prepare(config, tmp_path)
     assert train(config, tmp_path, data)
     assert logged_levels(tmp_path) == [[level]] * STEPS
@@ -139,10 +140,9 @@ def test_separate_goes_on_between_its_phases(store, separate, tmp_path):
 
 def test_the_length_of_a_phase_stays(store, separate):
     config = small_config(store, "separate")
-    config.data.labels = ("background", *ORGANS)
     saved = read_config(separate)
     assert saved is not None
     check_same_run(config, saved, separate)
-    config.train.steps = 2 * STEPS
+    config = small_config(store, "separate", steps=2 * STEPS)
     with pytest.raises(UserError, match=r"train\.steps"):
         check_same_run(config, saved, separate)

@@ -78,7 +78,7 @@ CLASSES = 3
 
 def trained_pyramid(levels: int, *, width: int = 2, depth: int = 2, norm: str = "batch") -> Pyramid:
     """As after training: running averages, scales and offsets differ from channel to channel."""
-    config = NetworkConfig(width=width, depth=depth, norm=norm)
+    config = NetworkConfig(base_channels=width, depth=depth, norm=norm)
 
     def make() -> Pyramid:
         return Pyramid(

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from autocontext_jax.data.sampling import CENTRES, case_batches, draw_anywhere, draw_entry
+from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_anywhere, draw_entry
 
 
 @pytest.mark.parametrize(("cases", "batch"), [(6, 3), (7, 3), (5, 5), (1, 1), (12, 1)])
@@ -55,7 +55,7 @@ OFFSETS = [0, 10, 10, 1010, 1013]  # 10 voxels of class 1, none of 2, 1000 of 3,
 
 def draws(offsets: list[int], centre: str, count: int = 6000) -> np.ndarray:
     rng = np.random.default_rng(0)
-    return np.array([draw_entry(offsets, rng, centre=centre) for _ in range(count)])
+    return np.array([draw_entry(offsets, rng, sampling=centre) for _ in range(count)])
 
 
 def shares(entries: np.ndarray, offsets: list[int]) -> np.ndarray:
@@ -82,26 +82,26 @@ def test_classes_are_uniform_over_those_present():
     assert set(entries[entries >= 1010]) == {1010, 1011, 1012}
 
 
-@pytest.mark.parametrize("centre", CENTRES)
+@pytest.mark.parametrize("centre", SAMPLING)
 @pytest.mark.parametrize("offsets", [[0, 1], [0, 0, 0, 1], [0, 1, 1], [0, 0, 5, 5]])
 def test_absent_classes_are_never_drawn(centre, offsets):
     entries = draws(offsets, centre, 200)
     assert set(entries) == set(range(offsets[-1]))
 
 
-@pytest.mark.parametrize("centre", CENTRES)
+@pytest.mark.parametrize("centre", SAMPLING)
 def test_every_draw_takes_two_numbers(centre):
     """So that another case in the same place leaves the draws after it as they are."""
     after = []
     for offsets in ([0, 1], OFFSETS, [0, 0, 7]):
         rng = np.random.default_rng(3)
-        draw_entry(offsets, rng, centre=centre)
+        draw_entry(offsets, rng, sampling=centre)
         after.append(rng.random())
     wanted = np.random.default_rng(3).random(3)[2]
     assert after == [wanted] * 3
 
 
-@pytest.mark.parametrize("centre", CENTRES)
+@pytest.mark.parametrize("centre", SAMPLING)
 def test_the_ends_of_the_random_interval_stay_inside(centre):
     class Fixed:
         def __init__(self, value: float):
@@ -111,8 +111,8 @@ def test_the_ends_of_the_random_interval_stay_inside(centre):
             return np.full(size, self.value)
 
     for offsets in (OFFSETS, [0, 2**31 + 3], [0, 5, 10**9 + 7]):
-        assert draw_entry(offsets, Fixed(0.0), centre=centre) == 0
-        assert draw_entry(offsets, Fixed(np.nextafter(1, 0)), centre=centre) == offsets[-1] - 1
+        assert draw_entry(offsets, Fixed(0.0), sampling=centre) == 0
+        assert draw_entry(offsets, Fixed(np.nextafter(1, 0)), sampling=centre) == offsets[-1] - 1
 
 
 def test_anywhere_is_uniform_over_the_scan():

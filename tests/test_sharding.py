@@ -33,7 +33,7 @@ LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (4, 2, False), (4, 2, Tr
 
 
 def new_pyramid() -> Pyramid:
-    network = NetworkConfig(width=4, depth=3)
+    network = NetworkConfig(base_channels=4, depth=3)
     config = PyramidConfig(levels=2, classes=CLASSES)
     return Pyramid(config, lambda inputs, rngs: UNet(inputs, CLASSES, network, rngs=rngs), rngs=nnx.Rngs(0))
 
@@ -69,7 +69,7 @@ def train_a_step(layout: tuple[int, int, bool]) -> tuple[list[str], dict[str, np
         step = make_train_step(graph, OPTIMIZER, LossConfig(), sharding=(placement, replicated(mesh)))
         compiled = step.lower(state, batch).compile()
         state, metrics = compiled(state, batch)
-    trees = {"params": state.params, "statistics": state.statistics}
+    trees = {"params": state.params, "statistics": state.batch_stats}
     found = {f"{name}/{i}": leaf for name, tree in trees.items() for i, leaf in enumerate(jax.tree.leaves(tree))}
     found |= {"losses": metrics.losses, "gradient_norm": metrics.gradient_norm}
     specs = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.optimizer)}

@@ -45,7 +45,7 @@ def new_state(norm: str = "batch", *, stop_gradient: bool = False, learning: lis
     """Graph and state of step 0, with numpy's numbers: XLA takes seconds to compile each initialiser."""
 
     def make() -> Pyramid:
-        network = NetworkConfig(width=2, depth=2, norm=norm, momentum=0.9)
+        network = NetworkConfig(base_channels=2, depth=2, norm=norm, momentum=0.9)
         return Pyramid(
             PyramidConfig(levels=2, classes=2, stop_gradient=stop_gradient),
             lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),
@@ -66,12 +66,12 @@ def leaves(tree) -> list[np.ndarray]:
 def test_a_step_changes_everything_and_donates_its_state(made, batch):
     _, step = made
     _, state = new_state()
-    params, statistics = leaves(state.params), leaves(state.statistics)
+    params, statistics = leaves(state.params), leaves(state.batch_stats)
     after, metrics = step(state, batch)
     assert int(after.step) == 1
     assert after.step.dtype == jnp.int32
     assert all((a != b).any() for a, b in zip(params, leaves(after.params), strict=True))
-    assert all((a != b).any() for a, b in zip(statistics, leaves(after.statistics), strict=True))
+    assert all((a != b).any() for a, b in zip(statistics, leaves(after.batch_stats), strict=True))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.optimizer)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
     assert metrics.losses.shape == (2,)
@@ -105,7 +105,7 @@ def test_validation_uses_the_running_averages_and_leaves_the_state(made, batch):
     validate = make_validation_step(graph, LossConfig())
     metrics, slices = validate(state, batch)
     assert all((a == b).all() for a, b in zip(before, leaves(state), strict=True))
-    logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
+    logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.batch_stats)(x))(state, batch.images)
     wanted = [float(dice_loss(*pair)) for pair in zip(logits, batch.labels, strict=True)]
     np.testing.assert_allclose(metrics.losses, wanted, rtol=1e-5)
     for level, middle in zip(logits, slices, strict=True):
@@ -115,8 +115,8 @@ def test_validation_uses_the_running_averages_and_leaves_the_state(made, batch):
 
 def test_without_norm_there_are_no_statistics(batch):
     graph, state = new_state(norm="none")
-    assert jax.tree.leaves(state.statistics) == []
-    logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
+    assert jax.tree.leaves(state.batch_stats) == []
+    logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.batch_stats)(x))(state, batch.images)
     assert [level.shape for level in logits] == [(2, 8, 8, 8, 2)] * 2
 
 
@@ -136,7 +136,7 @@ FINEST, BOTH = (0.0, 1.0), (1.0, 1.0)
 def test_a_step_changes_exactly_what_learns(batch, learning, weights, stop_gradient, params, statistics):
     graph, state = new_state(stop_gradient=stop_gradient, learning=learning)
     fed = Batch(batch.images[: len(weights)], batch.labels[: len(weights)])
-    before = jax.tree.map(np.array, (state.params, state.statistics))
+    before = jax.tree.map(np.array, (state.params, state.batch_stats))
     after, _ = make_train_step(graph, OPTIMIZER, LossConfig(level_weights=weights), learning)(state, fed)
 
     def changed(old, new) -> list[bool]:
@@ -144,16 +144,16 @@ def test_a_step_changes_exactly_what_learns(batch, learning, weights, stop_gradi
         return [any((a != b).any() for a, b in network) for network in pairs]
 
     assert changed(before[0], after.params) == params
-    assert changed(before[1], after.statistics) == statistics
+    assert changed(before[1], after.batch_stats) == statistics
 
 
 def test_with_frozen_norm_all_learn_and_the_running_averages_stay(batch):
     graph, state = new_state()
-    graph = nnx.graphdef(inference_model(graph, state.params, state.statistics))
-    before = jax.tree.map(np.array, (state.params, state.statistics))
+    graph = nnx.graphdef(inference_model(graph, state.params, state.batch_stats))
+    before = jax.tree.map(np.array, (state.params, state.batch_stats))
     after, metrics = make_train_step(graph, OPTIMIZER, LossConfig())(state, batch)
     assert all((a != b).any() for a, b in zip(leaves(before[0]), leaves(after.params), strict=True))
-    assert all((a == b).all() for a, b in zip(leaves(before[1]), leaves(after.statistics), strict=True))
+    assert all((a == b).all() for a, b in zip(leaves(before[1]), leaves(after.batch_stats), strict=True))
     logits = jax.jit(lambda p, s, x: inference_model(graph, p, s)(x))(*before, batch.images)
     wanted = [float(dice_loss(*pair)) for pair in zip(logits, batch.labels, strict=True)]
     np.testing.assert_allclose(metrics.losses, wanted, rtol=1e-5)
@@ -162,8 +162,8 @@ def test_with_frozen_norm_all_learn_and_the_running_averages_stay(batch):
 def test_a_frozen_level_uses_its_running_averages(batch):
     """The second phase trains on the maps that inference will give."""
     graph, state = new_state(learning=[1])
-    logits = jax.jit(lambda s, x: nnx.merge(graph, s.params, s.statistics, copy=True)(x))(state, batch.images)
-    wanted = jax.jit(lambda s, x: inference_model(graph, s.params, s.statistics)(x))(state, batch.images)
+    logits = jax.jit(lambda s, x: nnx.merge(graph, s.params, s.batch_stats, copy=True)(x))(state, batch.images)
+    wanted = jax.jit(lambda s, x: inference_model(graph, s.params, s.batch_stats)(x))(state, batch.images)
     np.testing.assert_allclose(logits[0], wanted[0], rtol=1e-5, atol=1e-5)
     assert np.abs(logits[1] - wanted[1]).max() > 0.1
 
@@ -172,7 +172,7 @@ def test_a_frozen_level_uses_its_running_averages(batch):
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(made, batch, bad):
     _, step = made
     _, state = new_state()
-    before = leaves((state.params, state.statistics, state.optimizer))
+    before = leaves((state.params, state.batch_stats, state.optimizer))
     images = (batch.images[0].at[0, 0, 0, 0].set(bad), batch.images[1])
     # The window clips an infinite voxel; what is not a number goes through.
     after, metrics = step(state, Batch(images, batch.labels))
@@ -181,7 +181,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(made, batch, b
     assert np.isfinite(metrics.gradient_norm) == np.isinf(bad)
     changed = [
         not np.array_equal(a, b)
-        for a, b in zip(before, leaves((after.params, after.statistics, after.optimizer)), strict=True)
+        for a, b in zip(before, leaves((after.params, after.batch_stats, after.optimizer)), strict=True)
     ]
     assert any(changed) == np.isinf(bad)
     again, metrics = step(after, batch)

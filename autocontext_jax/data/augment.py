@@ -5,7 +5,6 @@ each level's own grid, so the levels stay aligned. Positions are voxels of the f
 read.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,24 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autocontext_jax.geometry import SpatialLimits, Triple, halving, patch_shape, turning_axes
+from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, turning_axes
+from autocontext_jax.geometry import Triple, halving, patch_shape
 from autocontext_jax.runtime import compiler_options
-
-
-@dataclasses.dataclass(frozen=True)
-class IntensityLimits:
-    """How far the intensity augmentation may go; zeros leave the image as it is.
-
-    Attributes:
-      noise: largest standard deviation of white noise, HU.
-      shift: largest shift of all intensities, HU.
-      scale: largest relative change of contrast about 0 HU.
-    """
-
-    noise: float = 0.0
-    shift: float = 0.0
-    scale: float = 0.0
-
 
 # Accelerators otherwise multiply float32 in TF32 or bfloat16, which moves positions by up to a quarter of a voxel.
 EXACT = lax.Precision.HIGHEST
@@ -39,11 +23,11 @@ Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 
 
 def make_augment(
-    edge: int,
+    patch_size: int,
     margins: tuple[Triple | None, ...],
-    spatial: SpatialLimits | None,
-    intensity: IntensityLimits,
-    rank: int = 3,
+    spatial: SpatialRanges | None,
+    intensity: IntensityRanges,
+    spatial_dims: int = 3,
     sharding: jax.sharding.Sharding | None = None,
     *,
     deterministic: bool = False,
@@ -51,12 +35,12 @@ def make_augment(
     """The augmentation of a batch, jitted.
 
     Args:
-      edge: N.
-      margins: of each level's crops, `geometry.crop_margins` of the same limits; coarsest first. None at a level that
-        is not wanted: it has no place in images and labels.
+      patch_size: N.
+      margins: of each level's crops, `augmentation.crop_margins` of the same ranges; coarsest first. None at a level
+        that that is not trained: it has no place in images and labels.
       spatial: None only cuts the margins off.
       intensity: see there.
-      rank: 3 or 2; of rank 2 a patch is [1, N, N] in place of the [N, N, N] below.
+      spatial_dims: 3 or 2; in 2D a patch is [1, N, N] in place of the [N, N, N] below.
       sharding: of the result's axes [B, N] over devices; None leaves it to the compiler.
       deterministic: see `runtime.compiler_options`.
 
@@ -66,36 +50,38 @@ def make_augment(
         numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on
           its place in the batch or on the device;
         spacing [B, 3] is the finest level's, mm;
-        images and labels hold for each wanted level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
+        images and labels hold for each trained level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
       and the result holds for each level [B, N, N, N] float32 HU and uint8.
     """
-    shape = patch_shape(edge, rank)
-    scales = [tuple(step ** (len(margins) - level) for step in halving(rank)) for level in range(1, len(margins) + 1)]
-    wanted = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
+    shape = patch_shape(patch_size, spatial_dims)
+    scales = [
+        tuple(step ** (len(margins) - level) for step in halving(spatial_dims)) for level in range(1, len(margins) + 1)
+    ]
+    trained = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
 
-    def mirrored(key):
+    def flipped(key):
         return jax.random.bernoulli(jax.random.fold_in(key, 2))
 
     def draw_sample(key, spacing):
         if spatial is None:
-            return (None,) * len(wanted)
-        field = _draw_field(jax.random.split(key)[0], spatial, edge, len(margins), rank, mirrored(key))
+            return (None,) * len(trained)
+        field = _draw_field(jax.random.split(key)[0], spatial, patch_size, len(margins), spatial_dims, flipped(key))
         return tuple(
-            [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in wanted
+            [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in trained
         )
 
     def move_sample(key, positions, images, labels):
         image_out, label_out = [], []
-        for image, label, position, (_, margin) in zip(images, labels, positions, wanted, strict=True):
+        for image, label, position, (_, margin) in zip(images, labels, positions, trained, strict=True):
             if position is None:
                 moved = tuple(_centre(array, shape, margin) for array in (image, label))
             else:
                 moved = _resample(image, label, position)
             image_out.append(moved[0].astype(jnp.float32))
             label_out.append(moved[1])
-        if spatial is not None and spatial.mirror_classes:
-            classes = jnp.asarray(spatial.mirror_classes, jnp.uint8)
-            label_out = [jnp.where(mirrored(key), classes[label], label) for label in label_out]
+        if spatial is not None and spatial.flip_classes:
+            classes = jnp.asarray(spatial.flip_classes, jnp.uint8)
+            label_out = [jnp.where(flipped(key), classes[label], label) for label in label_out]
         return _change_intensity(jax.random.split(key)[1], image_out, intensity), tuple(label_out)
 
     def sample_keys(key, numbers):
@@ -111,40 +97,42 @@ def make_augment(
     draw, move = (jax.jit(program, out_shardings=sharding, compiler_options=options) for program in (draw, move))
 
     def augment(key, numbers, spacing, images, labels):
-        # Two programs: in one, XLA works each voxel's position out anew for each of the nine reads that need it.
+        # Two programs: in one, XLA would compute each voxel's position anew for each of the nine reads that need it.
         return move(key, numbers, draw(key, numbers, spacing), images, labels)
 
     return augment
 
 
-def _draw_field(key: jax.Array, limits: SpatialLimits, edge: int, levels: int, rank: int, mirrored: jax.Array):
+def _draw_field(
+    key: jax.Array, ranges: SpatialRanges, patch_size: int, levels: int, spatial_dims: int, flipped: jax.Array
+):
     """A random field as a function (spacing, scale) -> source positions.
 
-    Where `mirrored`, and the limits say that patches may be, x runs from right to left.
+    Where `flipped`, and the ranges allow it, x runs from right to left.
 
     It is evaluated on the grid of a patch whose voxels are `scale` (z, y, x) finest voxels wide. Positions and their
     result are voxels of the finest level about the centre, three arrays of the patch's shape.
     """
-    # What is drawn for directions that a patch of rank 2 does not have goes unused. The size, and whether the patch
+    # What is drawn for directions that a 2D patch does not have goes unused. The size, and whether the patch
     # moves at all, have keys of their own, so that drawing them changes nothing else.
-    moves = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 4), limits.unmoved), 0, 1)
-    turning, moving = moves * np.array(turning_axes(rank)), moves * (np.array(halving(rank)) > 1)
+    moves = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 4), 1 - ranges.probability), 0, 1)
+    turning, moving = moves * np.array(turning_axes(spatial_dims)), moves * (np.array(halving(spatial_dims)) > 1)
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
-    angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(limits.rotation) * turning
-    shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * limits.translation * moving
-    size = 1 + moves * limits.scaling * jax.random.uniform(jax.random.fold_in(key, 3), minval=-1, maxval=1)
-    handed = jnp.where(mirrored, -1, 1) if limits.mirror_classes else 1
+    angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(ranges.rotation) * turning
+    shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * ranges.translation * moving
+    size = 1 + moves * ranges.scaling * jax.random.uniform(jax.random.fold_in(key, 3), minval=-1, maxval=1)
+    handed = jnp.where(flipped, -1, 1) if ranges.flip_classes else 1
     # The control grid spans the coarsest patch; a cubic spline needs one point before and two after the last interval.
-    reach = edge * 2 ** (levels - 1) / 2
-    points = int(np.ceil(2 * reach / limits.elastic_spacing)) + 3
-    control = limits.elastic_sigma * jax.random.normal(elastic_key, (3, points, points, points))
+    reach = patch_size * 2 ** (levels - 1) / 2
+    points = int(np.ceil(2 * reach / ranges.elastic_spacing)) + 3
+    control = ranges.elastic_sigma * jax.random.normal(elastic_key, (3, points, points, points))
 
     def field(spacing: jax.Array, scale: Triple):
-        sizes = zip(patch_shape(edge, rank), scale, strict=True)
+        sizes = zip(patch_shape(patch_size, spatial_dims), scale, strict=True)
         offsets = [(np.arange(size) + 0.5 - size / 2) * step for size, step in sizes]
-        weights = [spline_weights((along + reach) / limits.elastic_spacing, points) for along in offsets]
+        weights = [spline_weights((along + reach) / ranges.elastic_spacing, points) for along in offsets]
         elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, *weights, optimize=True, precision=EXACT)
-        elastic = jnp.clip(elastic, -limits.elastic_limit, limits.elastic_limit) * moving[:, None, None, None]
+        elastic = jnp.clip(elastic, -ranges.elastic_limit, ranges.elastic_limit) * moving[:, None, None, None]
         # Rotate in millimetres: voxels need not be cubes.
         turn = size * _rotation(angles) * spacing / spacing[:, None]
         z, y, x = offsets[0][:, None, None], offsets[1][:, None], handed * offsets[2]
@@ -228,14 +216,14 @@ def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:
     return lax.slice(array, margin, tuple(m + size for m, size in zip(margin, shape, strict=True)))
 
 
-def _change_intensity(key: jax.Array, images: list[jax.Array], limits: IntensityLimits) -> tuple[jax.Array, ...]:
+def _change_intensity(key: jax.Array, images: list[jax.Array], ranges: IntensityRanges) -> tuple[jax.Array, ...]:
     """The same shift and contrast for all levels of a sample; noise of the same strength, but independent."""
-    if limits == IntensityLimits():
+    if ranges == IntensityRanges():
         return tuple(images)
     scale_key, shift_key, strength_key, noise_key = jax.random.split(key, 4)
-    scale = 1 + limits.scale * jax.random.uniform(scale_key, minval=-1, maxval=1)
-    shift = limits.shift * jax.random.uniform(shift_key, minval=-1, maxval=1)
-    strength = limits.noise * jax.random.uniform(strength_key)
+    scale = 1 + ranges.scale * jax.random.uniform(scale_key, minval=-1, maxval=1)
+    shift = ranges.shift * jax.random.uniform(shift_key, minval=-1, maxval=1)
+    strength = ranges.noise * jax.random.uniform(strength_key)
     return tuple(
         image * scale + shift + strength * jax.random.normal(level_key, image.shape)
         for level_key, image in zip(jax.random.split(noise_key, len(images)), images, strict=True)

@@ -7,11 +7,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from autocontext_jax.data.scans import FORMATS, scan_name
 from autocontext_jax.errors import UserError
@@ -20,11 +18,19 @@ from autocontext_jax.files import is_file
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One patient's scan, and its label map where there is one."""
+    """One patient's scan, and its label map where there is one.
+
+    Attributes:
+      name: of the case.
+      image: file of the scan.
+      label: file of the label map; None if there is none.
+      checksum: of both files' content, where it is known; "" elsewhere.
+    """
 
     name: str
     image: Path
     label: Path | None
+    checksum: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ def read_dataset(root: str | os.PathLike) -> Dataset:
     path = root / "dataset.json"
     if not path.is_file():
         raise UserError(f"{root} has no dataset.json: wanted a data set in the nnU-Net v2 or the MSD layout")
-    description = _read_json(path)
+    description = read_description(path)
     if not isinstance(description, dict):
         raise UserError(f"{path} holds a {type(description).__name__}: wanted an object with the data set's keys")
     if "channel_names" in description:
@@ -93,68 +99,12 @@ def read_dataset(root: str | os.PathLike) -> Dataset:
     return Dataset(root, labels, training, test)
 
 
-def split(cases: Iterable[Case], *, fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Draws a validation set: the same for the same names, fraction and seed, in whatever order the cases come.
-
-    Args:
-      cases: with distinct names.
-      fraction: the share to validate on, between 0 and 1, rounded to whole cases but at least one on either side; a
-        single case is for training.
-      seed: of the draw.
-
-    Returns:
-      (training, validation), each by name.
+def read_description(path: Path) -> Any:
+    """The JSON that a data set's folder has in a file.
 
     Raises:
-      UserError: the fraction is not between 0 and 1.
+      UserError: it is not JSON.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"the validation fraction is {fraction}: wanted more than 0 and less than 1")
-    ordered = sorted(cases, key=lambda case: case.name)
-    count = max(0, min(max(1, round(fraction * len(ordered))), len(ordered) - 1))
-    drawn = set(np.random.default_rng(seed).permutation(len(ordered))[:count].tolist())
-    training = tuple(case for index, case in enumerate(ordered) if index not in drawn)
-    return training, tuple(ordered[index] for index in sorted(drawn))
-
-
-def split_from_file(
-    cases: Iterable[Case], path: str | os.PathLike, fold: int
-) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Takes one fold of nnU-Net's `splits_final.json`: a list of {"train": [names], "val": [names]}.
-
-    Cases that the fold does not name are left out.
-
-    Returns:
-      (training, validation), each by name.
-
-    Raises:
-      UserError: the file is missing or of another form; there is no such fold; it names an unknown case, puts one on
-        both sides, or leaves nothing to train on.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: wanted nnU-Net's splits_final.json")
-    folds = _read_json(path)
-    if not isinstance(folds, list) or not all(isinstance(entry, dict) for entry in folds):
-        raise UserError(f'{path} is not a list of folds: wanted [{{"train": [names], "val": [names]}}, ...]')
-    if not 0 <= fold < len(folds):
-        raise UserError(f"{path} has no fold {fold}: wanted one of its {len(folds)}, counted from 0")
-    known = {case.name: case for case in cases}
-    sides = [list(map(str, _get(path, folds[fold], side, list))) for side in ("train", "val")]
-    if unknown := [name for side in sides for name in side if name not in known]:
-        raise UserError(
-            f"{path}, fold {fold}: {len(unknown)} of its cases are not in the data set, the first {unknown[0]!r}: "
-            "wanted the names of its training cases"
-        )
-    if both := sorted(set(sides[0]) & set(sides[1])):
-        raise UserError(f"{path}, fold {fold}: case {both[0]} is in both train and val: wanted it in one")
-    if not sides[0]:
-        raise UserError(f"{path}, fold {fold}: train names no case: wanted one or more")
-    training, validation = (tuple(known[name] for name in sorted(set(side))) for side in sides)
-    return training, validation
-
-
-def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except json.JSONDecodeError as error:

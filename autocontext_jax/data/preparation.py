@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.split import content_checksum
 from autocontext_jax.data.store.layout import FORMAT, read_attributes
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.writer import write_case
@@ -125,13 +126,6 @@ def _end_with_parent() -> None:
 def _digest(case: Case, grids: LevelGrids, labels: tuple[str, ...]) -> str:
     """Of all that a prepared case is made from."""
     numbers = [[float(number) for number in row or ()] for row in (grids.factors, grids.finest_spacing)]
-    digest = hashlib.blake2b(json.dumps([FORMAT, labels, numbers, grids.rank]).encode(), digest_size=16)
-    for source in filter(None, (case.image, case.label)):
-        try:
-            slices = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
-            for path in slices:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
-        except OSError as error:
-            raise UserError(f"case {case.name}: {source} cannot be read: {error.strerror}") from None
+    digest = hashlib.blake2b(json.dumps([FORMAT, labels, numbers, grids.spatial_dims]).encode(), digest_size=16)
+    digest.update((case.checksum or content_checksum(case)).encode())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ import numpy as np
 
 from autocontext_jax.geometry import Triple
 
-CENTRES = ("foreground", "classes")
+SAMPLING = ("foreground", "classes")
 
 
 def case_batches(cases: int, batch: int, seed: int) -> grain.MapDataset:
@@ -28,21 +28,20 @@ def case_batches(cases: int, batch: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(2**62).map(draw)
 
 
-def draw_entry(offsets: Sequence[int], rng: np.random.Generator, *, centre: str) -> int:
+def draw_entry(offsets: Sequence[int], rng: np.random.Generator, *, sampling: str) -> int:
     """Number of a random entry of a case's foreground list.
 
     Args:
       offsets: [K], where class k's entries are offsets[k - 1] ... offsets[k] - 1.
       rng: always gives two numbers, whatever the case, so that other draws do not depend on this case's contents.
-      centre: `foreground`: uniform over all foreground voxels (the paper). `classes`: uniform over the classes present,
-        then over the class's voxels, so that small organs are seen as often as large ones.
+      sampling: see `loader.LoaderConfig`.
 
     Returns:
       A number in [0, offsets[-1]).
     """
     which, where = rng.random(2)
     sizes = np.diff(offsets)
-    if centre == "foreground":
+    if sampling == "foreground":
         return int(where * offsets[-1])
     present = np.flatnonzero(sizes)
     chosen = present[int(which * len(present))]

@@ -469,10 +469,19 @@ def _as_int16(path: Path, stored: np.ndarray) -> np.ndarray:
     return voxels
 
 
+def check_writable_format(path: Path) -> None:
+    """Refuses names of masks that no format is written for, before any work is done.
+
+    Raises:
+      UserError: the name's ending.
+    """
+    if _suffix(path) in ("", ".mhd"):
+        raise UserError(f"{path} cannot be written: expected a name that ends in .nii.gz, .nii, .mha or .nrrd")
+
+
 def _write(path: Path, image: sitk.Image) -> None:
+    check_writable_format(path)
     suffix = _suffix(path)
-    if suffix in ("", ".mhd"):
-        raise UserError(f"{path} cannot be written: wanted a name that ends in .nii.gz, .nii, .mha or .nrrd")
     partial = path.with_name(f".{scan_name(path)}.{os.getpid()}{suffix}")  # hidden: `find_scans` must not see it
     try:
         with _itk(path, "written: see that the disk has room and the folder lets you write"):

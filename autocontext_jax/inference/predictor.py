@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store.level_grids import AIR
+from autocontext_jax.errors import require
 from autocontext_jax.geometry import Triple, halving, level_shape
 from autocontext_jax.inference.masks import MaskWriter, native_masks
 from autocontext_jax.inference.tiling import SLICES, Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles
@@ -40,7 +41,7 @@ class PredictorConfig:
 
     Attributes:
       tile: T, edge of a tile in voxels of each level; need not be the training patch's. Larger is faster, to what the
-        device's memory holds. Of rank 2 a tile is `tiling.SLICES` such squares.
+        device's memory holds. In 2D a tile is `tiling.SLICES` such squares.
       overlap: share of a tile that the next one covers again.
       plane: native voxels in plane (height or width) that the programs are compiled for. A larger scan costs one more
         compilation; smaller ones none.
@@ -52,6 +53,12 @@ class PredictorConfig:
     overlap: float = 0.5
     plane: int = 512
     space: int = 1
+
+    def __post_init__(self):
+        for name, largest in (("tile", 4096), ("plane", 2**16)):
+            require(1 <= getattr(self, name) <= largest, self, name, f"a number from 1 to {largest}")
+        require(0 <= self.overlap < 1, self, "overlap", "a fraction in [0, 1)")
+        require(self.space >= 1, self, "space", "at least 1")
 
 
 class Predictor:
@@ -84,9 +91,9 @@ class Predictor:
         self._align = max(2, align)
         useful = config.tile - 2 * self._blend.border
         self._stride = max(1, int(useful * (1 - config.overlap)) // self._align) * self._align
-        self._rank: int = model.config.rank
+        self._spatial_dims: int = model.config.spatial_dims
         # Along z, of a tile and from row to row.
-        depth, self._descent = (config.tile, self._stride) if self._rank == 3 else (SLICES, SLICES)
+        depth, self._descent = (config.tile, self._stride) if self._spatial_dims == 3 else (SLICES, SLICES)
         self._tile: Triple = (depth, config.tile, config.tile)
         # Alone a device needs no mesh, and the programs go to whichever their arguments lie on.
         self._mesh: Mesh | None = None
@@ -130,7 +137,7 @@ class Predictor:
         wanted = levels or (self._levels,)
         # Coarser grids are exact halves of the finest: a tile's context always lies on them.
         finest = level_shape(_shape(voxels), factors[-1])
-        grid = {"stride": self._stride, "align": self._align, "rank": self._rank}
+        grid = {"stride": self._stride, "align": self._align, "spatial_dims": self._spatial_dims}
         plan = pyramid_tiles(finest, self._levels, self._blend, **grid)[: max(wanted)]
         self._reserve(_shape(voxels), factors[-1])
         total = sum(int(np.prod([len(axis.starts) for axis in axes])) for axes in plan)
@@ -147,7 +154,9 @@ class Predictor:
             image = downsample_image(voxels, factor)
             context = None
             if streams:
-                context = _Context(streams[-1], plan[level - 2], self._tile, self._descent, self._rank, self._whole)
+                context = _Context(
+                    streams[-1], plan[level - 2], self._tile, self._descent, self._spatial_dims, self._whole
+                )
             chunks = self._chunks(level, image, axes, context, advance)
             if level in wanted:
                 writers[level] = MaskWriter(_shape(voxels), _shape(image), factor, axes, self._plane)
@@ -212,7 +221,7 @@ class Predictor:
 
     def _make_add_tile(self, level: int):
         graph, descent, mirror = self._graph, self._descent, np.array(self._mirror_classes, int)
-        context_size = _context_size(self._tile, self._rank)
+        context_size = _context_size(self._tile, self._spatial_dims)
 
         depth = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(None, "space"))
 
@@ -228,7 +237,7 @@ class Predictor:
             Args:
               slabs: arrays [n, canvas y, canvas x, K], one below the other.
               state: of the model.
-              image: [T, T, T] int16 HU; of rank 2 [SLICES, T, T].
+              image: [T, T, T] int16 HU; in 2D [SLICES, T, T].
               maps: the coarser level's chunks about the row, one below the other; None at level 1.
               weights: [T] each, along z, y, x.
               corner: [3], the tile's first voxel in the slabs, (0, y, x).
@@ -260,10 +269,10 @@ class Predictor:
 class _Context:
     """The coarser level's maps about a row of tiles: as few chunks as always hold them, moving down with the rows."""
 
-    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, descent: int, rank: int, sharding: Any):
-        self._source, self._axes, self._descent, self._rank = chunks, axes, descent, rank
+    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, descent: int, spatial_dims: int, sharding: Any):
+        self._source, self._axes, self._descent, self._spatial_dims = chunks, axes, descent, spatial_dims
         self._sharding = sharding
-        self._depth = _context_size(tile, rank)[0]
+        self._depth = _context_size(tile, spatial_dims)[0]
         self._count = (self._depth + descent - 2) // descent + 1  # the first of them may begin at a chunk's last plane
         self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
         self._end = int(axes[0].starts[0])  # of the chunks held, level voxels
@@ -271,7 +280,7 @@ class _Context:
     def under(self, start: Triple) -> tuple[tuple[jax.Array, ...], np.ndarray]:
         """The chunks, and where the context of a tile that starts at `start` of the finer level lies in them."""
         # With a halo of one voxel where the level halves.
-        halves = [step == 2 for step in halving(self._rank)]
+        halves = [step == 2 for step in halving(self._spatial_dims)]
         first = np.array([s // 2 - 1 if half else s for s, half in zip(start, halves, strict=True)], np.int32)
         while self._end < first[0] + self._depth:
             z, chunk = next(self._source)
@@ -283,10 +292,10 @@ class _Context:
         return held, first - np.array(origin, np.int32)
 
 
-def _context_size(tile: Triple, rank: int) -> Triple:
-    """Voxels of the coarser level under a tile, with the halo of one that upsampling consumes; of rank 2 in plane."""
+def _context_size(tile: Triple, spatial_dims: int) -> Triple:
+    """Voxels of the coarser level under a tile, with the halo of one that upsampling consumes; in 2D in plane."""
     z, y, x = tile
-    return (z // 2 + 2 if rank == 3 else z), y // 2 + 2, x // 2 + 2
+    return (z // 2 + 2 if spatial_dims == 3 else z), y // 2 + 2, x // 2 + 2
 
 
 def _window(maps: tuple[jax.Array, ...], first: jax.Array, size: Triple) -> jax.Array:

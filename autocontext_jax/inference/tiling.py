@@ -11,7 +11,7 @@ import numpy as np
 
 from autocontext_jax.geometry import Triple
 
-# Of rank 2, slices to a tile: each is predicted by itself, so these tiles need no overlap.
+# In 2D, slices to a tile: each is predicted by itself, so these tiles need no overlap.
 SLICES = 4
 
 
@@ -89,7 +89,7 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
 
 
 def pyramid_tiles(
-    finest: Triple, levels: int, blend: Blend, *, stride: int, align: int, rank: int = 3
+    finest: Triple, levels: int, blend: Blend, *, stride: int, align: int, spatial_dims: int = 3
 ) -> tuple[LevelTiles, ...]:
     """Tiles of every level, coarsest first, so that each tile finds the coarser level predicted wherever it lies.
 
@@ -99,14 +99,14 @@ def pyramid_tiles(
       blend: weights along an axis, the same for all levels and axes.
       stride: between tiles' starts.
       align: see `axis_tiles`; even, so that a tile's context starts at a coarse voxel.
-      rank: 3; of rank 2 tiles hold `SLICES` slices along z at every level.
+      spatial_dims: 3; in 2D tiles hold `SLICES` slices along z at every level.
 
     Returns:
       For each level the tiles along z, y, x.
     """
     slices = Blend(np.ones(SLICES, np.float32))
-    through = [] if rank == 3 else [axis_tiles(0, finest[0], slices, stride=SLICES, align=1)]
-    need = [(0, size) for size in finest[3 - rank :]]
+    through = [] if spatial_dims == 3 else [axis_tiles(0, finest[0], slices, stride=SLICES, align=1)]
+    need = [(0, size) for size in finest[3 - spatial_dims :]]
     plan = []
     for _ in range(levels):
         halving = [axis_tiles(low, high, blend, stride=stride, align=align) for low, high in need]

@@ -1,28 +1,31 @@
 """--mode evaluate: predict held-out whole scans and score every level on the scans' own grids.
 
-With `config.evaluate.root` these are all labelled scans of another data set. It may number and name its organs
-otherwise and know fewer or more of them: what it does not annotate is left out, what the checkpoint does not know is
-background.
+With `evaluate.root` these are all labelled scans of another data set. It may number and name its classes otherwise and
+know fewer or more of them: what it does not annotate is left out, what the checkpoint does not know is background.
 """
 
+import contextlib
 import itertools
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from autocontext_jax import processes
 from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.split import content_checksum
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.files import writing
-from autocontext_jax.jobs.config import model_factors, model_levels
-from autocontext_jax.jobs.prepare import Data
+from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import restore_predictor
+from autocontext_jax.jobs.run_config import RunConfig, as_dict
+from autocontext_jax.jobs.run_folder import RunData, read_data, read_split
 from autocontext_jax.jobs.stages import in_stages
 
 log = logging.getLogger(__name__)
@@ -30,77 +33,124 @@ log = logging.getLogger(__name__)
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its label
 
 
-def evaluate_elsewhere(config: ConfigDict, workdir: Path) -> bool:
-    """As `evaluate`, for the data set `config.evaluate.root`, into a folder of its name in the work directory."""
-    dataset = read_dataset(Path(config.evaluate.root).expanduser())
-    cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
-    folder = workdir / f"on_{dataset.root.resolve().name}"
-    return _score(config, workdir, dataset, cases, folder, names=config.evaluate.labels)
+def evaluate(config: RunConfig, workdir: Path) -> bool:
+    """Scores the run's test cases, or the data set `evaluate.root`.
 
-
-def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
-    """Writes predictions, pictures, `evaluation.json`, `table.csv` and `table.md`, and prints the last.
-
-    The scans are the data set's labelled test cases; without any, its validation cases.
+    Writes predictions, pictures, `evaluation.json`, `table.csv` and `table.md`, and prints the last. What an earlier
+    evaluation left is removed first, so that masks of different evaluations are never mixed.
 
     Returns:
       False if scans or labels could not be read: they are named at the end, the others are scored.
 
     Raises:
-      UserError: nothing to evaluate, no checkpoint, labels that are not the checkpoint's.
+      UserError: nothing to evaluate, no checkpoint, cases that are lost.
     """
-    cases = held_out(data)
-    if unlabelled := [case.name for case in data.dataset.test if case.label is None]:
+    if config.evaluate.root:
+        return _evaluate_elsewhere(config, workdir)
+    data = processes.agree(lambda: read_data(config, workdir))
+    return evaluate_run(config, workdir, data)
+
+
+def evaluate_run(config: RunConfig, workdir: Path, data: RunData) -> bool:
+    """`evaluate` of a run's own cases: its labelled test cases; without any, its validation cases."""
+    cases, chosen = data.scored
+    if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:
         log.warning("%s: test cases without a label are not scored: %s", data.dataset.root, ", ".join(unlabelled))
     if not cases:
         raise UserError(
-            f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
-            "that was not trained on: add imagesTs and labelsTs, or more training cases"
+            f"data set {data.dataset.root} has no labelled test case and no validation case; expected at least one "
+            "scan that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
-    return _score(config, workdir, data.dataset, cases, workdir, names=None)
+    numbers = np.arange(len(data.classes), dtype=np.uint8)
+    return _score(config, workdir, data.classes, cases, workdir, numbers=numbers, chosen=chosen)
+
+
+def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
+    """Whether the evaluation that `evaluate_run` would make is there already."""
+    path = workdir / "evaluation.json"
+    if not path.exists():
+        return False
+    _, step = restore_predictor(config, workdir, data.classes)
+    cases, _ = data.scored
+    return json.loads(path.read_bytes()).get("settings") == _settings(config, step, cases)
+
+
+def _evaluate_elsewhere(config: RunConfig, workdir: Path) -> bool:
+    """Scores all labelled cases of `evaluate.root`, into a folder of its name in the run folder."""
+
+    def read() -> tuple[Dataset, tuple[str, ...], np.ndarray]:
+        split = read_split(workdir)
+        if split is None:
+            raise UserError(f"run folder {workdir} has no split.json: train there first (--mode train)")
+        dataset = read_dataset(Path(config.evaluate.root).expanduser())
+        return dataset, split.classes, label_mapping(dataset, split.classes, config.evaluate.label_mapping)
+
+    dataset, classes, numbers = processes.agree(read)
+    cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
+    chosen = f"every labelled case of {dataset.root.resolve().name}"
+    folder = workdir / f"on_{dataset.root.resolve().name}"
+    return _score(config, workdir, classes, cases, folder, numbers=numbers, chosen=chosen)
+
+
+def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
+    """What the numbers of an evaluation depend on, as JSON."""
+    predict = {key: value for key, value in as_dict(config.predict).items() if key not in ("plane", "space")}
+    evaluated = {case.name: case.checksum or content_checksum(case) for case in cases}
+    settings = {"step": step, "predict": predict, "tolerance": config.evaluate.tolerance, "cases": evaluated}
+    return json.loads(json.dumps(settings))
 
 
 def _score(
-    config: ConfigDict,
+    config: RunConfig,
     workdir: Path,
-    dataset: Dataset,
+    classes: Sequence[str],
     cases: Sequence[Case],
     folder: Path,
     *,
-    names: Sequence[str] | None,
+    numbers: np.ndarray,
+    chosen: str,
 ) -> bool:
     """`evaluate` for these cases, into `folder`.
 
     Args:
       config: of the run.
-      workdir: of the run.
-      dataset: of the cases.
+      workdir: the run folder.
+      classes: [K] the checkpoint's names.
       cases: labelled.
       folder: where all is written.
-      names: as for `translation`; None means that the data set's labels must be the checkpoint's.
+      numbers: see `label_mapping`.
+      chosen: a sentence that says which cases these are.
     """
-    predictor, labels = restore_predictor(config, workdir)
-    if names is None and labels != dataset.labels:
-        raise UserError(
-            f"the data set {dataset.root} has labels {dataset.labels}; the checkpoint knows {tuple(labels)}"
-        )
-    ours = translation(dataset, labels, names or ())
-    annotated = [labels[number] for number in sorted(set(ours.tolist()) - {0})]
-    levels = model_levels(config)
+    with locked(workdir, "evaluation") if processes.is_first() else contextlib.nullcontext():
+        return _score_locked(config, workdir, classes, cases, folder, numbers=numbers, chosen=chosen)
+
+
+def _score_locked(
+    config: RunConfig,
+    workdir: Path,
+    classes: Sequence[str],
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    numbers: np.ndarray,
+    chosen: str,
+) -> bool:
+    predictor, step = restore_predictor(config, workdir, classes)
+    annotated = [classes[number] for number in sorted(set(numbers.tolist()) - {0})]
+    levels = config.model_levels()
     tolerance = config.evaluate.tolerance
-    for name in ("pictures", "predictions", *(f"predictions/level_{level}" for level in levels[:-1])):
-        with writing(folder / name):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+    processes.first_does(lambda: _make_room(folder, levels))
 
     def read(case: Case) -> Labelled:
         assert case.label is not None
         scan = scans.read_scan(case.image)
-        return scan, ours[scans.read_label(case.label, labels=range(len(ours)), like=scan.grid, case=case.name)]
+        label = scans.read_label(case.label, labels=range(len(numbers)), like=scan.grid, case=case.name)
+        return scan, numbers[label]
 
     def masks_of(case: Case, labelled: Labelled) -> tuple[Labelled, dict[int, np.ndarray]]:
         scan, _ = labelled
         every = tuple(range(1, len(levels) + 1))
-        made = predictor.masks(scan.voxels, model_factors(config, scan.spacing), levels=every)
+        made = predictor.masks(scan.voxels, config.model_factors(scan.spacing), levels=every)
         return labelled, {level: made[number] for number, level in enumerate(levels, start=1)}
 
     def score(case: Case, made: tuple[Labelled, dict[int, np.ndarray]]) -> dict:
@@ -110,11 +160,11 @@ def _score(
             scans.write_mask(place / f"{case.name}.nii.gz", mask, scan.grid)
         columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
         path = folder / "pictures" / f"{case.name}.png"
-        pictures.figure(path, scan.voxels, columns, labels[1:], scan.spacing, title=case.name)
+        pictures.figure(path, scan.voxels, columns, classes[1:], scan.spacing, title=case.name)
         scored = {}
         for level, mask in masks.items():
-            every = metrics.scores(mask, truth, labels[1:], scan.spacing, tolerance=tolerance)
-            scored[f"level_{level}"] = {organ: every[organ] for organ in annotated}
+            every = metrics.scores(mask, truth, classes[1:], scan.spacing, tolerance=tolerance)
+            scored[f"level_{level}"] = {name: every[name] for name in annotated}
         return scored
 
     results, bad = {}, []
@@ -133,13 +183,16 @@ def _score(
     scored = {name: scores for found, _ in gathered for name, scores in found.items()}
     results = {case.name: scored[case.name] for case in cases if case.name in scored}
     bad = [message for _, messages in gathered for message in messages]
-    if results and processes.is_first():
+
+    def write() -> None:
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
         result = report.evaluation(results, annotated, tolerance=tolerance, pairs=pairs)
-        report.write(result, folder)
+        report.write(result | {"settings": _settings(config, step, cases)}, folder)
         print(report.table(result))
-    processes.wait(f"evaluated in {folder}")  # what is written stands for every process
+
+    if results:
+        processes.first_does(write)
     for message in bad:
         log.error("%s", message)
     if bad:
@@ -147,38 +200,50 @@ def _score(
     return not bad
 
 
-def held_out(data: Data) -> Sequence[Case]:
-    """The cases to score: labelled test cases, else validation cases; empty if there is neither."""
-    return [case for case in data.dataset.test if case.label is not None] or data.validation
+def _make_room(folder: Path, levels: Sequence[int]) -> None:
+    """Removes what an earlier evaluation wrote, its result first, and makes the folders."""
+    with writing(folder):
+        (folder / "evaluation.json").unlink(missing_ok=True)
+        for pattern in (
+            "table.md",
+            "table.csv",
+            "predictions/*.nii.gz",
+            "predictions/level_*/*.nii.gz",
+            "pictures/*.png",
+        ):
+            for path in folder.glob(pattern):
+                path.unlink()
+        for name in ("pictures", "predictions", *(f"predictions/level_{level}" for level in levels[:-1])):
+            (folder / name).mkdir(parents=True, exist_ok=True)
 
 
-def translation(dataset: Dataset, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """What a data set's label values are here.
+def label_mapping(dataset: Dataset, classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """The checkpoint's value of each of a data set's labels.
 
     Args:
       dataset: with names of its own.
-      labels: [K] the checkpoint's names, background first.
-      names: "theirs=ours" for each organ that is called otherwise there.
+      classes: [K] the checkpoint's names, background first.
+      names: "theirs=ours" for each class that the data set calls otherwise.
 
     Returns:
-      [its number of labels] uint8: the checkpoint's value of each, 0 where the checkpoint does not know it.
+      [its number of labels] uint8: 0 where the checkpoint does not know the class.
 
     Raises:
-      UserError: a name that is not there, or no organ in common.
+      UserError: an unknown name, or no class in common.
     """
-    ours = {organ: organ for organ in dataset.labels[1:] if organ in labels}
-    for name in names:
-        there, _, here = name.partition("=")
-        if there not in dataset.labels[1:] or here not in labels[1:]:
+    ours = {name: name for name in dataset.labels[1:] if name in classes}
+    for pair in names:
+        theirs, _, own = pair.partition("=")
+        if theirs not in dataset.labels[1:] or own not in classes[1:]:
             raise UserError(
-                f"config key evaluate.labels holds {name!r}; wanted THEIRS=OURS with one of {dataset.labels[1:]} of "
-                f"{dataset.root} and one of {tuple(labels[1:])} of the checkpoint"
+                f"config key evaluate.label_mapping holds {pair!r}; expected THEIRS=OURS with one of "
+                f"{dataset.labels[1:]} of {dataset.root} and one of {tuple(classes[1:])} of the checkpoint"
             )
-        ours[there] = here
+        ours[theirs] = own
     if not ours:
         raise UserError(
-            f"data set {dataset.root} has the organs {dataset.labels[1:]}, the checkpoint knows {tuple(labels[1:])}: "
-            "name those that are the same, --config.evaluate.labels=\"('theirs=ours',)\""
+            f"data set {dataset.root} has the classes {dataset.labels[1:]}, the checkpoint knows {tuple(classes[1:])}: "
+            "name those that are the same, --config.evaluate.label_mapping=\"('theirs=ours',)\""
         )
-    known = {name: number for number, name in enumerate(labels)}
-    return np.array([known.get(ours.get(organ, ""), 0) for organ in dataset.labels], np.uint8)
+    known = {name: number for number, name in enumerate(classes)}
+    return np.array([known.get(ours.get(name, ""), 0) for name in dataset.labels], np.uint8)

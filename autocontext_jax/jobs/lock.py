@@ -1,4 +1,4 @@
-"""A work directory belongs to one run at a time."""
+"""A run folder is written by one process at a time."""
 
 import contextlib
 import fcntl
@@ -11,13 +11,17 @@ from autocontext_jax.files import writing
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Holds `workdir/.lock` meanwhile; the system lets go of it however the process ends.
+def locked(workdir: Path, what: str = "run") -> Iterator[None]:
+    """Holds a lock meanwhile; the system releases it however the process ends.
+
+    Args:
+      workdir: the run folder.
+      what: is written there: the `run`, by training, or an `evaluation`, which may be made beside it.
 
     Raises:
-      UserError: another process holds it, or the work directory cannot be written.
+      UserError: another process holds the lock, or the run folder cannot be written.
     """
-    path = workdir / ".lock"
+    path = workdir / f".{what}.lock"
     try:
         lock = path.open("a+", encoding="utf-8")
     except OSError as error:

@@ -5,14 +5,14 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from autocontext_jax import processes
 from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.config import model_factors
 from autocontext_jax.jobs.restore import restore_predictor
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import read_split
 from autocontext_jax.jobs.stages import in_stages
 
 log = logging.getLogger(__name__)
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 Job = tuple[Path, Path]  # a scan and where its mask goes
 
 
-def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bool:
+def predict(config: RunConfig, workdir: Path, source: Path, target: Path) -> bool:
     """Writes the finest level's mask of one scan, a DICOM folder or each scan of a folder.
 
     Args:
-      config: that the work directory was trained with.
-      workdir: holds the checkpoints.
+      config: the run's own, see `config.for_inference`.
+      workdir: the run folder; nothing in it is changed.
       source: a scan or a folder.
       target: for one scan a file to write, or a folder; for a folder of scans a folder, where each mask is named as its
         scan. Missing folders are made.
@@ -39,16 +39,21 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
     inputs = scans.find_scans(source)
     many = source.is_dir() and inputs != [source]
     outputs = [_output(path, target, many) for path in inputs]
+    for path in outputs:
+        scans.check_writable_format(path)
     twice = [path for path, count in collections.Counter(outputs).items() if count > 1]
     if twice:
         raise UserError(
-            f"{source} has several scans whose mask would be {twice[0]}; wanted different names: rename one"
+            f"{source} has several scans whose mask would be {twice[0]}; expected different names: rename one"
         )
     overwritten = set(outputs) & {path.resolve() for path in inputs}
     if overwritten:
         raise UserError(f"--output {target} would overwrite the input {overwritten.pop()}: choose another folder")
 
-    predictor, labels = restore_predictor(config, workdir)
+    split = processes.agree(lambda: read_split(workdir))
+    if split is None:
+        raise UserError(f"run folder {workdir} has no split.json: train there first (--mode train)")
+    predictor, _ = restore_predictor(config, workdir, split.classes)
     bad: list[str] = []
 
     def read(job: Job) -> scans.Scan:
@@ -60,7 +65,7 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
         return scan
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
-        factors = model_factors(config, scan.spacing)
+        factors = config.model_factors(scan.spacing)
         return predictor.masks(scan.voxels, factors, progress=show_tiles)[len(factors)], scan.grid
 
     def write(job: Job, made: tuple[np.ndarray, scans.Grid]) -> None:
@@ -83,7 +88,7 @@ def predict(config: ConfigDict, workdir: Path, source: Path, target: Path) -> bo
             bad.append(str(outcome))
     bad = [message for found in processes.gather(bad) for message in found]
     if not many and processes.is_first():
-        print(f"{outputs[0]}: {', '.join(labels[1:])} = 1 to {len(labels) - 1}")
+        print(f"{outputs[0]}: {', '.join(split.classes[1:])} = 1 to {len(split.classes) - 1}")
     for message in bad:
         log.error("%s", message)
     if bad:

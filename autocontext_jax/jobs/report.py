@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import page, pictures, surfaces
 from autocontext_jax.evaluation.report import beside_published
-from autocontext_jax.jobs.prepare import Data, describe
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import RunData, read_data
 from autocontext_jax.training.phases import MODES
 
 log = logging.getLogger(__name__)
 
 
-def report(config: ConfigDict, workdir: Path) -> None:
+def report(config: RunConfig, workdir: Path) -> None:
     """Writes the page of a run's or an experiment's evaluation, and pictures of the best, median and worst case.
 
     Of an experiment the cases are those of its end-to-end run, or of its first without one.
@@ -37,7 +37,7 @@ def report(config: ConfigDict, workdir: Path) -> None:
 
     organs, shown = result["labels"], []
     pictures.boxes(workdir / "dice.png", result)
-    data = describe(config, workdir)
+    data = read_data(config, workdir)
     for title, case in _best_median_worst(_read(run)).items():
         columns = _surfaces(run, case, data)
         surfaces.figure(run / "pictures" / f"{case}_surfaces.png", columns, organs, title=title)
@@ -82,7 +82,7 @@ def _best_median_worst(result: dict[str, Any]) -> dict[str, str]:
     return {f"{place}: {case}, Dice {100 * scored[case]:.1f} %": case for place, case in places.items()}
 
 
-def _surfaces(run: Path, name: str, data: Data) -> dict[str, dict[str, surfaces.Surface]]:
+def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surfaces.Surface]]:
     """Of the truth and of every level's mask."""
     dataset = data.dataset
     (case,) = [case for case in (*dataset.training, *dataset.test) if case.name == name]

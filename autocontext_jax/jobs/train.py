@@ -2,37 +2,31 @@
 
 import collections
 import contextlib
-import dataclasses
 import logging
 import math
-import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from autocontext_jax import processes
-from autocontext_jax.data.pipeline import Feed, read_batch
-from autocontext_jax.data.sampling import draw_entry
+from autocontext_jax.data.loader import Loader
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import pictures
-from autocontext_jax.jobs import config as configuration
-from autocontext_jax.jobs.prepare import Data
+from autocontext_jax.jobs.config import check_same_run, read_config, write_config
 from autocontext_jax.jobs.restore import make_model
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import RunData
+from autocontext_jax.jobs.signals import StopSignal
 from autocontext_jax.training.checkpoints import Checkpoints
-from autocontext_jax.training.logging import MetricsLog
-from autocontext_jax.training.losses import mean_dice, organ_dice
-from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
+from autocontext_jax.training.logging import MetricsLog, StepLog
+from autocontext_jax.training.optimizers import learning_rate, make_optimizer
 from autocontext_jax.training.phases import Phase
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, place, replicated, state_sharding
 from autocontext_jax.training.state import (
@@ -44,6 +38,7 @@ from autocontext_jax.training.state import (
     make_train_step,
     make_validation_step,
 )
+from autocontext_jax.training.validation import validate, validation_batches
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +46,8 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 2
 
 
-def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
-    """Trains to the end, going on from the work directory's newest checkpoint.
+def train(config: RunConfig, workdir: Path, data: RunData) -> bool:
+    """Trains to the end, going on from the run folder's newest checkpoint.
 
     Returns:
       False if a signal (SIGTERM, Ctrl-C) ended it early; what was done is saved.
@@ -60,28 +55,29 @@ def train(config: ConfigDict, workdir: Path, data: Data) -> bool:
     Raises:
       UserError: the checkpoint belongs to another configuration; the loss is not finite.
     """
-    # Closed on every way out: orbax's threads else complain at exit, after the user's one clear line.
+    # Closed on every way out: otherwise orbax's threads complain at exit, after the user's one clear line.
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep)) as checkpoints:
         return _train(config, workdir, data, checkpoints)
 
 
-def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoints) -> bool:
-    # ---- the configuration, as resolved
-    config.data.labels = data.dataset.labels
+def _train(config: RunConfig, workdir: Path, data: RunData, checkpoints: Checkpoints) -> bool:
+    # ---- is it the same run?
     checkpoints.set_damaged_aside()
-    saved = configuration.read_config(workdir)
-    if saved is not None and checkpoints.latest is not None:
-        configuration.check_same_run(config, saved, workdir)
-    if processes.is_first():
-        configuration.write_config(config, workdir)
-    phases = configuration.training_phases(config)
-    if (checkpoints.latest or 0) >= len(phases) * config.train.steps:
-        log.info("trained already: step %d of %d", checkpoints.latest, len(phases) * config.train.steps)
+    saved = processes.agree(lambda: read_config(workdir))
+    done = checkpoints.latest or 0
+    if saved is not None and done:
+        check_same_run(config, saved, workdir)
+        if changed := _changed_schedule(config, saved, done):
+            log.warning("%s", changed)
+    processes.first_does(lambda: write_config(config, workdir))
+    phases = config.phases()
+    if done >= len(phases) * config.train.steps:
+        log.info("trained already: step %d of %d", done, len(phases) * config.train.steps)
         return True
     mesh = training_mesh(config)
 
     # ---- phases: each begins with what the one before saved last
-    with contextlib.closing(_StopSignal()) as stop, jax.set_mesh(mesh):
+    with contextlib.closing(StopSignal()) as stop, jax.set_mesh(mesh):
         return all(
             _train_phase(config, workdir, data, checkpoints, mesh, number, phase, stop)
             for number, phase in enumerate(phases)
@@ -90,35 +86,57 @@ def _train(config: ConfigDict, workdir: Path, data: Data, checkpoints: Checkpoin
 
 
 def _train_phase(
-    config: ConfigDict,
+    config: RunConfig,
     workdir: Path,
-    data: Data,
+    data: RunData,
     checkpoints: Checkpoints,
     mesh: Mesh,
     number: int,
     phase: Phase,
-    stop: "_StopSignal",
+    stop: StopSignal,
 ) -> bool:
     """Trains phase `number` (from 0), from its newest checkpoint or the end of the phase before; False if stopped."""
     start, end = number * config.train.steps, (number + 1) * config.train.steps
     first = checkpoints.latest or 0
+    sharding, everywhere = batch_sharding(mesh), replicated(mesh)
 
     # ---- data
-    cache_bytes = config.data.cache_mib * 2**20 // (len(data.training) + len(data.validation))
-    training, validation = (
-        [PreparedCase.open(data.store, case.name, cache_bytes) for case in cases]
-        for cases in (data.training, data.validation)
+    cache = config.data.cache_mib * 2**20
+    training, validation = processes.agree(
+        lambda: tuple(
+            [PreparedCase.open(data.store, case.name, cache) for case in cases]
+            for cases in (data.training, data.validation)
+        )
     )
-    exact = {"deterministic": config.train.deterministic}
-    feed = Feed(training, configuration.feed(config, phase), seed=config.seed, sharding=batch_sharding(mesh), **exact)
-    held_out = validation_batches(validation, config, phase)
+    loader = Loader(
+        training,
+        config.loader,
+        seed=config.seed,
+        sharding=sharding,
+        spatial=config.augmentation.spatial(data.classes),
+        intensity=config.augmentation.intensity(),
+        spatial_dims=config.levels.spatial_dims,
+        levels=phase.levels,
+        deterministic=config.train.deterministic,
+    )
+    held_out = processes.agree(
+        lambda: validation_batches(
+            validation,
+            patches=config.train.validation_patches,
+            batch_size=config.loader.batch_size,
+            patch_size=config.loader.patch_size,
+            levels=phase.levels,
+            spatial_dims=config.levels.spatial_dims,
+            seed=config.seed,
+        )
+    )
 
     # ---- model, optimiser, steps
-    classes, organs = len(data.dataset.labels), data.dataset.labels[1:]
-    ladder = configuration.model_levels(config)
-    learning = [ladder.index(level) for level in phase.learning]
-    optimizer = make_optimizer(configuration.dataclass_of(OptimizerConfig, config.optimizer), config.train.steps)
-    loss = configuration.loss(config, phase)
+    classes = len(data.classes)
+    levels = config.model_levels()
+    learning = [levels.index(level) for level in phase.learning]
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    loss = config.phase_loss(phase)
     model = nnx.eval_shape(lambda: make_model(config, classes))
     graph, _ = create_state(model, optimizer, learning)
     frozen_graph = nnx.graphdef(inference_model(*nnx.split(model, nnx.Param, ...)))
@@ -126,24 +144,26 @@ def _train_phase(
     def create() -> TrainState:
         return create_state(make_model(config, classes), optimizer, learning)[1]
 
-    everywhere = replicated(mesh)
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)
-    train_step = make_train_step(graph, optimizer, loss, learning, (placement, everywhere), **exact)
-    frozen_norm_step = make_train_step(frozen_graph, optimizer, loss, learning, (placement, everywhere), **exact)
-    frozen_norm_after = end - round(config.train.frozen_norm * config.train.steps)
-    validation_step = make_validation_step(graph, loss, everywhere, **exact)
+    options: dict[str, Any] = {"deterministic": config.train.deterministic}
+    train_step = make_train_step(graph, optimizer, loss, learning, (placement, everywhere), **options)
+    frozen_step = make_train_step(frozen_graph, optimizer, loss, learning, (placement, everywhere), **options)
+    frozen_after = end - round(config.train.frozen_batch_stats * config.train.steps)
+    validation_step = make_validation_step(graph, loss, everywhere, **options)
 
     # ---- restore
+    skipped = 0
     if first > start:
-        state, position = checkpoints.restore(first, jax.eval_shape(fresh))
-        feed.set_state(position)
+        state, progress = checkpoints.restore(first, jax.eval_shape(fresh))
+        loader.set_state(progress["loader"])
+        skipped = progress["skipped"]
     else:
         state = fresh()
         if first:
-            params, statistics = checkpoints.restore_weights(first, state.params, state.statistics)
+            params, batch_stats = checkpoints.restore_weights(first, state.params, state.batch_stats)
             state = state.replace(
-                step=place(np.array(first, np.int32), everywhere), params=params, statistics=statistics
+                step=place(np.array(first, np.int32), everywhere), params=params, batch_stats=batch_stats
             )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info(
@@ -153,182 +173,105 @@ def _train_phase(
 
     # ---- loop
     metrics_log = MetricsLog(workdir, step=first) if processes.is_first() else None
-    in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
-    skipped = 0
-    waiting: tuple[int, Metrics, float] | None = None  # a logged step whose numbers are still on the device
-    since, since_step = time.monotonic(), first
     bar = tqdm(initial=first, total=end, desc="train", unit="step", mininterval=1, disable=not processes.is_first())
+    steps = StepLog(metrics_log, bar, levels=phase.levels, batch_size=config.loader.batch_size, step=first)
+    in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
 
-    def write(row: tuple[int, Metrics, float], validated: dict[str, float]) -> None:
-        step, metrics, speed = row
-        metrics = jax.device_get(metrics)
-        values = _values(metrics, phase.levels) | {"gradient_norm": float(metrics.gradient_norm)}
-        if skipped:
-            values["skipped_steps"] = skipped
-        if metrics_log is not None:
-            metrics_log.scalars(step, {**values, "pairs_per_second": speed, **validated})
-        shown = {key: f"{value:.3f}" for key, value in values.items() if key == "loss" or key.startswith("dice")}
-        bar.set_postfix({**shown, "pairs/s": f"{speed:.1f}"}, refresh=False)
-
-    def finish(step: int, metrics: Metrics) -> None:
-        """Waits for a step and looks whether it was finite; if not, it changed nothing (`make_train_step`)."""
-        nonlocal skipped
+    def finish(step: int, metrics: Metrics) -> int:
+        """Waits for a step and checks that it was finite: 1 if it was not, and therefore changed nothing."""
         found, norm = jax.device_get((metrics.loss, metrics.gradient_norm))
         if math.isfinite(found) and math.isfinite(norm):
-            return
-        cases = ", ".join(feed.cases_of(step - start - 1))
+            return 0
+        cases = ", ".join(loader.cases_of(step - start - 1))
         what = f"step {step} of cases {cases} has loss {found} and a gradient of norm {norm}"
         if config.train.non_finite == "stop":
             raise UserError(
-                f"{what}; wanted finite numbers: look at these scans, lower optimizer.learning_rate or set "
+                f"{what}; expected finite numbers: look at these scans, lower optimizer.learning_rate or set "
                 "optimizer.clip and start in another --workdir, or go on without such steps, "
                 "--config.train.non_finite=skip"
             )
-        skipped += 1
-        log.warning("%s: skipped, %d so far", what, skipped)
+        log.warning("%s: skipped, %d so far", what, skipped + 1)
+        return 1
 
     try:
         for step in range(first + 1, end + 1):
-            images, labels = next(feed)
-            take_step = frozen_norm_step if step > frozen_norm_after else train_step
+            images, labels = next(loader)
+            take_step = frozen_step if step > frozen_after else train_step
             state, metrics = take_step(state, Batch(images, labels))
             in_flight.append((step, metrics))
             stopping = stop.requested(step)  # read once: a signal between here and the break must not skip the save
-            checkpoint = stopping or step == end or step % config.train.checkpoint_every == 0
-            while len(in_flight) > (0 if checkpoint else IN_FLIGHT):
-                finish(*in_flight.popleft())
+            scheduled = step == end or step % config.train.checkpoint_every == 0
+            while len(in_flight) > (0 if stopping or scheduled else IN_FLIGHT):
+                skipped += finish(*in_flight.popleft())
             bar.update()
 
-            if step % config.train.log_every == 0 or checkpoint:
-                if waiting is not None:
-                    write(waiting, {})
-                now = time.monotonic()
-                speed = config.feed.batch * (step - since_step) / (now - since)
-                waiting, since, since_step = (step, metrics, speed), now, step
-            if checkpoint and waiting is not None:
+            if step % config.train.log_every == 0 or stopping or scheduled:
+                steps.add(step, metrics, skipped)
+            if stopping or scheduled:
                 validated: dict[str, float] = {}
-                if held_out and not stopping:
-                    validated, picture = validate(
-                        validation_step, state, held_out, batch_sharding(mesh), phase.levels, organs
+                if held_out and scheduled:
+                    validated, slices = validate(
+                        validation_step, state, held_out, sharding, phase.levels, data.classes[1:]
                     )
                     if metrics_log is not None:
-                        metrics_log.image(step, "validation", picture)
-                write(waiting, validated)
-                waiting = None
+                        metrics_log.image(step, "validation", validation_picture(held_out[0], slices))
+                steps.flush(validated)
                 # None before the last phase: the finest level is what the best is chosen by.
-                finest = validated.get(f"validation_dice_level_{ladder[-1]}")
-                # The feed stands before the next batch: state and position belong together.
-                checkpoints.save(step, state, feed.get_state(), dice=finest)
-                since = time.monotonic()  # validation is not training speed
+                finest = validated.get(f"validation_dice_level_{levels[-1]}")
+                # The loader stands before the next batch: state and position belong together.
+                checkpoints.save(step, state, {"loader": loader.get_state(), "skipped": skipped}, dice=finest)
+                steps.restart_clock()  # validation is not training speed
             if stopping:
                 log.info("stopped by a signal at step %d, saved; the same command goes on from there", step)
                 return False
     finally:
         bar.close()
-        feed.close()
+        loader.close()
         if metrics_log is not None:
             metrics_log.close()
     return True
 
 
-def training_mesh(config: ConfigDict) -> Mesh:
+def training_mesh(config: RunConfig) -> Mesh:
     """The devices that a run works on.
 
     Raises:
       UserError: fewer devices than `mesh.space`; several processes of which some would have nothing to do.
     """
-    devices, batch, space = jax.device_count(), config.feed.batch, config.mesh.space
-    try:
-        mesh = make_mesh(batch, space)
-    except ValueError as error:
-        raise UserError(f"config key mesh.{error}") from None
+    devices, batch_size, space = jax.device_count(), config.loader.batch_size, config.mesh.space
+    if space > devices:
+        raise UserError(f"config key mesh.space is {space}; expected at most the {devices} devices that there are")
+    mesh = make_mesh(batch_size, space)
     if mesh.size == devices:
         return mesh
-    advice = f"config keys feed.batch {batch} and mesh.space {space} let {mesh.size} of {devices} devices work"
-    wanted = f"choose a multiple of {max(1, devices // space)} for feed.batch to use all"
+    keys = f"config keys loader.batch_size {batch_size} and mesh.space {space}"
+    advice = f"{keys} let {mesh.size} of {devices} devices work"
+    remedy = f"choose a multiple of {max(1, devices // space)} for loader.batch_size to use all"
     if jax.process_count() > 1:
-        raise UserError(f"{advice}, and every process must: {wanted}")
-    log.warning("%s: %s", advice, wanted)
+        raise UserError(f"{advice}, and every process must: {remedy}")
+    log.warning("%s: %s", advice, remedy)
     return mesh
 
 
-def validation_batches(cases: Sequence[PreparedCase], config: ConfigDict, phase: Phase) -> list[dict[str, Any]]:
-    """Fixed patches of held-out cases, as `pipeline.read_batch` gives them; the organs are drawn equally often."""
-    if not cases:
-        return []
-    rng = np.random.default_rng([config.seed, 1])
-    batch = config.feed.batch
-    count = -(-config.train.validation_patches // batch) * batch
-    centres = []
-    for number in range(count):
-        case = cases[number % len(cases)]
-        centres.append((case, case.foreground_voxel(draw_entry(case.foreground_offsets, rng, centre="classes"))))
-    ladder = range(1, len(config.levels.factors) + 1)
-    margins = tuple((0, 0, 0) if level in phase.levels else None for level in ladder)
-    batches = [centres[start : start + batch] for start in range(0, count, batch)]
-    return [read_batch(some, config.feed.edge, margins, config.levels.rank) for some in batches]
-
-
-def validate(
-    step, state, batches: Sequence[dict[str, Any]], sharding, levels: Sequence[int], organs: Sequence[str]
-) -> tuple[dict[str, float], np.ndarray]:
-    """Loss, Dice and each organ's Dice over all held-out patches, and a picture of the first: a row a level."""
-    results = []
-    for batch in batches:
-        images, labels = (tuple(place(array, sharding) for array in batch[key]) for key in ("images", "labels"))
-        results.append(step(state, Batch(images, labels)))
-    metrics, slices = zip(*jax.device_get(results), strict=True)
-    total = Metrics(
-        np.mean([m.loss for m in metrics]),
-        np.mean([m.losses for m in metrics], axis=0),
-        np.sum([m.counts for m in metrics], axis=0),
-        jnp.zeros(()),
-    )
-    middle = batches[0]["images"][0].shape[1] // 2
+def validation_picture(batch: dict[str, Any], slices: Sequence[np.ndarray]) -> np.ndarray:
+    """The first held-out patch's middle slice at each level: image, truth, prediction; [H, W, 3] uint8."""
     rows = []
-    for image, truth, predicted in zip(batches[0]["images"], batches[0]["labels"], slices[0], strict=True):
-        masks = (np.zeros_like(predicted[0]), truth[0, middle], predicted[0])
+    for image, truth, predicted in zip(batch["images"], batch["labels"], slices, strict=True):
+        middle = image.shape[1] // 2
+        masks = (np.zeros_like(predicted), truth[0, middle], predicted)
         rows.append(pictures.side_by_side([pictures.overlay(image[0, middle], mask) for mask in masks]))
-    values = _values(total, levels)
-    for level, dice in zip(levels, organ_dice(total.counts), strict=True):
-        values |= {f"dice_level_{level}_{organ}": float(score) for organ, score in zip(organs, dice, strict=True)}
-    finite = {f"validation_{key}": value for key, value in values.items() if math.isfinite(value)}
-    return finite, np.concatenate(rows)
+    return np.concatenate(rows)
 
 
-def _values(metrics: Metrics, levels: Sequence[int]) -> dict[str, float]:
-    """Metrics on the host as named numbers."""
-    values = {"loss": float(metrics.loss)}
-    for level, loss, dice in zip(levels, metrics.losses, mean_dice(metrics.counts), strict=True):
-        values[f"loss_level_{level}"] = float(loss)
-        if np.isfinite(dice):  # no organ in prediction or truth: no Dice
-            values[f"dice_level_{level}"] = float(dice)
-    return values
-
-
-@dataclasses.dataclass
-class _StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request, answered after the step in hand; a second one ends at once."""
-
-    received: bool = False
-
-    def __post_init__(self):
-        # Of several processes JAX itself hears the SIGTERM of any, and all agree on the step to stop after.
-        self._before = {}
-        if jax.process_count() > 1:
-            return
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _request(self, number, frame):
-        del number, frame
-        self.received = True
-        self.close()
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; the processes ask at each step together."""
-        return self.received if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
-
-    def close(self) -> None:
-        """Puts the handlers back that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _changed_schedule(config: RunConfig, saved: RunConfig, step: int) -> str:
+    """What another number of steps changes in the middle of a run; "" if nothing."""
+    now, before = config.train.steps, saved.train.steps
+    if now == before or not 0 < step < before:
+        return ""
+    rates = [float(learning_rate(config.optimizer, steps)(step)) for steps in (before, now)]
+    if rates[0] == rates[1] and not config.train.frozen_batch_stats:
+        return ""
+    return (
+        f"train.steps is {now}; it was {before} when the run began: from step {step} on the learning rate is "
+        f"{rates[1]:.3g} in place of {rates[0]:.3g}, and its whole schedule ends at step {now}"
+    )

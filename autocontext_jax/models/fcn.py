@@ -15,7 +15,7 @@ class FCN(nnx.Module):
     """
 
     def __init__(self, inputs: int, classes: int, config: NetworkConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.rank = config.dtype, config.rank
+        self.dtype, self.spatial_dims = config.dtype, config.spatial_dims
         self.analysis = analysis_path(inputs, config, rngs)
         synthesis = []
         channels = config.channels[-1]
@@ -24,13 +24,15 @@ class FCN(nnx.Module):
             synthesis.append(nnx.List([up, convolution_block(channels, outputs, config, rngs)]))
             channels = outputs
         self.synthesis = nnx.List(synthesis)
-        self.head = layers.Convolution(channels, classes, size=1, rank=config.rank, bias=True, rngs=rngs)
+        self.head = layers.Convolution(
+            channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
         for resolution, (first, second) in enumerate(self.analysis):
-            x = second(first(layers.max_pool(x, self.rank) if resolution else x))
+            x = second(first(layers.max_pool(x, self.spatial_dims) if resolution else x))
         for up, convolution in self.synthesis:
             x = convolution(layers.from_blocks(up(x)))
         return self.head(x).astype(jnp.float32)

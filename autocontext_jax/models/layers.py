@@ -1,7 +1,7 @@
 """Convolution, deconvolution, pooling and normalisation; the only file that knows a platform.
 
 Shapes are [B, D, H, W, C]; kernels are [O, kd, kh, kw, C], as the libraries of GPUs read them, so that no step copies
-them into another order. Of rank 2 kernels are flat, kd = 1: each of the D slices is an image of its own. A layer
+them into another order. In 2D kernels are flat, kd = 1: each of the D slices is an image of its own. A layer
 computes in its input's type; parameters are float32.
 """
 
@@ -210,18 +210,18 @@ convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def max_pool(x: jax.Array, rank: int = 3) -> jax.Array:
+def max_pool(x: jax.Array, spatial_dims: int = 3) -> jax.Array:
     """Largest of each 2x2x2 block: [B, D, H, W, C] -> [B, D/2, H/2, W/2, C]; sizes must be even.
 
-    Of rank 2 blocks are 1x2x2 and D stays. The gradient goes to the first largest voxel of a block. Only that voxel's
+    In 2D blocks are 1x2x2 and D stays. The gradient goes to the first largest voxel of a block. Only that voxel's
     number is kept for it, a byte a block.
     """
-    return _max_and_corner(x, rank)[0]
+    return _max_and_corner(x, spatial_dims)[0]
 
 
-def _max_and_corner(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+def _max_and_corner(x: jax.Array, spatial_dims: int) -> tuple[jax.Array, jax.Array]:
     """The largest voxel of each block and its number in the block, 0 to 7, uint8."""
-    deep = halving(rank)[0]
+    deep = halving(spatial_dims)[0]
     largest, chosen = x[:, ::deep, ::2, ::2], jnp.uint8(0)
     for number in range(1, 4 * deep):
         i, j, k = number // 4, number // 2 % 2, number % 2
@@ -231,8 +231,8 @@ def _max_and_corner(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return largest, chosen
 
 
-def _max_pool_backward(rank, chosen, gradient):
-    deep = halving(rank)[0]
+def _max_pool_backward(spatial_dims, chosen, gradient):
+    deep = halving(spatial_dims)[0]
     b, d, h, w, c = gradient.shape
     number = np.arange(4 * deep, dtype=np.uint8).reshape(1, 1, deep, 1, 2, 1, 2, 1)
     shape = (b, d, 1, h, 1, w, 1, c)
@@ -251,7 +251,7 @@ def from_blocks(blocks: jax.Array) -> jax.Array:
     return split.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, deep * d, 2 * h, 2 * w, c)
 
 
-def upsample_by_two(x: jax.Array, rank: int = 3) -> jax.Array:
+def upsample_by_two(x: jax.Array, spatial_dims: int = 3) -> jax.Array:
     """Doubles the grid by linear interpolation between voxel centres, consuming a halo of one voxel on each side.
 
     A coarse voxel i covers fine voxels 2i and 2i + 1, whose centres lie a quarter of a coarse voxel before and after
@@ -259,12 +259,12 @@ def upsample_by_two(x: jax.Array, rank: int = 3) -> jax.Array:
 
     Args:
       x: [B, n + 2, n + 2, n + 2, C].
-      rank: 3; of rank 2 the first of the three axes stays as it is.
+      spatial_dims: 3; in 2D the first of the three axes stays as it is.
 
     Returns:
       [B, 2n, 2n, 2n, C].
     """
-    for axis in (1, 2, 3)[3 - rank :]:
+    for axis in (1, 2, 3)[3 - spatial_dims :]:
         n = x.shape[axis] - 2
         before, here, after = (lax.slice_in_dim(x, i, i + n, axis=axis) for i in range(3))
         halves = jnp.stack([0.25 * before + 0.75 * here, 0.75 * here + 0.25 * after], axis=axis + 1)
@@ -273,12 +273,12 @@ def upsample_by_two(x: jax.Array, rank: int = 3) -> jax.Array:
 
 
 class Convolution(nnx.Module):
-    """A k^3 convolution to the same size, He-initialised; of rank 2 1 x k^2."""
+    """A k^3 convolution to the same size, He-initialised; in 2D 1 x k^2."""
 
-    def __init__(self, inputs: int, outputs: int, size: int = 3, *, rank: int = 3, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, size: int = 3, *, spatial_dims: int = 3, bias: bool, rngs: nnx.Rngs):
         # The same fan-in as of the kernel's own shape; XLA compiles the flat draw five times as fast.
-        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, size**rank * inputs))
-        self.kernel = nnx.Param(flat.reshape(outputs, *patch_shape(size, rank), inputs))
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, size**spatial_dims * inputs))
+        self.kernel = nnx.Param(flat.reshape(outputs, *patch_shape(size, spatial_dims), inputs))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -292,17 +292,17 @@ class Convolution(nnx.Module):
 
 
 class Deconvolution(nnx.Module):
-    """A 2^3 transposed convolution of stride 2, without bias; of rank 2 1 x 2^2.
+    """A 2^3 transposed convolution of stride 2, without bias; in 2D 1 x 2^2.
 
     Kernel and stride are equal, so blocks of the output do not overlap: one matrix product to 8 values a voxel.
     (Written as an input-dilated convolution its gradient is tens of times slower on some backends.) Normalisation and
     ReLU come before the values are laid out in space, which then costs no pass of its own.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, rank: int = 3, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, spatial_dims: int = 3, rngs: nnx.Rngs):
         # Each output voxel sees `inputs` values, not 8 times as many: hence the flat shape for the initialiser.
-        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (2**rank * outputs, inputs))
-        self.kernel = nnx.Param(flat.reshape(*halving(rank), outputs, inputs))
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (2**spatial_dims * outputs, inputs))
+        self.kernel = nnx.Param(flat.reshape(*halving(spatial_dims), outputs, inputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> [B, D, H, W, 8 or 4, outputs]: each voxel's block, for `from_blocks` to lay out."""

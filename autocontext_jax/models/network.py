@@ -13,21 +13,21 @@ class NetworkConfig:
     """Size and numerics of a backbone.
 
     Attributes:
-      width: channels of the first convolution; 32 in the paper.
+      base_channels: of the first convolution; 32 in the paper.
       depth: resolution levels inside the network; 4 in the paper. A patch edge must divide by 2^(depth - 1).
       norm: `batch` or `none`; without it the 3^3 convolutions have a bias.
       momentum: of the running averages that inference uses.
       dtype: compute type of activations; parameters, statistics, softmax and loss stay float32. Accelerators multiply
         `float32` in a shorter type unless JAX_DEFAULT_MATMUL_PRECISION is `highest`: TF32 on GPUs, bfloat16 on TPUs.
-      rank: 3, or 2 for flat kernels: 3^2 where 3^3 is written, 2^2 where 2^3 is.
+      spatial_dims: 3, or 2 for flat kernels: 3^2 where 3^3 is written, 2^2 where 2^3 is.
     """
 
-    width: int = 32
+    base_channels: int = 32
     depth: int = 4
     norm: str = "batch"
     momentum: float = 0.99
     dtype: str = "float32"
-    rank: int = 3
+    spatial_dims: int = 3
 
     @property
     def divisor(self) -> int:
@@ -37,7 +37,7 @@ class NetworkConfig:
     @property
     def channels(self) -> tuple[int, ...]:
         """Of every resolution's result on the way down: 64, 128, 256, 512 in the paper."""
-        return tuple(self.width * 2 ** (resolution + 1) for resolution in range(self.depth))
+        return tuple(self.base_channels * 2 ** (resolution + 1) for resolution in range(self.depth))
 
 
 class Block(nnx.Module):
@@ -56,13 +56,15 @@ class Block(nnx.Module):
 
 def convolution_block(inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
     """A 3^3 convolution, normalisation and ReLU."""
-    layer = layers.Convolution(inputs, outputs, rank=config.rank, bias=config.norm == "none", rngs=rngs)
+    layer = layers.Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=config.norm == "none", rngs=rngs)
     return Block(layer, outputs, config)
 
 
 def deconvolution_block(channels: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
     """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU, for `layers.from_blocks`."""
-    return Block(layers.Deconvolution(channels, channels, rank=config.rank, rngs=rngs), channels, config)
+    return Block(
+        layers.Deconvolution(channels, channels, spatial_dims=config.spatial_dims, rngs=rngs), channels, config
+    )
 
 
 def analysis_path(inputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> nnx.List:

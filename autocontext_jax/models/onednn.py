@@ -274,7 +274,7 @@ class _MetadataExtension(ctypes.Structure):
 class _Buffer(ctypes.Structure):
     _fields_ = (
         ("size", c_size_t), ("extension", c_void_p),
-        ("dtype", c_int), ("data", c_void_p), ("rank", c_int64), ("dims", POINTER(c_int64)),
+        ("dtype", c_int), ("data", c_void_p), ("spatial_dims", c_int64), ("dims", POINTER(c_int64)),
     )  # fmt: skip
 
 

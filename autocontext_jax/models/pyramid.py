@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from autocontext_jax.errors import require
 from autocontext_jax.models import layers
 
 CONTEXTS = ("softmax", "onehot", "none")
@@ -22,16 +23,21 @@ class PyramidConfig:
       context: what the next level sees of this level's prediction: its `softmax` maps, `onehot` maps, or `none`.
       stop_gradient: True keeps a level's loss from training the levels before it.
       window: HU that map to -1 and 1; beyond, intensities are clipped.
-      rank: 3, or 2 for images that are seen slice by slice: D below is then any number of slices, the same at every
-        level.
+      spatial_dims: 3, or 2 for images that are seen slice by slice: D below is then any number of slices, the same at
+        every level.
     """
 
-    levels: int
-    classes: int
+    levels: int = 2
+    classes: int = 2
     context: str = "softmax"
     stop_gradient: bool = False
     window: tuple[float, float] = (-500.0, 500.0)
-    rank: int = 3
+    spatial_dims: int = 3
+
+    def __post_init__(self):
+        require(self.context in CONTEXTS, self, "context", f"one of {', '.join(CONTEXTS)}")
+        low, high = self.window
+        require(low < high, self, "window", "(low, high) in HU with low < high")
 
 
 class Pyramid(nnx.Module):
@@ -44,8 +50,6 @@ class Pyramid(nnx.Module):
     """
 
     def __init__(self, config: PyramidConfig, network: Callable[[int, nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
-        if config.context not in CONTEXTS:
-            raise ValueError(f"context is {config.context!r}; wanted one of {CONTEXTS}")
         self.config = config
         context_channels = 0 if config.context == "none" else config.classes
         self.networks = nnx.List(
@@ -63,7 +67,7 @@ class Pyramid(nnx.Module):
         """
         logits: list[jax.Array] = []
         for level, image in enumerate(images, start=1):
-            maps = None if level == 1 else context_of(logits[-1], self.config.rank)
+            maps = None if level == 1 else context_of(logits[-1], self.config.spatial_dims)
             logits.append(self.level(level, image, maps))
         return tuple(logits)
 
@@ -74,7 +78,7 @@ class Pyramid(nnx.Module):
           level: 1 = coarsest.
           image: [B, D, H, W] in HU.
           maps: the coarser level's softmax maps over the same region with a halo of one coarse voxel,
-            [B, D/2 + 2, H/2 + 2, W/2 + 2, K], of rank 2 [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
+            [B, D/2 + 2, H/2 + 2, W/2 + 2, K], in 2D [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
 
         Returns:
           [B, D, H, W, K], float32.
@@ -87,18 +91,18 @@ class Pyramid(nnx.Module):
                 maps = jax.nn.one_hot(jnp.argmax(maps, axis=-1), self.config.classes)
             if self.config.stop_gradient:
                 maps = jax.lax.stop_gradient(maps)
-            maps = layers.upsample_by_two(maps.astype(jnp.float32), self.config.rank)
+            maps = layers.upsample_by_two(maps.astype(jnp.float32), self.config.spatial_dims)
             x = jnp.concatenate([x, maps], axis=-1)
         return self.networks[level - 1](x)
 
 
-def context_of(logits: jax.Array, rank: int = 3) -> jax.Array:
+def context_of(logits: jax.Array, spatial_dims: int = 3) -> jax.Array:
     """Softmax maps over the next level's patch with a halo of one voxel: [B, N, N, N, K] -> [B, (N/2 + 2)^3, K].
 
-    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). Of rank 2 D stays.
+    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). In 2D D stays.
     """
     edge = logits.shape[2]
     inner = slice(edge // 4 - 1, 3 * edge // 4 + 1)
     # The depth last: where it is split over devices, they exchange the less.
     maps = jax.nn.softmax(logits[:, :, inner, inner])
-    return maps[:, inner] if rank == 3 else maps
+    return maps[:, inner] if spatial_dims == 3 else maps

@@ -17,7 +17,7 @@ class ResidualUnit(nnx.Module):
     def __init__(self, inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs):
         self.enter = convolution_block(inputs, outputs, config, rngs)
         self.inner = convolution_block(outputs, outputs, config, rngs)
-        self.outer = layers.Convolution(outputs, outputs, rank=config.rank, bias=True, rngs=rngs)
+        self.outer = layers.Convolution(outputs, outputs, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> [B, D, H, W, outputs]."""
@@ -33,7 +33,7 @@ class ResidualUNet(nnx.Module):
     """
 
     def __init__(self, inputs: int, classes: int, config: NetworkConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.rank = config.dtype, config.rank
+        self.dtype, self.spatial_dims = config.dtype, config.spatial_dims
         analysis, synthesis = [], []
         channels = inputs
         for outputs in config.channels:
@@ -46,14 +46,16 @@ class ResidualUNet(nnx.Module):
             channels = outputs // 2
         self.analysis = nnx.List(analysis)
         self.synthesis = nnx.List(synthesis)
-        self.head = layers.Convolution(channels, classes, size=1, rank=config.rank, bias=True, rngs=rngs)
+        self.head = layers.Convolution(
+            channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
         shortcuts: list[jax.Array] = []
         for down in self.analysis:
-            x = down(layers.max_pool(x, self.rank) if shortcuts else x)
+            x = down(layers.max_pool(x, self.spatial_dims) if shortcuts else x)
             shortcuts.append(x)
         shortcuts.pop()
         for up, narrow, unit in self.synthesis:

@@ -16,7 +16,7 @@ class UNet(nnx.Module):
     """
 
     def __init__(self, inputs: int, classes: int, config: NetworkConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.rank = config.dtype, config.rank
+        self.dtype, self.spatial_dims = config.dtype, config.spatial_dims
         self.analysis = analysis_path(inputs, config, rngs)
         synthesis = []
         channels = config.channels[-1]
@@ -27,14 +27,16 @@ class UNet(nnx.Module):
             synthesis.append(nnx.List([up, first, second]))
             channels = outputs
         self.synthesis = nnx.List(synthesis)
-        self.head = layers.Convolution(channels, classes, size=1, rank=config.rank, bias=True, rngs=rngs)
+        self.head = layers.Convolution(
+            channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
         shortcuts: list[jax.Array] = []
         for first, second in self.analysis:
-            x = second(first(layers.max_pool(x, self.rank) if shortcuts else x))
+            x = second(first(layers.max_pool(x, self.spatial_dims) if shortcuts else x))
             shortcuts.append(x)
         shortcuts.pop()
         for up, first, second in self.synthesis:

@@ -1,6 +1,6 @@
-"""Checkpoints: the training state and the feed's position together, through orbax, asynchronous and atomic.
+"""Checkpoints: the training state and the run's progress together, through orbax, asynchronous and atomic.
 
-Each holds checksums of all of it, which every reading verifies: orbax itself passes flipped bits on.
+Each holds checksums of all of it, which every reading verifies: orbax itself does not notice flipped bits.
 """
 
 import contextlib
@@ -39,12 +39,16 @@ class Checkpoints:
     """The checkpoints of one run: the newest few and the best by validation.
 
     Args:
-      directory: made if missing.
+      directory: made if missing, unless it is only read.
       keep: how many of the newest to keep.
+      read_only: for everything that does not train. Nothing in the directory is changed, so that a run which trains
+        there meanwhile is not disturbed: opened for writing, orbax removes checkpoints that are being saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2):
+    def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
         self._directory, self._keep = directory, keep
+        if read_only and not directory.exists():
+            raise UserError(f"{directory} does not exist: train there first (--mode train)")
         try:
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
@@ -52,12 +56,14 @@ class Checkpoints:
                     "state": ocp.PyTreeCheckpointHandler(type_handler_registry=ARRAYS),
                     "record": ocp.JsonCheckpointHandler(),
                 },
-                options=ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True),
+                options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+                if read_only
+                else ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True),
             )
         except FAILURES as error:  # orbax reads what every step's _CHECKPOINT_METADATA says of it
             raise UserError(
-                f"{directory} cannot be read ({_short(error)}); wanted whole checkpoints: move away the one "
-                "whose _CHECKPOINT_METADATA is damaged, and the others count"
+                f"{directory} cannot be read ({_short(error)}); expected whole checkpoints: move away the one whose "
+                "_CHECKPOINT_METADATA is damaged, and the others count"
             ) from error
         # Ours, as orbax's own note of it carries no checksum and stops every reading once it is damaged.
         self._dice: dict[int, float | None] = {}
@@ -86,19 +92,19 @@ class Checkpoints:
         best = _best({step: self._dice.get(step) for step in steps}, None)
         return [step in steps[-self._keep :] or step == best for step in steps]
 
-    def save(self, step: int, state: Any, feed: dict[str, Any], *, dice: float | None = None) -> None:
+    def save(self, step: int, state: Any, progress: dict[str, Any], *, dice: float | None = None) -> None:
         """Starts to save; returns as soon as the state may change.
 
         Args:
           step: steps done.
           state: a pytree of arrays.
-          feed: the feed's position of the batch after this step, as JSON.
+          progress: what else the run needs to go on after this step, such as the loader's position; JSON.
           dice: mean validation Dice of this state, if it was validated.
 
         Raises:
           UserError: this or the last checkpoint cannot be written.
         """
-        record = {"feed": feed, "dice": dice, "checksums": _checksums(state)}
+        record = {"progress": progress, "dice": dice, "checksums": _checksums(state)}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record | {"crc": _crc(record)})
         )
@@ -133,12 +139,12 @@ class Checkpoints:
                 self._manager.reload()
         if found is not None:
             raise UserError(
-                f"{self._directory} has no whole checkpoint left, see {self._directory.parent / 'damaged'}; wanted one "
-                "to go on from: start again in another --workdir"
+                f"{self._directory} has no whole checkpoint left, see {self._directory.parent / 'damaged'}; expected "
+                "one to go on from: start again in another --workdir"
             )
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The state and the feed's position of a step.
+        """The state and the progress of a step.
 
         Args:
           step: of an existing checkpoint.
@@ -150,25 +156,25 @@ class Checkpoints:
         record = self._record(step)
         state = self._restore(step, state=_restore_args(like)).state
         self._verify(step, state, record["checksums"])
-        return state, record["feed"]
+        return state, record["progress"]
 
-    def restore_weights(self, step: int, params: Any, statistics: Any) -> tuple[Any, Any]:
+    def restore_weights(self, step: int, params: Any, batch_stats: Any) -> tuple[Any, Any]:
         """Parameters and running averages of a step, whatever optimiser they were trained with.
 
         Args:
           step: of an existing checkpoint.
           params: of the same structure; their shardings say where the arrays go.
-          statistics: likewise.
+          batch_stats: likewise.
 
         Raises:
           UserError: the checkpoint is damaged.
         """
         # An empty tree, as of a model without normalisation, is not in the file.
-        like = {key: tree for key, tree in (("params", params), ("statistics", statistics)) if jax.tree.leaves(tree)}
+        like = {key: tree for key, tree in (("params", params), ("batch_stats", batch_stats)) if jax.tree.leaves(tree)}
         restored = self._restore(step, state=_restore_args(like, partial_restore=True)).state
         checksums = self._record(step)["checksums"]
         self._verify(step, restored, {name: value for name, value in checksums.items() if name.split("/")[0] in like})
-        return restored["params"], restored.get("statistics", statistics)
+        return restored["params"], restored.get("batch_stats", batch_stats)
 
     def _restore(self, step: int, **items: Any) -> Any:
         self.wait()
@@ -199,10 +205,14 @@ class Checkpoints:
         if bad:
             raise self._damaged(step, f"holds numbers that are not those saved, in {bad[0]} and {len(bad) - 1} more")
 
+    def exists(self, step: int) -> bool:
+        """Whether a checkpoint of this step is still there: the run that trains may have removed it meanwhile."""
+        return (self._directory / str(step)).exists()
+
     def _damaged(self, step: int, what: str) -> UserError:
         return UserError(
-            f"checkpoint {self._directory / str(step)} {what}; wanted a whole checkpoint: delete that folder, and the "
-            "one before counts"
+            f"checkpoint {self._directory / str(step)} {what}; expected a whole checkpoint: delete that folder, and "
+            "the one before counts"
         )
 
     def _not_written(self, error: Exception) -> UserError:

@@ -1,17 +1,22 @@
 """A run's numbers: one JSON object a logged step in `metrics.jsonl`, and the same for TensorBoard."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
+from tqdm import tqdm
 
 from autocontext_jax.files import write_whole, writing
+from autocontext_jax.training.state import Metrics
+from autocontext_jax.training.validation import named_values
 
 
 class MetricsLog:
@@ -40,9 +45,11 @@ class MetricsLog:
                 self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=log))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line, `step` first."""
+        """Writes one line, `step` first; a value that is not finite is written as null."""
         with writing(self._lines):
-            self._file.write(f"{json.dumps({'step': step, **values})}\n".encode())
+            # JSON has no NaN and no infinity.
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(f"{json.dumps({'step': step, **finite}, allow_nan=False)}\n".encode())
             self._file.flush()
         self._event(step, [summary.scalar(name, value) for name, value in values.items()])
 
@@ -64,6 +71,49 @@ class MetricsLog:
             self._file.close()
         with writing(self._folder):
             self._events.close()
+
+
+class StepLog:
+    """Logs the numbers of a step when the next one is logged: by then the device has them, and nobody waits for it.
+
+    Args:
+      metrics: where they go; None logs nothing, as in all processes but the first.
+      bar: shows the newest ones.
+      levels: those that are trained.
+      batch_size: patches a step.
+      step: where the run goes on from.
+    """
+
+    def __init__(self, metrics: MetricsLog | None, bar: tqdm, *, levels: Sequence[int], batch_size: int, step: int):
+        self._log, self._bar, self._levels, self._batch_size = metrics, bar, levels, batch_size
+        self._waiting: tuple[int, Metrics, dict[str, float]] | None = None
+        self._since, self._since_step = time.monotonic(), step
+
+    def add(self, step: int, metrics: Metrics, skipped: int) -> None:
+        """Writes the numbers of the step added before, and keeps this one's."""
+        self.flush()
+        now = time.monotonic()
+        more = {"patches_per_second": self._batch_size * (step - self._since_step) / (now - self._since)}
+        if skipped:
+            more["skipped_steps"] = skipped
+        self._waiting, self._since, self._since_step = (step, metrics, more), now, step
+
+    def flush(self, validated: dict[str, float] | None = None) -> None:
+        """Writes the numbers of the step added last, with those of its validation."""
+        if self._waiting is None:
+            return
+        step, metrics, more = self._waiting
+        self._waiting = None
+        metrics = jax.device_get(metrics)
+        values = named_values(metrics, self._levels) | {"gradient_norm": float(metrics.gradient_norm)}
+        if self._log is not None:
+            self._log.scalars(step, values | more | (validated or {}))
+        shown = {key: f"{value:.3f}" for key, value in values.items() if key == "loss" or key.startswith("dice")}
+        self._bar.set_postfix({**shown, "patches/s": f"{more['patches_per_second']:.1f}"}, refresh=False)
+
+    def restart_clock(self) -> None:
+        """Leaves out of the speed what has happened since the last step was added."""
+        self._since = time.monotonic()
 
 
 def _step_of(line: bytes) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from autocontext_jax.errors import require
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -28,6 +30,14 @@ class LossConfig:
     per_sample: bool = False
     background: bool = True
     level_weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        for name in ("dice", "log_dice", "cross_entropy"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
+        weights = self.dice, self.log_dice, self.cross_entropy
+        require(any(weights), self, "dice", "a positive weight of it, of log_dice or of cross_entropy: all are 0")
+        good = all(weight >= 0 for weight in self.level_weights) and (not self.level_weights or any(self.level_weights))
+        require(good, self, "level_weights", "weights of 0 or more, one of them positive, or ()")
 
 
 def dice_loss(

@@ -1,8 +1,11 @@
-"""The optimiser by name and number."""
+"""The optimiser and its learning rate."""
 
 import dataclasses
 
+import jax
 import optax
+
+from autocontext_jax.errors import require
 
 SCHEDULES = ("constant", "cosine", "polynomial")
 
@@ -15,7 +18,7 @@ class OptimizerConfig:
       learning_rate: the peak; 1e-3 in the paper's authors' study of the Dice loss.
       schedule: `constant` (the paper), `cosine` to zero, or `polynomial` to zero with power 0.9 (nnU-Net's).
       warmup: steps of linear rise from zero.
-      weight_decay: decoupled (AdamW); 0 is plain Adam.
+      weight_decay: decoupled (AdamW), of kernels alone: scales and biases do not decay; 0 is plain Adam.
       clip: largest global norm of a gradient; 0 does not clip.
     """
 
@@ -24,6 +27,12 @@ class OptimizerConfig:
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float = 0.0
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, self, "learning_rate", "a number above 0")
+        require(self.schedule in SCHEDULES, self, "schedule", f"one of {', '.join(SCHEDULES)}")
+        for name in ("warmup", "weight_decay", "clip"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -41,5 +50,13 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Adam as configured for a run of `steps` steps."""
-    adam = optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay)
+    rate = learning_rate(config, steps)
+    adam = (
+        optax.adamw(rate, weight_decay=config.weight_decay, mask=_kernels) if config.weight_decay else optax.adam(rate)
+    )
     return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
+
+
+def _kernels(params):
+    """True for each kernel of a tree of parameters, False for the scales and biases, which have one axis."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -4,6 +4,7 @@ XLA splits the programs accordingly: gradients and the normalisation's sums are 
 fetch the planes that they miss from their neighbours along `space`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,24 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from autocontext_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The section `mesh` of a configuration: how devices share the work.
+
+    Attributes:
+      space: devices that share the depth of one patch; the others share the batch.
+      split_optimizer: whether each device that shares the batch holds a share of the optimiser's state, not a copy.
+    """
+
+    space: int = 1
+    split_optimizer: bool = False
+
+    def __post_init__(self):
+        require(self.space >= 1, self, "space", "at least 1")
 
 
 def make_mesh(batch: int, space: int = 1) -> Mesh:

@@ -20,13 +20,13 @@ class TrainState:
     Attributes:
       step: steps done, int32 scalar.
       params: the pyramid's parameters, an `nnx.State`.
-      statistics: running averages of the normalisation, an `nnx.State`.
+      batch_stats: running averages of the normalisation, an `nnx.State`.
       optimizer: the optimiser's state.
     """
 
     step: jax.Array
     params: Any
-    statistics: Any
+    batch_stats: Any
     optimizer: Any
 
 
@@ -105,7 +105,7 @@ def make_train_step(
         learned, frozen = _learned(state.params, learning)
 
         def objective(learned):
-            model = nnx.merge(graph, nnx.merge_state(learned, frozen), state.statistics, copy=True)
+            model = nnx.merge(graph, nnx.merge_state(learned, frozen), state.batch_stats, copy=True)
             logits = model(batch.images)
             total, losses = total_loss(logits, batch.labels, loss)
             _, _, statistics = _split(model)
@@ -118,7 +118,7 @@ def make_train_step(
         params = nnx.merge_state(optax.apply_updates(learned, updates), frozen)
         after = TrainState(state.step + 1, params, statistics, optimizer_state)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        before = TrainState(state.step + 1, state.params, state.statistics, state.optimizer)
+        before = TrainState(state.step + 1, state.params, state.batch_stats, state.optimizer)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         return after, Metrics(total, losses, counts, norm)
 
@@ -140,7 +140,7 @@ def make_validation_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[Metrics, tuple[jax.Array, ...]]:
-        logits = inference_model(graph, state.params, state.statistics)(batch.images)
+        logits = inference_model(graph, state.params, state.batch_stats)(batch.images)
         total, losses = total_loss(logits, batch.labels, loss)
         slices = tuple(jnp.argmax(level[:, level.shape[1] // 2], axis=-1).astype(jnp.uint8) for level in logits)
         return Metrics(total, losses, _counts(logits, batch), jnp.zeros(())), slices

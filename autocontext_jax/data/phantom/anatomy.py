@@ -67,7 +67,7 @@ def _tree(name: str, hu: float, *curves: list[tuple[float, ...]]) -> list[Part]:
 def _vertebra(z: float) -> list[Part]:
     """Body, arch and processes; from the thorax up a pair of ribs, which run forwards and down in the wall."""
     bone = {"loose": 0, "wall": (2, 380)}
-    turns = np.radians(np.arange(-75, 0.55 * z - 20, 8)) if z > 0 else []
+    turns = np.radians(np.arange(-75, 0.55 * z - 20, 8)) if z > 0 else np.empty(0)
     rib = [(z - 32 * (t + 1.3), -85 * np.sin(t), 133 * np.cos(t), 4.5) for t in turns]
     return [
         _part("bone", 190, (z - 7, 38, 0, 22), (z + 7, 38, 0, 22), flat=(0.3, 0.8, 1), **bone),
@@ -84,7 +84,11 @@ def _small_bowel(rng: np.random.Generator) -> Iterator[Part]:
         centres = rng.uniform((-175, -62, -75), (-40, 8, 100), (6, 3))
         radius = np.full((6, 1), rng.uniform(8, 13))
         yield Part(
-            "bowel", rng.uniform(5, 45), np.hstack([centres, radius]), wall=(2.5, 95), gas=rng.choice([0, 0, 14])
+            "bowel",
+            rng.uniform(5, 45),
+            np.hstack([centres, radius]),
+            wall=(2.5, 95),
+            gas=np.float64(rng.choice([0, 0, 14])),
         )
 
 
@@ -100,7 +104,7 @@ def _look_alikes(rng: np.random.Generator, count: int) -> Iterator[Part]:
         yield Part("cyst", 10, np.hstack([cyst, rng.uniform(8, 17, (2, 1))]), wall=(1.5, 60), rind=1)
         loop = rng.uniform((-110, -60, -90), (40, 20, 110), (4, 3))
         radius = np.full((4, 1), rng.uniform(12, 20))
-        yield Part("loop", 40, np.hstack([loop, radius]), wall=(4, 75), gas=rng.choice([0, 14]), rind=3)
+        yield Part("loop", 40, np.hstack([loop, radius]), wall=(4, 75), gas=np.float64(rng.choice([0, 14])), rind=3)
         for name, hu, thickness in (("other artery", 210, (2, 6)), ("other vein", 185, (4, 7))):
             course = rng.uniform((-190, -55, -100), (90, 45, 100), (4, 3))
             yield Part(name, hu, np.hstack([course, np.full((4, 1), rng.uniform(*thickness))]))

@@ -1,5 +1,6 @@
 """A data set of generated scans in the nnU-Net v2 folder layout."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,8 +9,33 @@ import numpy as np
 from autocontext_jax.data import scans
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, require
 from autocontext_jax.files import write_whole, writing
+
+
+@dataclasses.dataclass(frozen=True)
+class PhantomConfig:
+    """The section `phantom` of a configuration: phantoms to generate into the data set's folder.
+
+    Attributes:
+      training: number of training cases; 0 generates nothing and uses the data set that is there.
+      test: number of test cases.
+      size: voxels of each scan, (z, y, x).
+      spacing: mm, (z, y, x).
+      look_alikes: of each kind, structures that only their place in the body tells from an organ.
+    """
+
+    training: int = 0
+    test: int = 0
+    size: tuple[int, int, int] = (96, 96, 96)
+    spacing: tuple[float, float, float] = (3.5, 3.5, 3.5)
+    look_alikes: int = 0
+
+    def __post_init__(self):
+        for name in ("training", "test", "look_alikes"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
+        require(len(self.size) == 3 and min(self.size) >= 1, self, "size", "three numbers of voxels, (z, y, x)")
+        require(len(self.spacing) == 3 and min(self.spacing) > 0, self, "spacing", "three lengths in mm, (z, y, x)")
 
 
 def write_dataset(

@@ -1,6 +1,9 @@
 """The grids of a pyramid's levels over a scan."""
 
 import dataclasses
+import itertools
+
+from autocontext_jax.errors import require
 
 Triple = tuple[float, float, float]
 
@@ -9,22 +12,32 @@ AIR = -1024  # HU outside a scan
 
 @dataclasses.dataclass(frozen=True)
 class LevelGrids:
-    """Which grids the levels have.
+    """Which grids the levels have; the section `levels` of a configuration.
 
     Attributes:
-      factors: downsample factor of each level, coarsest first: native voxels per voxel along each axis.
+      factors: downsample factor of each level, coarsest first: native voxels per voxel along each axis. They halve from
+        level to level: (4, 2) in the paper.
       finest_spacing: mm, (z, y, x). If given, the finest level has this spacing whatever the scanner's, and another
-        level's is larger by the ratio of their factors.
-      rank: 3, or 2 for slices: along z every level keeps the scan's voxels.
+        level's is larger by the ratio of their factors. () takes factors of each scan's own grid, as in the paper.
+      spatial_dims: 3; or 2 for networks, patches and levels that see one slice at a time: along z every level keeps
+        the scan's voxels.
     """
 
-    factors: tuple[float, ...]
-    finest_spacing: Triple | None = None
-    rank: int = 3
+    factors: tuple[float, ...] = (4.0, 2.0)
+    finest_spacing: tuple[float, ...] = ()
+    spatial_dims: int = 3
+
+    def __post_init__(self):
+        halving = all(coarser == 2 * finer for coarser, finer in itertools.pairwise(self.factors))
+        good = bool(self.factors) and self.factors[-1] > 0 and halving
+        require(good, self, "factors", "factors that halve from level to level, coarsest first, such as (4, 2)")
+        good = len(self.finest_spacing) in (0, 3) and all(mm > 0 for mm in self.finest_spacing)
+        require(good, self, "finest_spacing", "(z, y, x) in mm, or ()")
+        require(self.spatial_dims in (2, 3), self, "spatial_dims", "3, or 2 to see a scan slice by slice")
 
     def level_factors(self, spacing: Triple) -> tuple[Triple, ...]:
         """Native voxels per voxel of each level, coarsest first, along (z, y, x), in a scan of this spacing in mm."""
-        if self.finest_spacing is None:
+        if not self.finest_spacing:
             return tuple(self._in_plane((factor, factor, factor)) for factor in self.factors)
         # Headers hold float32: to six digits a scan that has the finest spacing gets a factor of exactly 1.
         z, y, x = (round(mm / own, 6) for mm, own in zip(self.finest_spacing, spacing, strict=True))
@@ -32,7 +45,7 @@ class LevelGrids:
         return tuple(self._in_plane((ratio * z, ratio * y, ratio * x)) for ratio in ratios)
 
     def _in_plane(self, factors: Triple) -> Triple:
-        return factors if self.rank == 3 else (1.0, *factors[1:])
+        return factors if self.spatial_dims == 3 else (1.0, *factors[1:])
 
 
 def times(spacing: Triple, factors: Triple) -> Triple:

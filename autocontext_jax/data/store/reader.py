@@ -64,7 +64,8 @@ class PreparedCase:
       factors: [S] native voxels per voxel along (z, y, x), coarsest level first.
       shapes: [S] voxels (z, y, x), coarsest level first.
       foreground_offsets: [K]; entries [k - 1] to [k] of the foreground are the voxels of class k.
-      cache_bytes: most memory for decompressed chunks.
+      cache_bytes: most memory for decompressed chunks, shared by all cases of this process that have the same number
+        here: what is read often stays, whichever case it is of.
     """
 
     root: str
@@ -149,14 +150,14 @@ class PreparedCase:
     def _arrays(self) -> dict[str, Any]:
         levels = [f"level_{level}/" for level in range(1, len(self.shapes) + 1)]
         names = ["foreground/", *levels, *(f"labels/organs/{level}" for level in levels)]
-        context = ts.Context({"cache_pool": {"total_bytes_limit": self.cache_bytes}})
         with storage_errors(self.root, self.name, "read"):
             url = case_url(self.root, self.name)
             described = ts.KvStore.open(url).result()
             for read in [described.read(f"{name}zarr.json") for name in names]:
                 _check_depth(read.result().value)
             opening = [
-                ts.open(array_spec(url + name), read=True, recheck_cached=False, context=context) for name in names
+                ts.open(array_spec(url + name), read=True, recheck_cached=False, context=shared_cache(self.cache_bytes))
+                for name in names
             ]
             arrays = {name: array.result() for name, array in zip(names, opening, strict=True)}
             wanted: dict[str, tuple[tuple[int, ...], str]] = {"foreground/": (self.foreground_offsets[-1:], "uint32")}
@@ -172,6 +173,12 @@ class PreparedCase:
                 if math.prod(piece) > CHUNK**3 or math.prod(file) > SHARD**3:
                     raise ValueError(f"{name}zarr.json has pieces of {piece} in files of {file}, more than are written")
             return arrays
+
+
+@functools.cache
+def shared_cache(cache_bytes: int) -> ts.Context:
+    """The cache of this size that every array opened with it shares."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
 
 
 def _check_depth(description: bytes) -> None:

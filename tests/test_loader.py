@@ -1,4 +1,4 @@
-"""The feed: the right crops, the same sequence for any number of processes, and an exact way on from any batch."""
+"""The loader: the right crops, the same sequence for any number of processes, and an exact way on from any batch."""
 
 import functools
 import json
@@ -11,19 +11,28 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from autocontext_jax.data import pipeline, preparation, scans
-from autocontext_jax.data.augment import IntensityLimits
+from autocontext_jax.data import loader, preparation, scans
+from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges
 from autocontext_jax.data.datasets import Case
-from autocontext_jax.data.pipeline import Feed, FeedConfig, host_batches, read_batch
+from autocontext_jax.data.loader import (
+    Loader,
+    LoaderConfig,
+    case_margins,
+    host_batches,
+    largest_margins,
+    read_batch,
+)
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
-from autocontext_jax.geometry import SpatialLimits, crop_margins, pyramid_starts
+from autocontext_jax.geometry import pyramid_starts
 
 LABELS = ("background", "one", "two", "three")
 EDGE = 8
-SPATIAL = SpatialLimits(rotation=5, translation=1, elastic_sigma=1, elastic_spacing=8)
-CONFIG = FeedConfig(2, EDGE, spatial=SPATIAL, intensity=IntensityLimits(10, 20, 0.1))
+SPATIAL = SpatialRanges(rotation=5, translation=1, elastic_sigma=1, elastic_spacing=8)
+CONFIG = LoaderConfig(2, EDGE)
+AUGMENTED = {"spatial": SPATIAL, "intensity": IntensityRanges(10, 20, 0.1)}
+NONE = ((0, 0, 0),) * 2
 SIZES = [(37, 41, 45), (30, 33, 52), (45, 29, 36), (33, 44, 31), (26, 27, 29)]
 
 
@@ -56,14 +65,14 @@ def sharding() -> NamedSharding:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Feeds of one configuration share the compiled augmentation: compiling is most of this file's time."""
+    """Loaders of one configuration share the compiled augmentation: compiling is most of this file's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "make_augment", functools.cache(pipeline.make_augment))
+        patch.setattr(loader, "make_augment", functools.cache(loader.make_augment))
         yield
 
 
-def margins_of(cases) -> tuple:
-    return crop_margins(EDGE, 2, [case.spacing for case in cases], SPATIAL)
+def margins_of(cases) -> list:
+    return [case_margins(case, EDGE, SPATIAL) for case in cases]
 
 
 def take(iterator, count: int) -> list:
@@ -89,7 +98,7 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
             whole[case.name, level] = np.pad(image, wide, constant_values=-1024), np.pad(label, wide)
     z, y, x = cases[1].shapes[-1]
     places = [(0, (9, 9, 10)), (0, (0, 0, 0)), (1, (z - 1, y - 1, x - 1)), (1, (0, y - 1, 5)), (0, (-20, 70, 3))]
-    batch = read_batch([(cases[number], centre) for number, centre in places], EDGE, margins)
+    batch = read_batch([(cases[number], centre, margins) for number, centre in places], EDGE, margins)
     np.testing.assert_array_equal(batch["spacing"], np.array([cases[n].spacing for n, _ in places], np.float32))
     assert batch["spacing"].dtype == np.float32
     outside = []
@@ -109,11 +118,12 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
     assert outside[-1] == 1  # the last lies beyond it
 
 
-@pytest.mark.parametrize("centre", ["foreground", "classes"])
-def test_host_batches(cases, centre):
-    margins = margins_of(cases)
-    config = FeedConfig(3, EDGE, centre=centre, spatial=SPATIAL)
-    batches = host_batches(cases, config, margins, seed=0)
+@pytest.mark.parametrize("sampling", ["foreground", "classes"])
+def test_host_batches(cases, sampling):
+    every = margins_of(cases)
+    margins = largest_margins(every)
+    config = LoaderConfig(3, EDGE, sampling=sampling)
+    batches = host_batches(cases, config, every, seed=0)
     by_spacing = {np.float32(case.spacing[0]): case for case in cases}
     for index, batch in enumerate(take(batches, 6)):
         assert sorted(batch) == ["images", "labels", "numbers", "spacing"]
@@ -132,7 +142,7 @@ def test_host_batches(cases, centre):
 
 
 def test_centres_drawn_from_the_whole_scan(cases):
-    batches = host_batches(cases, FeedConfig(2, EDGE, anywhere=1.0), ((0, 0, 0),) * 2, seed=0)
+    batches = host_batches(cases, LoaderConfig(2, EDGE, background_fraction=1.0), [NONE] * len(cases), seed=0)
     middle = slice(EDGE // 2 - 1, EDGE // 2 + 1)
     central = [batch["labels"][-1][:, middle, middle, middle].any(axis=(1, 2, 3)) for batch in take(batches, 20)]
     batches.close()
@@ -143,7 +153,7 @@ def test_same_seed_same_batches(cases):
     margins = margins_of(cases)
     runs = []
     for seed, threads in ((5, 2), (5, 1), (6, 2)):
-        batches = host_batches(cases, FeedConfig(2, EDGE, threads=threads, ahead=threads), margins, seed=seed)
+        batches = host_batches(cases, LoaderConfig(2, EDGE, threads=threads, prefetch=threads), margins, seed=seed)
         runs.append(take(batches, 5))
         batches.close()
     assert_same(runs[0], runs[1])  # whatever the threads
@@ -154,7 +164,7 @@ def test_same_seed_same_batches(cases):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_processes_shares_are_the_single_batch(cases, processes):
     margins = margins_of(cases)
-    config, share = FeedConfig(4, EDGE), 4 // processes
+    config, share = LoaderConfig(4, EDGE), 4 // processes
     iterators = [host_batches(cases, config, margins, seed=2)]
     iterators += [
         host_batches(cases, config, margins, seed=2, rows=slice(process * share, (process + 1) * share))
@@ -169,17 +179,17 @@ def test_the_processes_shares_are_the_single_batch(cases, processes):
 
 
 def test_the_cases_of_any_batch_are_known(cases, sharding):
-    feed = Feed(cases, CONFIG, seed=1, sharding=sharding)
+    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
     batches = host_batches(cases, CONFIG, margins_of(cases), seed=1)
     by_spacing = {np.float32(case.spacing[0]): case.name for case in cases}
     for number, batch in enumerate(take(batches, 7)):
-        assert feed.cases_of(number) == [by_spacing[spacing[0]] for spacing in batch["spacing"]]
+        assert source.cases_of(number) == [by_spacing[spacing[0]] for spacing in batch["spacing"]]
     batches.close()
-    feed.close()
+    source.close()
 
 
 def test_one_case_fills_a_batch(cases):
-    batches = host_batches(cases[:1], FeedConfig(3, EDGE), ((0, 0, 0),) * 2, seed=0)
+    batches = host_batches(cases[:1], LoaderConfig(3, EDGE), [NONE], seed=0)
     first, second = take(batches, 2)
     batches.close()
     assert first["images"][0].shape[0] == 3
@@ -188,12 +198,12 @@ def test_one_case_fills_a_batch(cases):
 
 @pytest.mark.parametrize("consumed", [0, 3])
 def test_a_restored_feed_goes_on_bit_for_bit(cases, sharding, consumed):
-    feed = Feed(cases, CONFIG, seed=11, sharding=sharding)
-    take(feed, consumed)
-    state = json.dumps(feed.get_state())
-    following = take(feed, 3)
-    feed.close()
-    other = Feed(cases, CONFIG, seed=11, sharding=sharding)
+    source = Loader(cases, CONFIG, seed=11, sharding=sharding, **AUGMENTED)
+    take(source, consumed)
+    state = json.dumps(source.get_state())
+    following = take(source, 3)
+    source.close()
+    other = Loader(cases, CONFIG, seed=11, sharding=sharding, **AUGMENTED)
     take(other, 1)  # from elsewhere in the sequence, with batches read ahead
     other.set_state(json.loads(state))
     assert json.dumps(other.get_state()) == state
@@ -202,13 +212,13 @@ def test_a_restored_feed_goes_on_bit_for_bit(cases, sharding, consumed):
 
 
 def test_batches_on_the_device(cases, sharding, caplog):
-    feed = Feed(cases, CONFIG, seed=1, sharding=sharding)
-    assert iter(feed) is feed
-    next(feed)
+    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
+    assert iter(source) is source
+    next(source)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        batches = [next(feed) for _ in range(4)]
+        batches = [next(source) for _ in range(4)]
     assert not [record for record in caplog.records if "ompil" in record.message]
-    feed.close()
+    source.close()
     for images, labels in batches:
         assert len(images) == len(labels) == 2
         for image, label in zip(images, labels, strict=True):
@@ -220,26 +230,26 @@ def test_batches_on_the_device(cases, sharding, caplog):
 
 
 def test_the_feed_is_the_augmented_host_batch(cases, sharding):
-    plain = FeedConfig(2, EDGE)
-    feed, batches = (
-        Feed(cases, plain, seed=3, sharding=sharding),
-        host_batches(cases, plain, ((0, 0, 0),) * 2, seed=3),
+    plain = LoaderConfig(2, EDGE)
+    source, batches = (
+        Loader(cases, plain, seed=3, sharding=sharding),
+        host_batches(cases, plain, [NONE] * len(cases), seed=3),
     )
     for _ in range(2):
-        images, labels = next(feed)
+        images, labels = next(source)
         host = next(batches)
         assert_same(jax.tree.map(np.array, images), tuple(image.astype(np.float32) for image in host["images"]))
         assert_same(jax.tree.map(np.array, labels), host["labels"])
-    feed.close()
+    source.close()
     batches.close()
 
 
 def test_no_transfer_but_the_explicit_one(cases, sharding):
-    feed = Feed(cases, CONFIG, seed=1, sharding=sharding)
-    next(feed)
+    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
+    next(source)
     with jax.transfer_guard("disallow"):
-        next(feed)
-    feed.close()
+        next(source)
+    source.close()
 
 
 def reading_threads() -> list[threading.Thread]:
@@ -248,24 +258,50 @@ def reading_threads() -> list[threading.Thread]:
 
 def test_close_stops_the_threads(cases, sharding):
     before = set(reading_threads())
-    feed = Feed(cases, CONFIG, seed=1, sharding=sharding)
-    next(feed)
+    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
+    next(source)
     mine = set(reading_threads()) - before
     assert mine
-    feed.close()
+    source.close()
     deadline = time.monotonic() + 10
     while any(thread.is_alive() for thread in mine) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(thread.is_alive() for thread in mine)
-    feed.close()  # again does nothing
+    source.close()  # again does nothing
 
 
 def test_a_users_error_comes_through_the_threads(cases, monkeypatch):
     def damaged(*_):
         raise UserError("case_0 cannot be read")
 
-    monkeypatch.setattr(pipeline, "read_batch", damaged)
-    batches = host_batches(cases, FeedConfig(2, EDGE), ((0, 0, 0),) * 2, seed=0)
+    monkeypatch.setattr(loader, "read_batch", damaged)
+    batches = host_batches(cases, LoaderConfig(2, EDGE), [NONE] * len(cases), seed=0)
     with pytest.raises(UserError, match="case_0"):
         next(batches)
     batches.close()
+
+
+def test_a_case_is_read_no_further_than_its_own_margins(cases, monkeypatch):
+    """One scan of thick slices must not enlarge what is read of all others; what it does not need is air."""
+    small, large = ((1, 1, 1), (1, 2, 1)), ((3, 4, 1), (5, 2, 6))
+    assert largest_margins([small, large]) == large
+    read: list = []
+    original = PreparedCase.read
+
+    def watched(self, level, start, size, into=None):
+        read.append(size)
+        return original(self, level, start, size, into)
+
+    monkeypatch.setattr(PreparedCase, "read", watched)
+    centre = (8, 9, 10)
+    alone = read_batch([(cases[0], centre, small)], EDGE, small)
+    both = read_batch([(cases[0], centre, small), (cases[1], centre, large)], EDGE, large)
+    sizes = [tuple(EDGE + 2 * m for m in margin) for margin in (*small, *small, *large)]
+    assert read == sizes
+    for level, (inner, outer) in enumerate(zip(small, large, strict=True)):
+        inside = tuple(slice(b - a, b + EDGE + a) for a, b in zip(inner, outer, strict=True))
+        image, label = both["images"][level][0], both["labels"][level][0]
+        np.testing.assert_array_equal(image[inside], alone["images"][level][0])
+        image[inside], label[inside] = -1024, 0
+        assert (image == -1024).all()
+        assert not label.any()

@@ -1,4 +1,4 @@
-"""Any ladder: one to three levels of 3D and of 2D networks; and what rank 2 promises, that no slice sees another."""
+"""Any number of levels, of 3D and of 2D networks; in 2D no slice sees another."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,15 @@ import pytest
 from flax import nnx
 
 from autocontext_jax.data import preparation, scans
-from autocontext_jax.data.augment import IntensityLimits, make_augment
+from autocontext_jax.data.augment import make_augment
+from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.loader import read_batch
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
-from autocontext_jax.data.pipeline import read_batch
 from autocontext_jax.data.store.level_grids import AIR, LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import SpatialLimits, crop_margins, next_level_start, pyramid_starts
+from autocontext_jax.geometry import next_level_start, pyramid_starts
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
 from autocontext_jax.inference.tiling import SLICES, pyramid_tiles
 from autocontext_jax.models import layers
@@ -28,17 +29,17 @@ from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
 
 EDGE, CLASSES = 16, 3
-FLAT = ((1.0, 2.0, 2.0), (1.0, 1.0, 1.0))  # native voxels per voxel of two levels of rank 2
+FLAT = ((1.0, 2.0, 2.0), (1.0, 1.0, 1.0))  # native voxels per voxel of two levels in 2D
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def pyramid(levels: int, rank: int, backbone=UNet, depth: int = 2) -> Pyramid:
-    network = NetworkConfig(width=2, depth=depth, rank=rank)
+def pyramid(levels: int, spatial_dims: int, backbone=UNet, depth: int = 2) -> Pyramid:
+    network = NetworkConfig(base_channels=2, depth=depth, spatial_dims=spatial_dims)
     return Pyramid(
-        PyramidConfig(levels=levels, classes=CLASSES, rank=rank),
+        PyramidConfig(levels=levels, classes=CLASSES, spatial_dims=spatial_dims),
         lambda inputs, rngs: backbone(inputs, CLASSES, network, rngs=rngs),
         rngs=nnx.Rngs(0),
     )
@@ -52,13 +53,13 @@ def at_inference(model: Pyramid) -> Pyramid:
     return inference_model(graph, params, statistics)
 
 
-@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_every_ladder_trains_and_predicts(levels, rank):
+def test_every_ladder_trains_and_predicts(levels, spatial_dims):
     optimizer = optax.adam(1e-2)
-    graph, state = create_state(pyramid(levels, rank, depth=1), optimizer)
+    graph, state = create_state(pyramid(levels, spatial_dims, depth=1), optimizer)
     before = jax.tree.map(np.array, state.params)
-    shape = (2, *((EDGE,) * 3 if rank == 3 else (1, EDGE, EDGE)))
+    shape = (2, *((EDGE,) * 3 if spatial_dims == 3 else (1, EDGE, EDGE)))
     images = tuple(200 * normal(level, *shape) for level in range(levels))
     labels = tuple(np.random.default_rng(level).integers(0, CLASSES, shape).astype(np.uint8) for level in range(levels))
     state, metrics = make_train_step(graph, optimizer, LossConfig())(state, Batch(images, labels))
@@ -69,17 +70,17 @@ def test_every_ladder_trains_and_predicts(levels, rank):
         assert any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
 
     predictor = Predictor(
-        inference_model(graph, state.params, state.statistics), PredictorConfig(EDGE, 0.5, plane=32), align=2
+        inference_model(graph, state.params, state.batch_stats), PredictorConfig(EDGE, 0.5, plane=32), align=2
     )
     steps = [2.0 ** (levels - level) for level in range(1, levels + 1)]
-    factors = tuple((step if rank == 3 else 1.0, step, step) for step in steps)
+    factors = tuple((step if spatial_dims == 3 else 1.0, step, step) for step in steps)
     scan = (200 * normal(9, 6, 20, 28)).astype(np.int16)
     masks = predictor.masks(scan, factors, levels=tuple(range(1, levels + 1)))
     assert {level: mask.shape for level, mask in masks.items()} == dict.fromkeys(range(1, levels + 1), scan.shape)
     assert len(np.unique(masks[levels])) > 1
 
 
-# ---- rank 2 ----
+# ---- spatial_dims 2 ----
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -124,7 +125,7 @@ def test_no_slice_sees_another(backbone):
 
 def test_patches_nest_in_plane_and_keep_their_slice():
     for centre in ((0, 0, 0), (7, 12, 31), (-3, 40, 5)):
-        flat, deep = (pyramid_starts(centre, EDGE, 3, rank) for rank in (2, 3))
+        flat, deep = (pyramid_starts(centre, EDGE, 3, spatial_dims) for spatial_dims in (2, 3))
         assert [start[0] for start in flat] == [centre[0]] * 3
         assert [start[1:] for start in flat] == [start[1:] for start in deep]
         assert next_level_start(flat[0], EDGE, 2) == flat[1]
@@ -137,16 +138,20 @@ def case(tmp_path_factory) -> PreparedCase:
     for name, voxels in (("image", image), ("label", label)):
         scans.write_scan(folder / f"{name}.nii.gz", voxels, (11.0, 8.0, 8.0), origin=(0.0, 0.0, 0.0))
     one = Case("one", folder / "image.nii.gz", folder / "label.nii.gz")
-    settings = LevelGrids((2, 1), rank=2)
+    settings = LevelGrids((2, 1), spatial_dims=2)
     assert settings.level_factors((11.0, 8.0, 8.0)) == FLAT
-    assert LevelGrids((2, 1), (5.0, 4.0, 4.0), rank=2).level_factors((11.0, 8.0, 8.0)) == ((1, 1, 1), (1, 0.5, 0.5))
+    assert LevelGrids((2, 1), (5.0, 4.0, 4.0), spatial_dims=2).level_factors((11.0, 8.0, 8.0)) == (
+        (1, 1, 1),
+        (1, 0.5, 0.5),
+    )
     preparation.prepare_case(one, str(folder / "store"), settings, ("background", *ORGANS))
     return PreparedCase.open(str(folder / "store"), "one")
 
 
 def test_levels_read_from_the_store_are_one_slice(case):
     assert case.shapes == ((24, 20, 22), (24, 40, 44))
-    batch = read_batch([(case, (11, 20, 21)), (case, (12, 19, 24))], EDGE, ((0, 0, 0),) * 2, rank=2)
+    none = ((0, 0, 0),) * 2
+    batch = read_batch([(case, centre, none) for centre in ((11, 20, 21), (12, 19, 24))], EDGE, none, spatial_dims=2)
     coarse, fine = batch["images"]
     assert coarse.shape == fine.shape == (2, 1, EDGE, EDGE)
     inner = slice(EDGE // 4, 3 * EDGE // 4)
@@ -156,10 +161,10 @@ def test_levels_read_from_the_store_are_one_slice(case):
 
 
 def test_augmentation_stays_in_its_slice_and_moves_levels_together():
-    limits, spacing = SpatialLimits(rotation=10, translation=3, elastic_sigma=2, elastic_spacing=16), (5.0, 1.0, 2.0)
-    margins = crop_margins(EDGE, 2, [spacing], limits, rank=2)
+    limits, spacing = SpatialRanges(rotation=10, translation=3, elastic_sigma=2, elastic_spacing=16), (5.0, 1.0, 2.0)
+    margins = crop_margins(EDGE, 2, spacing, limits, spatial_dims=2)
     assert [margin[0] for margin in margins] == [0, 0]
-    run = make_augment(EDGE, margins, limits, IntensityLimits(), rank=2)
+    run = make_augment(EDGE, margins, limits, IntensityRanges(), spatial_dims=2)
     # Crops that hold their own place along y (first sample) and x, in finest voxels: the same number, the same field.
     images = []
     for (_, y, x), step in zip(margins, (2, 1), strict=True):
@@ -191,7 +196,7 @@ def test_one_tile_of_slices_is_the_model_itself():
     model = at_inference(pyramid(2, 2))
     scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
     predictor = Predictor(model, PredictorConfig(32, 0.5, plane=32), align=2)
-    coarse, fine = pyramid_tiles(scan.shape, 2, predictor._blend, stride=predictor._stride, align=2, rank=2)
+    coarse, fine = pyramid_tiles(scan.shape, 2, predictor._blend, stride=predictor._stride, align=2, spatial_dims=2)
     assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
     start = [int(axis.starts[0]) for axis in coarse]
     small = np.rint(scan.reshape(SLICES, 16, 2, 16, 2).astype(np.float32).mean((2, 4))).astype(np.int16)

@@ -1,0 +1,205 @@
+"""How far augmentation may go, and how much of a scan it therefore needs around a patch. Plain Python and numpy."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from autocontext_jax.errors import UserError, require
+from autocontext_jax.geometry import Triple
+
+
+@dataclasses.dataclass(frozen=True)
+class SpatialRanges:
+    """How far the spatial augmentation may move a voxel.
+
+    Attributes:
+      rotation: degrees about each axis, uniform in [-rotation, rotation]; in 2D about z alone.
+      translation: voxels of the finest level along each axis, uniform in [-translation, translation].
+      elastic_sigma: standard deviation of the B-spline control vectors, voxels of the finest level.
+      elastic_spacing: distance of the control points, voxels of the finest level.
+      scaling: relative, the same along all axes, uniform in [-scaling, scaling].
+      probability: that a patch is moved at all.
+      flip_classes: [K] the class that each class becomes when left and right are exchanged, which happens to half of
+        the patches; () exchanges none.
+    """
+
+    rotation: float = 5.0
+    translation: float = 4.0
+    elastic_sigma: float = 4.0
+    elastic_spacing: int = 32
+    scaling: float = 0.0
+    probability: float = 1.0
+    flip_classes: tuple[int, ...] = ()
+
+    @property
+    def elastic_limit(self) -> float:
+        """Where a displacement is clipped, voxels of the finest level.
+
+        A cubic B-spline of independent control vectors has at most 0.35 of their deviation, so this is beyond four
+        deviations of the field: it bounds the margin and practically never acts.
+        """
+        return 1.5 * self.elastic_sigma
+
+    @property
+    def moves(self) -> bool:
+        """Whether any patch can be changed."""
+        size = self.rotation or self.translation or self.elastic_sigma or self.scaling
+        return bool((self.probability and size) or self.flip_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class IntensityRanges:
+    """How far the intensity augmentation may go; zeros leave the image as it is.
+
+    Attributes:
+      noise: largest standard deviation of white noise, HU.
+      shift: largest shift of all intensities, HU.
+      scale: largest relative change of contrast about 0 HU.
+    """
+
+    noise: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    """The section `augmentation` of a configuration.
+
+    Attributes:
+      rotation: degrees about each axis, uniform in [-rotation, rotation]; in 2D about z alone.
+      translation: voxels of the finest level along each axis.
+      scaling: relative change of size, in [0, 1).
+      elastic_sigma: standard deviation of the elastic deformation's control vectors, voxels of the finest level.
+      elastic_spacing: distance of its control points, voxels of the finest level.
+      probability: share of the patches that are moved. Moving interpolates, and so blurs a little, which scans never
+        are when they are predicted.
+      flip: whether left and right are exchanged in half of the patches.
+      flip_pairs: classes that exchange names with it, such as ("right_kidney=left_kidney",).
+      noise: largest standard deviation of white noise, HU.
+      intensity_shift: largest shift of all intensities, HU.
+      intensity_scale: largest relative change of contrast about 0 HU.
+    """
+
+    rotation: float = 5.0
+    translation: float = 4.0
+    scaling: float = 0.0
+    elastic_sigma: float = 4.0
+    elastic_spacing: int = 32
+    probability: float = 1.0
+    flip: bool = False
+    flip_pairs: tuple[str, ...] = ()
+    noise: float = 0.0
+    intensity_shift: float = 0.0
+    intensity_scale: float = 0.0
+
+    def __post_init__(self):
+        for name in ("rotation", "translation", "elastic_sigma", "noise", "intensity_shift"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
+        for name in ("scaling", "intensity_scale"):
+            require(0 <= getattr(self, name) < 1, self, name, "a fraction in [0, 1)")
+        require(self.elastic_spacing >= 1, self, "elastic_spacing", "at least 1")
+        require(0 <= self.probability <= 1, self, "probability", "a share in [0, 1]")
+
+    def spatial(self, classes: Sequence[str]) -> SpatialRanges | None:
+        """The spatial ranges for a data set's classes; None if nothing moves."""
+        ranges = SpatialRanges(
+            self.rotation,
+            self.translation,
+            self.elastic_sigma,
+            self.elastic_spacing,
+            self.scaling,
+            self.probability,
+            self.flip_classes(classes),
+        )
+        return ranges if ranges.moves else None
+
+    def intensity(self) -> IntensityRanges:
+        """The intensity ranges."""
+        return IntensityRanges(self.noise, self.intensity_shift, self.intensity_scale)
+
+    def flip_classes(self, classes: Sequence[str]) -> tuple[int, ...]:
+        """The class that each class becomes when left and right are exchanged; () if they never are.
+
+        Args:
+          classes: [K] names, background first.
+
+        Raises:
+          UserError: a pair with an unknown class, or with a class of another pair.
+        """
+        if not self.flip:
+            return ()
+        names = list(classes)
+        numbers = list(range(len(names)))
+        for pair in self.flip_pairs:
+            right, _, left = pair.partition("=")
+            if right not in names[1:] or left not in names[1:]:
+                raise UserError(
+                    f"config key augmentation.flip_pairs holds {pair!r}; expected RIGHT=LEFT with two of "
+                    f"{tuple(names[1:])}"
+                )
+            first, second = names.index(right), names.index(left)
+            if (numbers[first], numbers[second]) != (first, second):
+                raise UserError(
+                    f"config key augmentation.flip_pairs holds {pair!r}; expected each class in one pair at most"
+                )
+            numbers[first], numbers[second] = second, first
+        return tuple(numbers)
+
+
+def crop_margins(
+    patch_size: int,
+    levels: int,
+    spacing: tuple[float, float, float],
+    ranges: SpatialRanges | None,
+    spatial_dims: int = 3,
+) -> tuple[Triple, ...]:
+    """Voxels to read beyond each side of each level's patch, so that no augmented voxel falls outside the crop.
+
+    Args:
+      patch_size: N.
+      levels: S.
+      spacing: of the scan's finest level, mm, (z, y, x).
+      ranges: None means no spatial augmentation and no margin.
+      spatial_dims: 3 or 2.
+
+    Returns:
+      A (z, y, x) margin for each level, coarsest first.
+    """
+    if ranges is None or not dataclasses.replace(ranges, flip_classes=()).moves:
+        return ((0, 0, 0),) * levels
+    corners = np.array(list(itertools.product((-1, 1), repeat=3))) * patch_size / 2
+    # Beyond a right angle a corner moves no further; up to 15 degrees the extremes are at the limits.
+    largest = min(ranges.rotation, 90.0)
+    steps = np.linspace(-1, 1, 2 * math.ceil(largest / 15) + 1)
+    angles = np.deg2rad(largest) * np.array(list(itertools.product(steps, repeat=3))) * turning_axes(spatial_dims)
+    turn = np.zeros(3)
+    for angle in angles:
+        moved = (1 + ranges.scaling) * (corners * spacing) @ rotation_matrix(angle).T / spacing
+        turn = np.maximum(turn, np.abs(moved - corners).max(axis=0))
+    margins = []
+    for level in range(1, levels + 1):
+        shift = (ranges.translation + ranges.elastic_limit) / 2 ** (levels - level)
+        z, y, x = (math.ceil(along + shift + 1) for along in turn)  # + 1: the interpolation's neighbour
+        margins.append((z if spatial_dims == 3 else 0, y, x))
+    return tuple(margins)
+
+
+def turning_axes(spatial_dims: int) -> Triple:
+    """1 for each axis (z, y, x) that a patch may be rotated about: all in 3D, z alone in 2D."""
+    return (1, 1, 1) if spatial_dims == 3 else (1, 0, 0)
+
+
+def rotation_matrix(angles: np.ndarray) -> np.ndarray:
+    """Rotation about z, then y, then x by `angles` (z, y, x) in radians, acting on (z, y, x) vectors: [3, 3]."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        i, j = [other for other in range(3) if other != axis]
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        matrix = turn @ matrix
+    return matrix

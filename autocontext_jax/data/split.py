@@ -1,0 +1,261 @@
+"""Which case is for what, decided once and written down: training, validation, test.
+
+A run's `split.json` names every case with its side and a checksum of its files. Each later start compares the data set
+with it, so that a case which was added, lost or changed is named instead of silently changing sides.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autocontext_jax.data.datasets import Case, Dataset, read_description
+from autocontext_jax.errors import UserError
+
+SIDES = ("training", "validation", "test", "unused")
+FORMAT = 1  # of split.json
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What is known of a file.
+
+    Attributes:
+      file: its path in the data set's folder.
+      bytes: its size.
+      modified: when it was modified last, nanoseconds.
+      checksum: of its content. It is computed anew only where size or time differ.
+    """
+
+    file: str
+    bytes: int
+    modified: int
+    checksum: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitCase:
+    """A case and what it is for.
+
+    Attributes:
+      side: `training`, `validation`, `test`, or `unused` where a file of folds leaves it out.
+      image: its scan.
+      label: its label map; None if it had none.
+    """
+
+    side: str
+    image: FileRecord
+    label: FileRecord | None
+
+    @property
+    def checksum(self) -> str:
+        """Of both files."""
+        return f"{self.image.checksum} {self.label.checksum if self.label else ''}".strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Every case of a data set with its side.
+
+    Attributes:
+      classes: [K] names, background first.
+      cases: by name.
+    """
+
+    classes: tuple[str, ...]
+    cases: Mapping[str, SplitCase]
+
+    def of(self, side: str, dataset: Dataset) -> tuple[Case, ...]:
+        """The cases of one side, by name, as the data set has them, with their checksums."""
+        found = {case.name: case for case in (*dataset.training, *dataset.test)}
+        return tuple(
+            dataclasses.replace(found[name], checksum=case.checksum)
+            for name, case in sorted(self.cases.items())
+            if case.side == side
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As `split.json` has it."""
+        cases = {name: dataclasses.asdict(case) for name, case in sorted(self.cases.items())}
+        return {"format": FORMAT, "classes": list(self.classes), "cases": cases}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Split":
+        """What `to_json` gave."""
+
+        def record(values: dict[str, Any] | None) -> FileRecord | None:
+            return None if values is None else FileRecord(**values)
+
+        cases = {}
+        for name, values in content["cases"].items():
+            image = record(values["image"])
+            assert image is not None
+            cases[name] = SplitCase(values["side"], image, record(values["label"]))
+        return cls(tuple(content["classes"]), cases)
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """How a data set differs from a split that was made of it.
+
+    Attributes:
+      lost: what the split has and the data set has not: cases, or labels of test cases.
+      new: names of cases that the split does not know.
+      changed: names of cases whose scan or label has another content now.
+      classes: the data set's classes where they differ, else None.
+    """
+
+    lost: tuple[str, ...]
+    new: tuple[str, ...]
+    changed: tuple[str, ...]
+    classes: tuple[str, ...] | None
+
+
+def make_split(dataset: Dataset, sides: Mapping[str, str], known: Split | None = None) -> Split:
+    """Records every case of a data set that has a side; reads each file's content once, unless it is known already.
+
+    Args:
+      dataset: with all cases that `sides` names.
+      sides: of the cases, by name.
+      known: an earlier record. A file of the same size and time is taken to have the same content.
+    """
+    cases = {case.name: case for case in (*dataset.training, *dataset.test) if case.name in sides}
+    before = known.cases if known else {}
+
+    def look(case: Case) -> SplitCase:
+        old = before.get(case.name)
+        old_image, old_label = (old.image, old.label) if old else (None, None)
+        image = _record(dataset.root, case.image, old_image, case.name)
+        label = None if case.label is None else _record(dataset.root, case.label, old_label, case.name)
+        return SplitCase(sides[case.name], image, label)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        return Split(dataset.labels, dict(zip(cases, pool.map(look, cases.values()), strict=True)))
+
+
+def compare(split: Split, dataset: Dataset) -> tuple[Split, Changes]:
+    """Compares a data set with the split that was made of it.
+
+    Returns:
+      The split with what its files are now (without what is lost), and the changes.
+    """
+    there = {case.name: case for case in (*dataset.training, *dataset.test)}
+    lost = [name for name in split.cases if name not in there]
+    lost += [
+        f"the label of {name}"
+        for name, case in split.cases.items()
+        if name in there and case.label is not None and there[name].label is None
+    ]
+    sides = {name: case.side for name, case in split.cases.items() if name in there}
+    now = make_split(dataset, sides, known=split)
+    changed = [name for name, case in now.cases.items() if case.checksum != split.cases[name].checksum]
+    new = sorted(name for name in there if name not in split.cases)
+    classes = dataset.labels if dataset.labels != split.classes else None
+    return now, Changes(tuple(lost), tuple(new), tuple(changed), classes)
+
+
+def content_checksum(case: Case) -> str:
+    """Of both files of a case, as `SplitCase.checksum` gives it.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    return " ".join(_hash(path, case.name) for path in (case.image, case.label) if path is not None)
+
+
+def draw_validation(cases: Iterable[Case], *, fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Draws a validation set: the same for the same names, fraction and seed, in whatever order the cases come.
+
+    Args:
+      cases: with distinct names.
+      fraction: the share to validate on, between 0 and 1, rounded to whole cases but at least one on either side; a
+        single case is for training.
+      seed: of the draw.
+
+    Returns:
+      (training, validation), each by name.
+
+    Raises:
+      UserError: the fraction is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the validation fraction is {fraction}: expected more than 0 and less than 1")
+    ordered = sorted(cases, key=lambda case: case.name)
+    count = max(0, min(max(1, round(fraction * len(ordered))), len(ordered) - 1))
+    drawn = set(np.random.default_rng(seed).permutation(len(ordered))[:count].tolist())
+    training = tuple(case for index, case in enumerate(ordered) if index not in drawn)
+    return training, tuple(ordered[index] for index in sorted(drawn))
+
+
+def read_fold(cases: Iterable[Case], path: str | os.PathLike, fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Takes one fold of nnU-Net's `splits_final.json`: a list of {"train": [names], "val": [names]}.
+
+    Cases that the fold does not name are left out.
+
+    Returns:
+      (training, validation), each by name.
+
+    Raises:
+      UserError: the file is missing or of another form; there is no such fold; it names an unknown case, puts one on
+        both sides, or leaves nothing to train on.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected nnU-Net's splits_final.json")
+    folds = read_description(path)
+    if not isinstance(folds, list) or not all(isinstance(entry, dict) for entry in folds):
+        raise UserError(f'{path} is not a list of folds: expected [{{"train": [names], "val": [names]}}, ...]')
+    if not 0 <= fold < len(folds):
+        raise UserError(f"{path} has no fold {fold}: expected one of its {len(folds)}, counted from 0")
+    known = {case.name: case for case in cases}
+    sides = [_names(path, folds[fold], side) for side in ("train", "val")]
+    if unknown := [name for side in sides for name in side if name not in known]:
+        raise UserError(
+            f"{path}, fold {fold}: {len(unknown)} of its cases are not in the data set, the first {unknown[0]!r}: "
+            "expected the names of its training cases"
+        )
+    if both := sorted(set(sides[0]) & set(sides[1])):
+        raise UserError(f"{path}, fold {fold}: case {both[0]} is in both train and val: expected it in one")
+    if not sides[0]:
+        raise UserError(f"{path}, fold {fold}: train names no case: expected one or more")
+    training, validation = (tuple(known[name] for name in sorted(set(side))) for side in sides)
+    return training, validation
+
+
+def sides_of(dataset: Dataset, training: Iterable[Case], validation: Iterable[Case]) -> dict[str, str]:
+    """The side of every case of a data set, by name."""
+    sides = {case.name: "unused" for case in dataset.training}
+    sides |= {case.name: "training" for case in training} | {case.name: "validation" for case in validation}
+    return sides | {case.name: "test" for case in dataset.test}
+
+
+def _names(path: Path, fold: Mapping[str, Any], side: str) -> list[str]:
+    if not isinstance(fold.get(side), list):
+        found = ", ".join(fold) or "none" if side not in fold else f"a {type(fold[side]).__name__}"
+        what = f'lacks the key "{side}"' if side not in fold else f'"{side}" is not a list'
+        raise UserError(f"{path} {what}: found {found}; expected lists of names")
+    return list(map(str, fold[side]))
+
+
+def _record(root: Path, path: Path, known: FileRecord | None, case: str) -> FileRecord:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"case {case}: {path} cannot be read: {error.strerror}") from None
+    file = os.path.relpath(path, root)
+    if known and (known.bytes, known.modified) == (status.st_size, status.st_mtime_ns):
+        return dataclasses.replace(known, file=file)
+    return FileRecord(file, status.st_size, status.st_mtime_ns, _hash(path, case))
+
+
+def _hash(path: Path, case: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise UserError(f"case {case}: {path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,209 @@
+"""A run folder knows its data: the data set of a run, split once into what is trained on, validated on and scored.
+
+`split.json` is written by the run's first start. Every later start compares the data set with it (see
+`data/split.py`) and names what is lost, changed or new in one line.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from autocontext_jax import processes
+from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.phantom.dataset import write_dataset
+from autocontext_jax.data.split import (
+    FORMAT,
+    Changes,
+    Split,
+    compare,
+    draw_validation,
+    make_split,
+    read_fold,
+    sides_of,
+)
+from autocontext_jax.errors import UserError
+from autocontext_jax.files import read_json, write_json
+from autocontext_jax.jobs.run_config import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Attributes:
+      dataset: as its folder describes it.
+      split: which case is for what.
+      store: where prepared cases lie, a folder or URL.
+    """
+
+    dataset: Dataset
+    split: Split
+    store: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """[K] names, background first."""
+        return self.split.classes
+
+    @property
+    def training(self) -> Sequence[Case]:
+        """The cases trained on."""
+        return self.split.of("training", self.dataset)
+
+    @property
+    def validation(self) -> Sequence[Case]:
+        """The cases that choose the best checkpoint."""
+        return self.split.of("validation", self.dataset)
+
+    @property
+    def test(self) -> Sequence[Case]:
+        """The test cases that have labels."""
+        return [case for case in self.split.of("test", self.dataset) if case.label is not None]
+
+    @property
+    def scored(self) -> tuple[Sequence[Case], str]:
+        """The cases to score, and a sentence that says which they are; none if every case was trained on."""
+        if test := self.test:
+            return test, f"{_count(len(test), 'test case')}, kept apart from training"
+        cases = self.validation
+        return cases, (
+            f"{_count(len(cases), 'validation case')}: the data set has no labelled test cases. They also chose the "
+            "best checkpoint, so the scores may be too good"
+        )
+
+
+def open_data(config: RunConfig, workdir: Path) -> RunData:
+    """The data of a run that may go on: splits the data set at the first start, compares it at every later one.
+
+    Phantoms are generated first if the configuration says so.
+
+    Raises:
+      UserError: the data set cannot be read; cases of the split are lost; its classes have changed.
+    """
+
+    def prepare() -> None:
+        dataset = _read_dataset(config, workdir, generate=True)
+        known = read_split(workdir)
+        split = _first_split(config, dataset) if known is None else _checked(config, dataset, known, workdir)
+        if split != known:
+            write_json(workdir / "split.json", split.to_json())
+
+    processes.first_does(prepare)
+    split = read_split(workdir)
+    assert split is not None
+    return RunData(_read_dataset(config, workdir), split, _store(config, workdir))
+
+
+def read_data(config: RunConfig, workdir: Path) -> RunData:
+    """The data of a run that is only looked at: nothing is written.
+
+    Raises:
+      UserError: there is no split, or what it names is lost.
+    """
+    known = read_split(workdir)
+    if known is None:
+        raise UserError(f"run folder {workdir} has no split.json: train there first (--mode train)")
+    dataset = _read_dataset(config, workdir)
+    split = _checked(config, dataset, known, workdir)
+    return RunData(dataset, split, _store(config, workdir))
+
+
+def read_split(workdir: Path) -> Split | None:
+    """The split of a run; None if it has none yet.
+
+    Raises:
+      UserError: `split.json` is damaged.
+    """
+    path = workdir / "split.json"
+    return Split.from_json(read_json(path, FORMAT)) if path.exists() else None
+
+
+def _store(config: RunConfig, workdir: Path) -> str:
+    return config.data.prepared or str(workdir.absolute() / "prepared")
+
+
+def _read_dataset(config: RunConfig, workdir: Path, *, generate: bool = False) -> Dataset:
+    root = Path(config.data.root).expanduser() if config.data.root else workdir / "phantoms"
+    if config.phantom.training and generate:
+        write_dataset(
+            root,
+            training=config.phantom.training,
+            test=config.phantom.test,
+            size=config.phantom.size,
+            spacing=config.phantom.spacing,
+            look_alikes=config.phantom.look_alikes,
+            seed=config.seed,
+        )
+    elif not config.data.root and not config.phantom.training:
+        raise UserError("config key data.root is empty; expected the folder of the data set: --config.data.root=FOLDER")
+    return read_dataset(root)
+
+
+def _first_split(config: RunConfig, dataset: Dataset) -> Split:
+    if config.data.splits:
+        training, validation = read_fold(dataset.training, Path(config.data.splits), config.data.fold)
+    else:
+        training, validation = draw_validation(
+            dataset.training, fraction=config.data.validation_fraction, seed=config.seed
+        )
+    return make_split(dataset, sides_of(dataset, training, validation))
+
+
+def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -> Split:
+    """The split with what its files are now and with new cases as the configuration says; tells of every change.
+
+    Raises:
+      UserError: something is lost, or the classes have changed.
+    """
+    now, changes = compare(known, dataset)
+    _refuse(changes, known, dataset, workdir)
+    if changes.changed:
+        sides = {side: sorted(name for name in changes.changed if now.cases[name].side == side) for side in
+                 ("training", "validation", "test")}  # fmt: skip
+        told = "; ".join(f"{side}: {_some(names)}" for side, names in sides.items() if names)
+        log.warning(
+            "%s: %s changed since the run began (%s): prepared again where they are trained on; what was trained so "
+            "far has seen the old ones", dataset.root, _count(len(changes.changed), "case"), told,
+        )  # fmt: skip
+    if not changes.new:
+        return now
+    trainable = {case.name for case in dataset.training}
+    taken = [name for name in changes.new if name in trainable] if config.data.new_cases == "train" else []
+    if taken:
+        log.warning("%s: %s taken into training: %s", dataset.root, _count(len(taken), "new case"), _some(taken))
+        every = {name: case.side for name, case in now.cases.items()} | dict.fromkeys(taken, "training")
+        now = make_split(dataset, every, known=now)
+    if left := [name for name in changes.new if name not in taken]:
+        log.warning(
+            "%s: %s since the run began, neither trained on nor scored: %s. --config.data.new_cases=train takes new "
+            "training cases into training", dataset.root, _count(len(left), "case was added", "cases were added"),
+            _some(left),
+        )  # fmt: skip
+    return now
+
+
+def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> None:
+    if changes.lost:
+        raise UserError(
+            f"data set {dataset.root} lacks {_some(changes.lost)}, which {workdir / 'split.json'} names: bring "
+            f"{'it' if len(changes.lost) == 1 else 'them'} back, name the folder that has "
+            f"{'it' if len(changes.lost) == 1 else 'them'} (--config.data.root=FOLDER), or start in another --workdir"
+        )
+    if changes.classes:
+        raise UserError(
+            f"data set {dataset.root} has the classes {changes.classes}; expected {known.classes}, with which the run "
+            f"began: set dataset.json back, or start in another --workdir"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,200 @@
+"""Which case is for what: drawn once, written down, and compared with the data set at every later start."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from autocontext_jax.data.datasets import Case, Dataset
+from autocontext_jax.data.split import (
+    Split,
+    compare,
+    content_checksum,
+    draw_validation,
+    make_split,
+    read_fold,
+    sides_of,
+)
+from autocontext_jax.errors import UserError
+
+
+def refused(call, *parts):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert str(part) in str(caught.value)
+
+
+def cases_of(count):
+    return [Case(f"c{index:02d}", Path(f"c{index:02d}.nii"), None) for index in range(count)]
+
+
+def test_split_is_a_partition_that_depends_on_the_seed_alone():
+    cases = cases_of(20)
+    training, validation = draw_validation(cases, fraction=0.25, seed=3)
+    assert (len(training), len(validation)) == (15, 5)
+    assert sorted((*training, *validation), key=lambda case: case.name) == cases
+    assert draw_validation(cases[::-1], fraction=0.25, seed=3) == (training, validation)
+    assert len({draw_validation(cases, fraction=0.25, seed=seed) for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "sizes"), [(0, 0.5, (0, 0)), (1, 0.9, (1, 0)), (2, 0.01, (1, 1)), (3, 0.99, (1, 2))]
+)
+def test_split_leaves_one_on_either_side(count, fraction, sizes):
+    assert tuple(map(len, draw_validation(cases_of(count), fraction=fraction, seed=0))) == sizes
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_split_refuses_what_is_no_fraction(fraction):
+    refused(lambda: draw_validation(cases_of(4), fraction=fraction, seed=0), fraction)
+
+
+def test_split_from_file(tmp_path):
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": [], "val": []}, {"train": ["c02", "c00"], "val": ["c01"]}]), encoding="utf-8")
+    cases = cases_of(4)
+    assert read_fold(cases, path, 1) == ((cases[0], cases[2]), (cases[1],))
+    refused(lambda: read_fold(cases, path, 0), "fold 0", "no case")
+    for fold in (2, -1):
+        refused(lambda fold=fold: read_fold(cases, path, fold), f"no fold {fold}", "its 2")
+    refused(lambda: read_fold(cases[1:], path, 1), "'c00'", "fold 1")
+    refused(lambda: read_fold(cases, tmp_path / "gone.json", 0), "gone.json does not exist")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('[{"train": ["c00"],\n"val" []}]', "line 2"),
+        ('{"train": ["c00"], "val": []}', "not a list of folds"),
+        ('[{"train": ["c00"]}]', 'lacks the key "val"'),
+        ('[{"train": "c00", "val": []}]', '"train" is not a list'),
+        ('[{"train": ["c00", "c01"], "val": ["c01"]}]', "c01 is in both"),
+        ('[{"train": [["c00"]], "val": []}]', "not in the data set"),
+    ],
+)
+def test_bad_split_files(tmp_path, content, part):
+    path = tmp_path / "splits_final.json"
+    path.write_text(content, encoding="utf-8")
+    refused(lambda: read_fold(cases_of(3), path, 0), path, part)
+
+
+def test_a_pickled_split_is_not_opened(tmp_path):
+    path = tmp_path / "splits_final.pkl"
+    path.write_bytes(b"\x80\x04\x95cos\nsystem\n")
+    refused(lambda: read_fold(cases_of(3), path, 0), path, "not text")
+
+
+# ---- split.json ----
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Dataset:
+    """Three training cases and two test cases, one of them without a label; files of a few bytes."""
+
+    def case(name: str, side: str, labelled: bool = True) -> Case:
+        image, label = tmp_path / f"images{side}" / name, tmp_path / f"labels{side}" / name
+        for path in (image, label)[: 1 + labelled]:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{path.parent.name} of {name}", encoding="utf-8")
+        return Case(name, image, label if labelled else None)
+
+    training = tuple(case(name, "Tr") for name in ("a", "b", "c"))
+    return Dataset(tmp_path, ("background", "one"), training, (case("d", "Ts"), case("e", "Ts", labelled=False)))
+
+
+@pytest.fixture
+def split(dataset) -> Split:
+    first, *rest = dataset.training
+    return make_split(dataset, sides_of(dataset, rest, [first]))
+
+
+def names(cases) -> list[str]:
+    return [case.name for case in cases]
+
+
+def test_every_case_has_its_side_and_survives_json(dataset, split):
+    assert names(split.of("validation", dataset)) == ["a"]
+    assert names(split.of("training", dataset)) == ["b", "c"]
+    assert names(split.of("test", dataset)) == ["d", "e"]
+    assert Split.from_json(json.loads(json.dumps(split.to_json()))) == split
+    (case,) = split.of("validation", dataset)
+    assert case.checksum == content_checksum(case) != ""
+
+
+def test_cases_that_a_fold_leaves_out_are_unused(dataset):
+    split = make_split(dataset, sides_of(dataset, dataset.training[:1], dataset.training[1:2]))
+    assert {name: case.side for name, case in split.cases.items()} == {
+        "a": "training", "b": "validation", "c": "unused", "d": "test", "e": "test",
+    }  # fmt: skip
+
+
+def test_an_unchanged_data_set_shows_no_change_and_nothing_of_it_is_read(dataset, split, monkeypatch):
+    def read(self, *arguments, **keywords):
+        raise AssertionError(f"{self} was opened")
+
+    monkeypatch.setattr(Path, "open", read)
+    now, changes = compare(split, dataset)
+    assert now == split
+    assert (changes.lost, changes.new, changes.changed, changes.classes) == ((), (), (), None)
+
+
+def test_a_file_that_was_only_touched_is_read_and_found_the_same(dataset, split):
+    os.utime(dataset.training[0].image, ns=(1, 1))
+    now, changes = compare(split, dataset)
+    assert changes.changed == ()
+    assert now.cases["a"].image.modified == 1
+
+
+def test_a_case_that_was_added_changes_no_side(dataset, split):
+    (more := dataset.root / "more").write_text("x", encoding="utf-8")
+    larger = dataclasses.replace(dataset, training=(*dataset.training, Case("bb", more, more)))
+    now, changes = compare(split, larger)
+    assert changes.new == ("bb",)
+    assert now == split
+
+
+def test_corrected_labels_are_noticed(dataset, split):
+    label = dataset.training[1].label
+    label.write_text("corrected", encoding="utf-8")
+    now, changes = compare(split, dataset)
+    assert changes.changed == ("b",)
+    assert now.cases["b"].side == "training"
+    assert now.cases["b"].label != split.cases["b"].label
+
+
+def test_another_folder_with_the_same_content_is_the_same_data_set(dataset, split, tmp_path_factory):
+    root = tmp_path_factory.mktemp("moved")
+
+    def moved(case: Case) -> Case:
+        files = []
+        for path in (case.image, case.label):
+            new = None
+            if path is not None:
+                new = root / path.relative_to(dataset.root)
+                new.parent.mkdir(exist_ok=True)
+                new.write_bytes(path.read_bytes())
+            files.append(new)
+        return Case(case.name, *files)
+
+    other = dataclasses.replace(
+        dataset, root=root, training=tuple(map(moved, dataset.training)), test=tuple(map(moved, dataset.test))
+    )
+    _, changes = compare(split, other)
+    assert (changes.lost, changes.new, changes.changed) == ((), (), ())
+
+
+def test_what_is_lost_is_named(dataset, split):
+    _, changes = compare(split, dataclasses.replace(dataset, training=dataset.training[1:]))
+    assert changes.lost == ("a",)
+    unlabelled = tuple(dataclasses.replace(case, label=None) for case in dataset.test)
+    _, changes = compare(split, dataclasses.replace(dataset, test=unlabelled))
+    assert changes.lost == ("the label of d",)
+
+
+def test_other_classes_are_named(dataset, split):
+    _, changes = compare(split, dataclasses.replace(dataset, labels=("background", "two")))
+    assert changes.classes == ("background", "two")
