@@ -30,8 +30,8 @@ from autocontext_jax.jobs import config as configuration
 from autocontext_jax.jobs.prepare import Data
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.training.checkpoints import Checkpoints
+from autocontext_jax.training.dice import class_dice, mean_dice
 from autocontext_jax.training.logging import MetricsLog
-from autocontext_jax.training.losses import mean_dice, organ_dice
 from autocontext_jax.training.optimizers import OptimizerConfig, make_optimizer
 from autocontext_jax.training.phases import Phase
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, place, replicated, state_sharding
@@ -290,7 +290,7 @@ def validate(
         masks = (np.zeros_like(predicted[0]), truth[0, middle], predicted[0])
         rows.append(pictures.side_by_side([pictures.overlay(image[0, middle], mask) for mask in masks]))
     values = _values(total, levels)
-    for level, dice in zip(levels, organ_dice(total.counts), strict=True):
+    for level, dice in zip(levels, class_dice(total.counts), strict=True):
         values |= {f"dice_level_{level}_{organ}": float(score) for organ, score in zip(organs, dice, strict=True)}
     finite = {f"validation_{key}": value for key, value in values.items() if math.isfinite(value)}
     return finite, np.concatenate(rows)
