@@ -115,26 +115,40 @@ def test_summary_leaves_nan_out():
     }
     summary = summarise(cases, ORGANS)
     assert list(summary) == [*ORGANS, "mean"]
-    assert summary["artery"]["dice"] == pytest.approx({"avg": 0.6, "std": 0.1, "min": 0.5, "max": 0.7, "infinite": 0})
-    assert [math.isnan(value) for value in summary["vein"]["dice"].values()] == [True] * 4 + [False]
+    assert summary["artery"]["dice"] == pytest.approx(
+        {"avg": 0.6, "std": 0.1, "min": 0.5, "max": 0.7, "cases": 2, "missed": 0}
+    )
+    assert [math.isnan(value) for value in summary["vein"]["dice"].values()] == [True] * 4 + [False] * 2
     assert summary["liver"]["dice"]["avg"] == pytest.approx(0.5)
     means = [0.75, 0.4, 0.4]  # each case over the organs it has
-    wanted = {"avg": np.mean(means), "std": np.std(means), "min": 0.4, "max": 0.75, "infinite": 0}
+    wanted = {"avg": np.mean(means), "std": np.std(means), "min": 0.4, "max": 0.75, "cases": 3, "missed": 0}
     assert summary["mean"]["dice"] == pytest.approx(wanted)
     assert summary["mean"]["precision"]["max"] == pytest.approx(0.375)
 
 
-def test_summary_counts_what_is_infinite():
+def test_summary_counts_missed_cases_beside_averages_that_leave_them_out():
     values = (1.0, math.inf, 3.0, math.nan)
-    cases = {f"case {i}": {"vein": {"distance": value}} for i, value in enumerate(values)}
-    wanted = {"avg": 2, "std": 1, "min": 1, "max": 3, "infinite": 1}
-    assert summarise(cases, ["vein"])["vein"]["distance"] == wanted
+    cases = {
+        f"case {i}": {"vein": {"distance": value, "dice": 0.5}, "artery": {"distance": 1.0, "dice": 0.5}}
+        for i, value in enumerate(values)
+    }
+    cases["case 3"]["vein"]["dice"] = math.nan
+    cases["case 0"]["artery"]["distance"] = math.inf
+    summary = summarise(cases, ["vein", "artery"])
+    found = {"avg": 2, "std": 1, "min": 1, "max": 3, "cases": 3, "missed": 1}
+    assert summary["vein"]["distance"] == found
+    # The same number for every metric, so that a Dice of 0 can be told from a wrong place.
+    assert (summary["vein"]["dice"]["cases"], summary["vein"]["dice"]["missed"]) == (3, 1)
+    # A scan counts once, however many of its organs are missed.
+    assert summary["mean"]["distance"] == {"avg": 1.5, "std": 0.5, "min": 1, "max": 2, "cases": 4, "missed": 2}
+    cases["case 1"]["artery"]["distance"] = math.inf
+    assert summarise(cases, ["vein", "artery"])["mean"]["distance"]["missed"] == 2
 
 
 def test_summary_where_nothing_counts():
     summary = summarise({"a": {"vein": {"dice": math.nan}}}, ["vein"])
     for column in summary.values():
-        assert column["dice"].pop("infinite") == 0
+        assert (column["dice"].pop("cases"), column["dice"].pop("missed")) == (0, 0)
         assert all(math.isnan(value) for value in column["dice"].values())
 
 

@@ -92,6 +92,21 @@ def test_published_rows_stand_beside_ones_own():
     np.testing.assert_allclose(averages, [89.0, 86.3, 80.3, 65.0, 95.1, 78.8, 77.8], atol=0.051)
 
 
+def test_a_box_of_missed_organs_is_seen(tmp_path):
+    """An organ that is missed in every scan has a Dice of 0 in all: a flat box at the bottom, with room below it."""
+    cases = {name: {"level_1": {"artery": scored(0.0)}} for name in "abc"}
+    result = report.evaluation(cases, ["artery"], tolerance=2.0)
+    pictures.boxes(tmp_path / "missed.png", result)
+    empty = {name: {"level_1": {"artery": scored(math.nan)}} for name in "abc"}
+    pictures.boxes(tmp_path / "empty.png", report.evaluation(empty, ["artery"], tolerance=2.0))
+    missed, nothing = (matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] for name in ("missed", "empty"))
+    rows = np.flatnonzero(np.abs(missed - nothing).max(-1).mean(1) > 0.2)
+    axis = np.flatnonzero((nothing.max(-1) < 0.1).mean(1) > 0.8)  # the frame: top and bottom
+    assert rows.size
+    assert axis.min() < rows.min()
+    assert rows.max() + 3 < axis.max()
+
+
 def test_box_plots(tmp_path):
     pictures.boxes(tmp_path / "dice.png", json.loads(json.dumps(RESULT).replace("NaN", "null")))
     pixels = matplotlib.image.imread(tmp_path / "dice.png")[..., :3] * 255
@@ -119,6 +134,21 @@ def written(tmp_path) -> Path:
         cases=cases,
     )
     return path
+
+
+def test_the_page_marks_averages_that_leave_missed_scans_out(tmp_path):
+    cases = {
+        name: {"level_1": {"artery": {**scored(0.0), "hausdorff_95": distance, "surface_distance": distance / 2}}}
+        for name, distance in (("a", math.inf), ("b", 2.0))
+    }
+    result = report.evaluation(cases, ["artery"], tolerance=2.0)
+    path = tmp_path / "report.html"
+    page.write_page(path, title="", tables=report.table(result), result=result, curves={}, cases=[])
+    text = path.read_text(encoding="utf-8")
+    marked = re.findall(r'<td class="missed"[^>]*>([^<]*)</td>', text)
+    assert marked == ["2.00 ± 0.00 (1 of 2 missed)", "1.00 ± 0.00 (1 of 2 missed)"]
+    assert "td.missed {" in text
+    assert "Missed by Level 1: artery in 1 of 2." in text
 
 
 def test_the_page_needs_nothing_else(written):

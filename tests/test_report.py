@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from autocontext_jax.evaluation import pictures, report
+from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.jobs.experiment import side_by_side
 
 ORGANS = ("artery", "vein")
@@ -47,11 +47,15 @@ TABLE = """\
 | --- | ---: | ---: | ---: |
 | Level 2 − Level 1 | +30.6 (1) | – | +33.1 (1) |
 
-| Mean over organs, avg ± std | Jaccard (%) | volume difference (mL) | 95 % Hausdorff (mm) | surface distance (mm) \
-| surface Dice at 1.5 mm (%) |
+| Mean over organs, avg ± std | Jaccard (%) | absolute volume difference (mL) | 95 % Hausdorff (mm) \
+| surface distance (mm) | surface Dice at 1.5 mm (%) |
 | --- | ---: | ---: | ---: | ---: | ---: |
-| Level 1 | 25.0 ± 0.0 | -1.50 ± 0.00 | 3.25 ± 0.00 (1 infinite) | 3.25 ± 0.00 (1 infinite) | 75.0 ± 0.0 |
-| Level 2 | 25.0 ± 0.0 | -1.50 ± 0.00 | 2.75 ± 0.75 | 2.75 ± 0.75 | 75.0 ± 0.0 |
+| Level 1 | 25.0 ± 0.0 | 1.50 ± 0.00 | 3.25 ± 0.00 (1 of 2 missed) | 3.25 ± 0.00 (1 of 2 missed) | 75.0 ± 0.0 |
+| Level 2 | 25.0 ± 0.0 | 1.50 ± 0.00 | 2.75 ± 0.75 | 2.75 ± 0.75 | 75.0 ± 0.0 |
+
+"m of n missed": in m of n scans at least one organ is in the truth or in the prediction but not in both. \
+Such an organ has no distance. The average leaves these m scans out; do not compare it with an average over other \
+scans. Dice, Jaccard and surface Dice count a missed organ as 0. Missed by Level 1: artery in 1 of 2.
 
 2 scans, scored on their own grids.
 """
@@ -77,7 +81,8 @@ def test_written_files(tmp_path):
     assert read["cases"]["one"]["level_2"]["vein"]["dice"] is None
     assert read["cases"]["one"]["level_1"]["artery"]["hausdorff_95"] == "inf"
     assert read["cases"]["one"]["level_2"]["artery"]["dice"] == 0.8125
-    nothing = {"avg": None, "std": None, "min": None, "max": None, "infinite": 0}
+    assert read["cases"]["one"]["level_2"]["artery"]["volume_difference"] == -1.5
+    nothing = {"avg": None, "std": None, "min": None, "max": None, "cases": 0, "missed": 0}
     assert read["summary"]["level_1"]["vein"]["dice"] == nothing
     assert read["summary"]["level_2"]["mean"]["dice"]["max"] == 0.95
     (comparison,) = read["comparisons"].values()
@@ -87,11 +92,66 @@ def test_written_files(tmp_path):
     # What was read is what was written, NaN and infinity too.
     assert repr(report.read_cases(tmp_path / "evaluation.json")) == repr(CASES)
     with (tmp_path / "table.csv").open(newline="") as file:
-        rows = {tuple(row.values())[:4]: row["value"] for row in csv.DictReader(file)}
-    assert float(rows["level_2", "mean", "dice", "max"]) == 0.95
-    assert rows["level_1", "vein", "dice", "avg"] == ""
-    assert rows["level_1", "artery", "hausdorff_95", "infinite"] == "1"
-    assert float(rows["level_2 - level_1", "artery", "dice", "p"]) == 0.5
+        rows = {(row["block"], row["organ"], row["metric"]): row for row in csv.DictReader(file)}
+    assert float(rows["level_2", "mean", "dice"]["max"]) == 0.95
+    assert rows["level_1", "vein", "dice"]["avg"] == ""
+    assert float(rows["level_2 - level_1", "artery", "dice"]["p"]) == 0.5
+    assert rows["level_2 - level_1", "artery", "dice"]["avg"] == ""
+
+
+def test_an_organ_that_is_often_missed_is_seen_beside_every_average_of_its_distances(tmp_path):
+    """A method that finds the organ in one scan of ten, exactly there, beside one that is 5 mm off in all ten.
+
+    The average of the first one's distances is 0 mm: the better one, were it not for the nine scans that it leaves out.
+    """
+    truth = np.zeros((12, 24, 24), np.uint8)
+    truth[3:9, 6:16, 6:16] = 1
+    predictions = {"finds_one": [truth] + 9 * [np.zeros_like(truth)], "finds_all": 10 * [np.roll(truth, 5, axis=2)]}
+    cases = {
+        f"scan {i}": {
+            method: metrics.scores(masks[i], truth, ["pancreas"], (1.0, 1.0, 1.0), tolerance=2.0)
+            for method, masks in predictions.items()
+        }
+        for i in range(10)
+    }
+    result = report.evaluation(cases, ["pancreas"], tolerance=2.0)
+    for column in ("pancreas", "mean"):
+        for method, avg, missed in (("finds_one", 0, 9), ("finds_all", 5, 0)):
+            distance = result["summary"][method][column]["hausdorff_95"]
+            assert (distance["avg"], distance["cases"], distance["missed"]) == (avg, 10, missed)
+    report.write(result, tmp_path)
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    (one,) = [line for line in lines if line.startswith("| Finds one |")]
+    assert one.count(" 0.00 ± 0.00 (9 of 10 missed) |") == 2
+    assert one.count("missed") == 2  # the other metrics count these scans
+    (every,) = [line for line in lines if line.startswith("| Finds all |")]
+    assert "missed" not in every
+    (note,) = [line for line in lines if line.startswith('"m of n missed": ')]
+    assert note.endswith("Missed by Finds one: pancreas in 9 of 10.")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "hausdorff_95" and row["block"] == "finds_one"]
+    assert [(row["organ"], row["avg"], row["cases"], row["missed"]) for row in rows] == [
+        ("pancreas", "0.0", "10", "9"), ("mean", "0.0", "10", "9")
+    ]  # fmt: skip
+
+
+def test_distances_to_an_organ_that_is_never_found():
+    always = {"one": {"level_1": {"artery": scored(0.0, math.inf), "vein": scored(1.0, 1.0)}}}
+    text = report.table(report.evaluation(always, ORGANS, tolerance=2.0))
+    assert text.count(" – (1 of 1 missed) |") == 2
+
+
+def test_surplus_and_deficit_of_volume_do_not_cancel():
+    cases = {
+        name: {"level_1": {"artery": {**scored(0.5, 1.0), "volume_difference": difference}}}
+        for name, difference in (("one", 50.0), ("two", -50.0), ("three", -20.0))
+    }
+    result = report.evaluation(cases, ["artery"], tolerance=2.0)
+    assert "volume_difference" not in result["summary"]["level_1"]["artery"]
+    for column in ("artery", "mean"):
+        assert result["summary"]["level_1"][column]["absolute_volume_difference"]["avg"] == 40
+    assert result["cases"]["two"]["level_1"]["artery"]["volume_difference"] == -50
+    assert "| absolute volume difference (mL) |" in report.table(result)
 
 
 def test_overlay_paints_outlines_in_full_and_insides_faintly():

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -25,6 +26,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em aut
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .15em .7em; } th:first-child { text-align: left; }
 th { border-bottom: 1px solid #888; }
+td.missed { background: #fde7c8; }
 img { max-width: 100%; } .row { display: flex; flex-wrap: wrap; } .row > div { flex: 1 1 340px; height: 420px; }
 </style>
 <script>$plotly</script></head><body>
@@ -105,11 +107,17 @@ def write_page(
     text = TEMPLATE.substitute(
         title=html.escape(title),
         plotly=get_plotlyjs(),
-        tables=MarkdownIt("js-default").render(tables),  # without raw HTML
+        tables=_html(tables),
         options="".join(f'<option value="{i}">{html.escape(case.name)}</option>' for i, case in enumerate(cases)),
         figures=json.dumps(figures).replace("</", "<\\/"),  # nothing in it may end the script
     )
     write_whole(path, text)
+
+
+def _html(tables: str) -> str:
+    """Markdown as HTML, where raw HTML in it is text; cells whose average leaves missed scans out have a colour."""
+    text = MarkdownIt("js-default").render(tables)
+    return re.sub(r"<td( [^>]*)?>(?=[^<]* missed\)</td>)", r'<td class="missed"\1>', text)
 
 
 def _figure(figure: go.Figure) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def _boxes(result: Mapping[str, Any]) -> go.Figure:
         ]
         x, y = zip(*points, strict=True)
         figure.add_box(x=x, y=y, name=block.replace("_", " ").capitalize(), boxpoints="all", pointpos=0, jitter=0.3)
-    figure.update_layout(template="plotly_white", boxmode="group", yaxis={"title": "Dice", "range": [0, 1.02]})
+    figure.update_layout(template="plotly_white", boxmode="group", yaxis={"title": "Dice", "range": [-0.03, 1.03]})
     return figure
 
 

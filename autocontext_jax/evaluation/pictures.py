@@ -117,7 +117,8 @@ def boxes(path: Path, result: Mapping[str, Any]) -> None:
             found, positions=places, widths=0.85 * width, patch_artist=True, label=block.replace("_", " ").capitalize(),
             boxprops={"facecolor": colour, "alpha": 0.6}, medianprops={"color": "black"}, flierprops={"markersize": 3},
         )  # fmt: skip
-    axes.set(xticks=np.arange(len(organs)), xticklabels=organs, ylabel="Dice", ylim=(0, 1))
+    # Room below 0: the box of an organ that is missed in every scan would else lie hidden on the axis.
+    axes.set(xticks=np.arange(len(organs)), xticklabels=organs, ylabel="Dice", ylim=(-0.03, 1.03))
     axes.grid(axis="y", alpha=0.3)
     canvas.legend(loc="outside lower center", ncols=len(blocks), frameon=False)
     save(path, canvas)

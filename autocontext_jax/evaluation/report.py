@@ -13,14 +13,21 @@ from autocontext_jax.evaluation.published import TABLE_2
 from autocontext_jax.evaluation.statistics import STATISTICS, compare, summarise
 from autocontext_jax.files import write_whole
 
-# Beside the Dice, as `metrics.scores` defines them.
+# Beside the Dice, as `metrics.scores` defines them and `statistics.summarise` averages them.
 OTHER_METRICS = {
     "jaccard": "Jaccard (%)",
-    "volume_difference": "volume difference (mL)",
+    "absolute_volume_difference": "absolute volume difference (mL)",
     "hausdorff_95": "95 % Hausdorff (mm)",
     "surface_distance": "surface distance (mm)",
     "surface_dice": "surface Dice at {tolerance:g} mm (%)",
 }
+DISTANCES = ("hausdorff_95", "surface_distance")
+
+MISSED = (
+    '"m of n missed": in m of n scans at least one organ is in the truth or in the prediction but not in both. Such an '
+    "organ has no distance. The average leaves these m scans out; do not compare it with an average over other scans. "
+    "Dice, Jaccard and surface Dice count a missed organ as 0."
+)
 
 
 def evaluation(
@@ -75,6 +82,8 @@ def table(result: Mapping[str, Any]) -> str:
     for block, summary in result["summary"].items():
         cells = [_cell(metric, summary["mean"][metric]) for metric in OTHER_METRICS]
         lines.append(f"| {_name(block)} | {' | '.join(cells)} |")
+    if missed := _missed_by_block(result):
+        lines += ["", " ".join([MISSED, *missed])]
     lines += ["", f"{len(result['cases'])} scans, scored on their own grids."]
     return "\n".join(lines) + "\n"
 
@@ -104,24 +113,28 @@ def beside_published(rows: Mapping[str, Mapping[str, float | None]]) -> str:
 
 
 def rows(result: Mapping[str, Any]) -> str:
-    """CSV with one number a row: block or pair, organ or "mean", metric, statistic, value (empty for NaN)."""
+    """CSV with a row for each block (or pair of blocks), organ (or "mean") and metric.
+
+    Columns that a row does not have, and values that are NaN, are empty. In the row of a pair, "cases" counts the cases
+    that both have.
+    """
     written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
-    writer.writerow(["block", "organ", "metric", "statistic", "value"])
-    summaries = {
-        (block, organ, metric): statistics
+    columns = ["block", "organ", "metric", "cases", "missed", *STATISTICS, "difference", "p", "p_holm"]
+    writer = csv.DictWriter(written, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    summaries = [
+        {"block": block, "organ": organ, "metric": metric, **statistics}
         for block, summary in result["summary"].items()
         for organ, metrics in summary.items()
         for metric, statistics in metrics.items()
-    }
-    tests = {
-        (pair, organ, "dice"): test
+    ]
+    tests = [
+        {"block": pair, "organ": organ, "metric": "dice", **test}
         for pair, comparison in result["comparisons"].items()
         for organ, test in comparison.items()
-    }
-    for key, statistics in (summaries | tests).items():
-        for statistic, value in statistics.items():
-            writer.writerow([*key, statistic, "" if math.isnan(value) else value])
+    ]
+    for row in summaries + tests:
+        writer.writerow({key: "" if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()})
     return written.getvalue()
 
 
@@ -145,10 +158,23 @@ def _name(level: str) -> str:
 
 
 def _cell(metric: str, statistics: Mapping[str, float]) -> str:
-    """Average ± std, and how many scans have no finite value."""
+    """Average ± std; for a distance also the number of scans that it leaves out."""
     number = _percent if "(%)" in OTHER_METRICS[metric] else "{:.2f}".format
     text = f"{number(statistics['avg'])} ± {number(statistics['std'])}" if math.isfinite(statistics["avg"]) else "–"
-    return text + (f" ({statistics['infinite']} infinite)" if statistics["infinite"] else "")
+    if metric in DISTANCES and statistics["missed"]:
+        text += f" ({statistics['missed']} of {statistics['cases']} missed)"
+    return text
+
+
+def _missed_by_block(result: Mapping[str, Any]) -> list[str]:
+    """A sentence for each block that misses an organ, with the organs and the numbers of scans."""
+    sentences = []
+    for block, summary in result["summary"].items():
+        counts = {organ: summary[organ]["dice"] for organ in result["labels"]}
+        named = [f"{organ} in {n['missed']} of {n['cases']}" for organ, n in counts.items() if n["missed"]]
+        if named:
+            sentences.append(f"Missed by {_name(block)}: {', '.join(named)}.")
+    return sentences
 
 
 def _difference(test: Mapping[str, float]) -> str:

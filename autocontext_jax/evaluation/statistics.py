@@ -17,24 +17,51 @@ STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def summarise(cases: Mapping[str, OrganScores], organs: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """avg, std, min and max of every metric over cases, per organ and for the cases' means over organs.
+    """Statistics over cases of every metric, for each organ and for the mean over organs.
+
+    An organ is missed in a case if it is in the truth or in the prediction but not in both: its distances are infinite.
+    Distances are averaged over the other cases alone, which favours a method that misses the difficult ones. Hence
+    every average comes with the number of missed cases. No large distance is put in their place: any choice, such as
+    the scan's diagonal, would decide the average, and the overlap metrics count a missed organ as 0 already.
 
     Args:
-      cases: {case: {organ: {metric: value}}}; NaN where an organ is in neither mask: that case is left out there.
-      organs: in the order wanted.
+      cases: {case: {organ: {metric: value}}}; NaN where the organ is in neither mask: such a case does not count.
+      organs: names, in the order of the result.
 
     Returns:
-      {organ or "mean": {metric: {"avg": , "std": , "min": , "max": , "infinite": }}} over the finite scores, and how
-      many were infinite (distances to an organ that was missed); NaN where no score is finite. The standard deviation
-      is the population's.
+      {organ or "mean": {metric: {"avg", "std", "min", "max", "cases", "missed"}}}. "mean" describes the cases' means
+      over their organs. avg, std (of the population), min and max are over the finite values, NaN if there are none.
+      "cases" is the number of cases that hold the organ (for "mean": any organ), "missed" the number of them in which
+      the organ (for "mean": at least one organ) is missed; both are the same for every metric. The signed
+      "volume_difference" is summarised as "absolute_volume_difference", since surplus and deficit would cancel.
     """
-    metrics = list(next(iter(next(iter(cases.values())).values())))
+    averaged = {
+        case: {organ: _absolute_volumes(score) for organ, score in scores.items()} for case, scores in cases.items()
+    }
+    metrics = list(next(iter(next(iter(averaged.values())).values())))
     summary = {}
     for organ in [*organs, "mean"]:
+        missed = sum(_missed(scores, organ) for scores in averaged.values())
         summary[organ] = {
-            metric: _describe([_value(scores, organ, metric) for scores in cases.values()]) for metric in metrics
+            metric: {**_describe([_value(scores, organ, metric) for scores in averaged.values()]), "missed": missed}
+            for metric in metrics
         }
     return summary
+
+
+def _absolute_volumes(score: Mapping[str, float]) -> dict[str, float]:
+    """The same metrics in the same order, the absolute volume difference in place of the signed one."""
+    absolute = {}
+    for metric, value in score.items():
+        if metric == "volume_difference":
+            metric, value = "absolute_volume_difference", abs(value)
+        absolute[metric] = value
+    return absolute
+
+
+def _missed(scores: OrganScores, organ: str) -> bool:
+    considered = scores.values() if organ == "mean" else [scores[organ]]
+    return any(math.isinf(value) for score in considered for value in score.values())
 
 
 def _value(scores: OrganScores, organ: str, metric: str) -> float:
@@ -47,7 +74,7 @@ def _value(scores: OrganScores, organ: str, metric: str) -> float:
 def _describe(values: Sequence[float]) -> dict[str, float]:
     finite = [value for value in values if math.isfinite(value)]
     described = {name: float(function(finite)) if finite else math.nan for name, function in STATISTICS.items()}
-    return {**described, "infinite": sum(map(math.isinf, values))}
+    return {**described, "cases": sum(not math.isnan(value) for value in values)}
 
 
 def compare(
