@@ -11,11 +11,11 @@ import pytest
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.jobs.experiment import side_by_side
 
-ORGANS = ("artery", "vein")
+CLASSES = ("artery", "vein")
 
 
 def scored(dice: float, distance: float = math.nan) -> dict[str, float]:
-    """What `metrics.scores` gives for an organ, in part made up."""
+    """What `metrics.scores` gives for a class, in part made up."""
     here = math.nan if math.isnan(dice) else 1.0
     distances = {"hausdorff_95": distance, "surface_distance": distance, "surface_dice": 0.75 * here}
     return {"dice": dice, "jaccard": 0.25 * here, "volume_difference": -1.5 * here, **distances}
@@ -47,26 +47,26 @@ TABLE = """\
 | --- | ---: | ---: | ---: |
 | Level 2 − Level 1 | +30.6 (1) | – | +33.1 (1) |
 
-| Mean over organs, avg ± std | Jaccard (%) | absolute volume difference (mL) | 95 % Hausdorff (mm) \
+| Mean over classes, avg ± std | Jaccard (%) | absolute volume difference (mL) | 95 % Hausdorff (mm) \
 | surface distance (mm) | surface Dice at 1.5 mm (%) |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | Level 1 | 25.0 ± 0.0 | 1.50 ± 0.00 | 3.25 ± 0.00 (1 of 2 missed) | 3.25 ± 0.00 (1 of 2 missed) | 75.0 ± 0.0 |
 | Level 2 | 25.0 ± 0.0 | 1.50 ± 0.00 | 2.75 ± 0.75 | 2.75 ± 0.75 | 75.0 ± 0.0 |
 
-"m of n missed": in m of n scans at least one organ is in the truth or in the prediction but not in both. \
-Such an organ has no distance. The average leaves these m scans out; do not compare it with an average over other \
-scans. Dice, Jaccard and surface Dice count a missed organ as 0. Missed by Level 1: artery in 1 of 2.
+"m of n missed": in m of n scans at least one class is in the truth or in the prediction but not in both. \
+Such a class has no distance. The average leaves these m scans out; do not compare it with an average over other \
+scans. Dice, Jaccard and surface Dice count a missed class as 0. Missed by Level 1: artery in 1 of 2.
 
 2 scans, scored on their own grids.
 """
 
 
 def test_table():
-    assert report.table(report.evaluation(CASES, ORGANS, tolerance=1.5, pairs=[("level_2", "level_1")])) == TABLE
+    assert report.table(report.evaluation(CASES, CLASSES, tolerance=1.5, pairs=[("level_2", "level_1")])) == TABLE
 
 
 def test_written_files(tmp_path):
-    result = report.evaluation(CASES, ORGANS, tolerance=1.5, pairs=[("level_2", "level_1")])
+    result = report.evaluation(CASES, CLASSES, tolerance=1.5, pairs=[("level_2", "level_1")])
     report.write(result, tmp_path)
     report.write(result, tmp_path)  # again, over the first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "table.csv", "table.md"]
@@ -76,7 +76,7 @@ def test_written_files(tmp_path):
         raise AssertionError(f"{constant} is no JSON")
 
     read = json.loads((tmp_path / "evaluation.json").read_bytes(), parse_constant=refuse)
-    assert read["labels"] == ["artery", "vein"]
+    assert read["classes"] == ["artery", "vein"]
     assert list(read["cases"]) == ["one", "two"]
     assert read["cases"]["one"]["level_2"]["vein"]["dice"] is None
     assert read["cases"]["one"]["level_1"]["artery"]["hausdorff_95"] == "inf"
@@ -92,15 +92,15 @@ def test_written_files(tmp_path):
     # What was read is what was written, NaN and infinity too.
     assert repr(report.read_cases(tmp_path / "evaluation.json")) == repr(CASES)
     with (tmp_path / "table.csv").open(newline="") as file:
-        rows = {(row["block"], row["organ"], row["metric"]): row for row in csv.DictReader(file)}
+        rows = {(row["block"], row["class"], row["metric"]): row for row in csv.DictReader(file)}
     assert float(rows["level_2", "mean", "dice"]["max"]) == 0.95
     assert rows["level_1", "vein", "dice"]["avg"] == ""
     assert float(rows["level_2 - level_1", "artery", "dice"]["p"]) == 0.5
     assert rows["level_2 - level_1", "artery", "dice"]["avg"] == ""
 
 
-def test_an_organ_that_is_often_missed_is_seen_beside_every_average_of_its_distances(tmp_path):
-    """A method that finds the organ in one scan of ten, exactly there, beside one that is 5 mm off in all ten.
+def test_a_class_that_is_often_missed_is_seen_beside_every_average_of_its_distances(tmp_path):
+    """A method that finds the class in one scan of ten, exactly there, beside one that is 5 mm off in all ten.
 
     The average of the first one's distances is 0 mm: the better one, were it not for the nine scans that it leaves out.
     """
@@ -130,14 +130,14 @@ def test_an_organ_that_is_often_missed_is_seen_beside_every_average_of_its_dista
     assert note.endswith("Missed by Finds one: pancreas in 9 of 10.")
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "hausdorff_95" and row["block"] == "finds_one"]
-    assert [(row["organ"], row["avg"], row["cases"], row["missed"]) for row in rows] == [
+    assert [(row["class"], row["avg"], row["cases"], row["missed"]) for row in rows] == [
         ("pancreas", "0.0", "10", "9"), ("mean", "0.0", "10", "9")
     ]  # fmt: skip
 
 
-def test_distances_to_an_organ_that_is_never_found():
+def test_distances_to_a_class_that_is_never_found():
     always = {"one": {"level_1": {"artery": scored(0.0, math.inf), "vein": scored(1.0, 1.0)}}}
-    text = report.table(report.evaluation(always, ORGANS, tolerance=2.0))
+    text = report.table(report.evaluation(always, CLASSES, tolerance=2.0))
     assert text.count(" – (1 of 1 missed) |") == 2
 
 
@@ -191,7 +191,7 @@ def test_figure_is_a_picture_of_the_masks(tmp_path):
     truth[9:11, 2:5, 2:6] = 2
     masks = {"truth": truth, "level 1": np.zeros_like(truth), "level 2": truth}
     path = tmp_path / "picture.png"
-    pictures.figure(path, image, masks, ORGANS, (3.0, 1.0, 1.0), title="case")
+    pictures.figure(path, image, masks, CLASSES, (3.0, 1.0, 1.0), title="case")
     pixels = matplotlib.image.imread(path)
     # Three columns of 3 inches; rows in the planes' own proportions (20, 36, 36 mm by 16, 16, 20 mm); 1 for the legend.
     assert pixels.shape[:2] == (round(100 * (3 * (20 / 16 + 36 / 16 + 36 / 20) + 1)), 900)
@@ -202,12 +202,12 @@ def test_figure_is_a_picture_of_the_masks(tmp_path):
     assert thirds[2] > 100
     assert thirds[1] < thirds[0] / 10
 
-    pictures.figure(path, image, {"truth": np.zeros_like(truth)}, ORGANS, (3.0, 1.0, 1.0))  # nothing to centre on
+    pictures.figure(path, image, {"truth": np.zeros_like(truth)}, CLASSES, (3.0, 1.0, 1.0))  # nothing to centre on
     assert matplotlib.image.imread(path).shape[1] == 300
 
     in_air = np.full((12, 40, 40), -1000, np.int16)
     in_air[:, 10:20, 10:20] = 0  # the picture shows this and 3 voxels around it
-    pictures.figure(path, in_air, {"truth": np.zeros_like(in_air)}, ORGANS, (1.0, 1.0, 1.0))
+    pictures.figure(path, in_air, {"truth": np.zeros_like(in_air)}, CLASSES, (1.0, 1.0, 1.0))
     assert matplotlib.image.imread(path).shape[:2] == (round(100 * (3 * (1 + 2 * 12 / 16) + 1)), 300)
 
 
