@@ -76,7 +76,7 @@ CASES = {
     }
     for case, dice in (("a", 0.9), ("b", 0.7), ("c", 0.5))
 }
-RESULT = report.evaluation(CASES, CLASSES, tolerance=2.0, pairs=[("level_2", "level_1")])
+RESULT = report.evaluation(CASES, CLASSES, cases_are="3 test cases", tolerance=2.0, pairs=[("level_2", "level_1")])
 
 
 def test_published_rows_stand_beside_ones_own():
@@ -95,10 +95,12 @@ def test_published_rows_stand_beside_ones_own():
 def test_a_box_of_missed_classes_is_seen(tmp_path):
     """A class that is missed in every scan has a Dice of 0 in all: a flat box at the bottom, with room below it."""
     cases = {name: {"level_1": {"artery": scored(0.0)}} for name in "abc"}
-    result = report.evaluation(cases, ["artery"], tolerance=2.0)
+    result = report.evaluation(cases, ["artery"], cases_are="3 test cases", tolerance=2.0)
     pictures.boxes(tmp_path / "missed.png", result)
     empty = {name: {"level_1": {"artery": scored(math.nan)}} for name in "abc"}
-    pictures.boxes(tmp_path / "empty.png", report.evaluation(empty, ["artery"], tolerance=2.0))
+    pictures.boxes(
+        tmp_path / "empty.png", report.evaluation(empty, ["artery"], cases_are="3 test cases", tolerance=2.0)
+    )
     missed, nothing = (matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] for name in ("missed", "empty"))
     rows = np.flatnonzero(np.abs(missed - nothing).max(-1).mean(1) > 0.2)
     axis = np.flatnonzero((nothing.max(-1) < 0.1).mean(1) > 0.8)  # the frame: top and bottom
@@ -141,7 +143,7 @@ def test_the_page_marks_averages_that_leave_missed_scans_out(tmp_path):
         name: {"level_1": {"artery": {**scored(0.0), "hausdorff_95": distance, "surface_distance": distance / 2}}}
         for name, distance in (("a", math.inf), ("b", 2.0))
     }
-    result = report.evaluation(cases, ["artery"], tolerance=2.0)
+    result = report.evaluation(cases, ["artery"], cases_are="3 test cases", tolerance=2.0)
     path = tmp_path / "report.html"
     page.write_page(path, title="", tables=report.table(result), result=result, curves={}, cases=[])
     text = path.read_text(encoding="utf-8")

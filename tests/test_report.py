@@ -3,12 +3,15 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from autocontext_jax.evaluation import metrics, pictures, report
+from autocontext_jax.jobs.evaluate import held_out_are
 from autocontext_jax.jobs.experiment import side_by_side
 
 CLASSES = ("artery", "vein")
@@ -57,16 +60,34 @@ TABLE = """\
 Such a class has no distance. The average leaves these m scans out; do not compare it with an average over other \
 scans. Dice, Jaccard and surface Dice count a missed class as 0. Missed by Level 1: artery in 1 of 2.
 
-2 scans, scored on their own grids.
+2 test cases. Each scan was scored on its own grid.
 """
 
 
 def test_table():
-    assert report.table(report.evaluation(CASES, CLASSES, tolerance=1.5, pairs=[("level_2", "level_1")])) == TABLE
+    result = report.evaluation(CASES, CLASSES, cases_are="2 test cases", tolerance=1.5, pairs=[("level_2", "level_1")])
+    assert report.table(result) == TABLE
+
+
+@pytest.mark.parametrize(
+    ("labelled", "number", "checkpoint", "sentence"),
+    [
+        (True, 6, "best", "6 test cases"),
+        (True, 1, "best", "1 test case"),
+        (False, 5, "best", "5 validation cases, which also chose the checkpoint: scores are optimistic"),
+        (False, 1, "best", "1 validation case, which also chose the checkpoint: scores are optimistic"),
+        (False, 5, "latest", "5 validation cases"),
+    ],
+)
+def test_the_scored_cases_in_words(labelled, number, checkpoint, sentence):
+    config = ConfigDict({"predict": {"checkpoint": checkpoint}})
+    case = SimpleNamespace(label="label.nii.gz" if labelled else None)
+    data = SimpleNamespace(dataset=SimpleNamespace(test=[SimpleNamespace(label=None), case]), validation=[])
+    assert held_out_are(config, data, number) == sentence
 
 
 def test_written_files(tmp_path):
-    result = report.evaluation(CASES, CLASSES, tolerance=1.5, pairs=[("level_2", "level_1")])
+    result = report.evaluation(CASES, CLASSES, cases_are="2 test cases", tolerance=1.5, pairs=[("level_2", "level_1")])
     report.write(result, tmp_path)
     report.write(result, tmp_path)  # again, over the first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "table.csv", "table.md"]
@@ -77,6 +98,7 @@ def test_written_files(tmp_path):
 
     read = json.loads((tmp_path / "evaluation.json").read_bytes(), parse_constant=refuse)
     assert read["classes"] == ["artery", "vein"]
+    assert read["cases_are"] == "2 test cases"
     assert list(read["cases"]) == ["one", "two"]
     assert read["cases"]["one"]["level_2"]["vein"]["dice"] is None
     assert read["cases"]["one"]["level_1"]["artery"]["hausdorff_95"] == "inf"
@@ -114,7 +136,7 @@ def test_a_class_that_is_often_missed_is_seen_beside_every_average_of_its_distan
         }
         for i in range(10)
     }
-    result = report.evaluation(cases, ["pancreas"], tolerance=2.0)
+    result = report.evaluation(cases, ["pancreas"], cases_are="test cases", tolerance=2.0)
     for column in ("pancreas", "mean"):
         for method, avg, missed in (("finds_one", 0, 9), ("finds_all", 5, 0)):
             distance = result["summary"][method][column]["hausdorff_95"]
@@ -137,7 +159,7 @@ def test_a_class_that_is_often_missed_is_seen_beside_every_average_of_its_distan
 
 def test_distances_to_a_class_that_is_never_found():
     always = {"one": {"level_1": {"artery": scored(0.0, math.inf), "vein": scored(1.0, 1.0)}}}
-    text = report.table(report.evaluation(always, CLASSES, tolerance=2.0))
+    text = report.table(report.evaluation(always, CLASSES, cases_are="test cases", tolerance=2.0))
     assert text.count(" – (1 of 1 missed) |") == 2
 
 
@@ -146,7 +168,7 @@ def test_surplus_and_deficit_of_volume_do_not_cancel():
         name: {"level_1": {"artery": {**scored(0.5, 1.0), "volume_difference": difference}}}
         for name, difference in (("one", 50.0), ("two", -50.0), ("three", -20.0))
     }
-    result = report.evaluation(cases, ["artery"], tolerance=2.0)
+    result = report.evaluation(cases, ["artery"], cases_are="test cases", tolerance=2.0)
     assert "volume_difference" not in result["summary"]["level_1"]["artery"]
     for column in ("artery", "mean"):
         assert result["summary"]["level_1"][column]["absolute_volume_difference"]["avg"] == 40
@@ -221,12 +243,14 @@ def test_the_blocks_of_table_1():
         }
 
     modes = {"end_to_end": cases(0.5), "separate": cases(0.3) | {"three": {}}, "no_context": cases(0.1)}
-    result = side_by_side(modes, 2, ["artery"], tolerance=2.0)
+    result = side_by_side(modes, 2, ["artery"], cases_are="2 test cases", tolerance=2.0)
     assert list(result["cases"]) == ["one", "two"]
+    assert result["cases_are"] == "2 test cases"
     averages = {block: summary["mean"]["dice"]["avg"] for block, summary in result["summary"].items()}
     assert averages == pytest.approx(
         {"Level 1": 0.31, "Level 2 auto-context": 0.32, "End-to-end": 0.52, "No auto-context": 0.12}
     )
     assert len(result["comparisons"]) == 6
     assert result["comparisons"]["End-to-end - Level 2 auto-context"]["artery"]["difference"] == pytest.approx(0.2)
-    assert list(side_by_side({"first_level": cases(0.1, 1)}, 2, ["artery"], tolerance=2.0)["summary"]) == ["Level 1"]
+    alone = side_by_side({"first_level": cases(0.1, 1)}, 2, ["artery"], cases_are="2 test cases", tolerance=2.0)
+    assert list(alone["summary"]) == ["Level 1"]

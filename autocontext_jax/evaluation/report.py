@@ -34,6 +34,7 @@ def evaluation(
     cases: Mapping[str, Mapping[str, Any]],
     classes: Sequence[str],
     *,
+    cases_are: str,
     tolerance: float,
     pairs: Iterable[tuple[str, str]] = (),
 ) -> dict[str, Any]:
@@ -43,18 +44,21 @@ def evaluation(
       cases: {case: {block: {class: {metric: value}}}}, scores of `metrics.scores`. A block is a level ("level_1") or a
         method; every case has the same blocks.
       classes: names without the background, in the order of the tables.
+      cases_are: which cases these are and how they were chosen, a sentence without a full stop, for example
+        "6 test cases" or "5 validation cases, which also chose the checkpoint: scores are optimistic".
       tolerance: mm, of the surface Dice.
       pairs: the blocks to compare, (a, b).
 
     Returns:
       A dictionary with
-        classes, tolerance, cases: as given;
+        classes, cases_are, tolerance, cases: as given;
         summary: {block: `statistics.summarise` of its cases};
         comparisons: `statistics.compare` of the pairs.
     """
     blocks = {block: {case: scores[block] for case, scores in cases.items()} for block in next(iter(cases.values()))}
     return {
         "classes": list(classes),
+        "cases_are": cases_are,
         "tolerance": tolerance,
         "cases": cases,
         "summary": {block: summarise(scores, classes) for block, scores in blocks.items()},
@@ -91,7 +95,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {_title(block)} | {' | '.join(cells)} |")
     if missed := _missed_by_block(result):
         lines += ["", " ".join([MISSED, *missed])]
-    lines += ["", f"{len(result['cases'])} scans, scored on their own grids."]
+    lines += ["", f"{result['cases_are']}. Each scan was scored on its own grid."]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ background.
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,11 @@ def evaluate_elsewhere(config: ConfigDict, workdir: Path) -> bool:
     dataset = read_dataset(Path(config.evaluate.root).expanduser())
     cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
     folder = workdir / f"on_{dataset.root.resolve().name}"
-    return _score(config, workdir, dataset, cases, folder, names=config.evaluate.labels)
+
+    def cases_are(number: int) -> str:
+        return f"{number} labelled case{'' if number == 1 else 's'} of {dataset.root.resolve().name}"
+
+    return _score(config, workdir, dataset, cases, folder, names=config.evaluate.labels, cases_are=cases_are)
 
 
 def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
@@ -57,7 +61,10 @@ def evaluate(config: ConfigDict, workdir: Path, data: Data) -> bool:
             f"data set {data.dataset.root} has no labelled test case and no validation case; wanted at least one scan "
             "that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
-    return _score(config, workdir, data.dataset, cases, workdir, names=None)
+    return _score(
+        config, workdir, data.dataset, cases, workdir,
+        names=None, cases_are=lambda number: held_out_are(config, data, number),
+    )  # fmt: skip
 
 
 def _score(
@@ -68,6 +75,7 @@ def _score(
     folder: Path,
     *,
     names: Sequence[str] | None,
+    cases_are: Callable[[int], str],
 ) -> bool:
     """`evaluate` for these cases, into `folder`.
 
@@ -78,6 +86,7 @@ def _score(
       cases: labelled.
       folder: where all is written.
       names: as for `translation`; None means that the data set's labels must be the checkpoint's.
+      cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
     predictor, labels = restore_predictor(config, workdir)
     if names is None and labels != dataset.labels:
@@ -136,7 +145,9 @@ def _score(
     if results and processes.is_first():
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
-        result = report.evaluation(results, annotated, tolerance=tolerance, pairs=pairs)
+        result = report.evaluation(
+            results, annotated, cases_are=cases_are(len(results)), tolerance=tolerance, pairs=pairs
+        )
         report.write(result, folder)
         print(report.table(result))
     processes.wait(f"evaluated in {folder}")  # what is written stands for every process
@@ -150,6 +161,15 @@ def _score(
 def held_out(data: Data) -> Sequence[Case]:
     """The cases to score: labelled test cases, else validation cases; empty if there is neither."""
     return [case for case in data.dataset.test if case.label is not None] or data.validation
+
+
+def held_out_are(config: ConfigDict, data: Data, number: int) -> str:
+    """Which cases `held_out` gives and how they were chosen, as `report.evaluation` takes it; `number` were scored."""
+    plural = "" if number == 1 else "s"
+    if any(case.label is not None for case in data.dataset.test):
+        return f"{number} test case{plural}"
+    optimistic = ", which also chose the checkpoint: scores are optimistic"
+    return f"{number} validation case{plural}" + (optimistic if config.predict.checkpoint == "best" else "")
 
 
 def translation(dataset: Dataset, labels: Sequence[str], names: Sequence[str]) -> np.ndarray:

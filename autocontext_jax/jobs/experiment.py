@@ -12,7 +12,7 @@ from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import report
 from autocontext_jax.files import writing
-from autocontext_jax.jobs.evaluate import evaluate, held_out
+from autocontext_jax.jobs.evaluate import evaluate, held_out, held_out_are
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.train import train
 
@@ -48,7 +48,9 @@ def experiment(config: ConfigDict, workdir: Path) -> bool:
             return False  # no scan could be scored; each has been named
         cases[mode] = report.read_cases(folder / "evaluation.json")
     levels, organs = len(config.levels.factors), data.dataset.labels[1:]
-    result = side_by_side(cases, levels, organs, tolerance=config.evaluate.tolerance)
+    shared = set.intersection(*(set(scored) for scored in cases.values()))
+    cases_are = held_out_are(config, data, len(shared))
+    result = side_by_side(cases, levels, organs, cases_are=cases_are, tolerance=config.evaluate.tolerance)
     if processes.is_first():
         report.write(result, workdir)
         print(report.table(result))
@@ -56,7 +58,7 @@ def experiment(config: ConfigDict, workdir: Path) -> bool:
 
 
 def side_by_side(
-    cases: dict[str, dict[str, Any]], levels: int, organs: Sequence[str], *, tolerance: float
+    cases: dict[str, dict[str, Any]], levels: int, organs: Sequence[str], *, cases_are: str, tolerance: float
 ) -> dict[str, Any]:
     """The blocks of Table 1, each compared with every other, over the cases that all modes scored.
 
@@ -64,6 +66,7 @@ def side_by_side(
       cases: of each mode, as `report.evaluation` takes them.
       levels: S.
       organs: in the order of the labels.
+      cases_are: see `report.evaluation`.
       tolerance: of the surface Dice, mm.
 
     Returns:
@@ -89,7 +92,7 @@ def side_by_side(
     }
     names = list(next(iter(merged.values())))
     pairs = [(b, a) for a, b in itertools.combinations(names, 2)]
-    return report.evaluation(merged, organs, tolerance=tolerance, pairs=pairs)
+    return report.evaluation(merged, organs, cases_are=cases_are, tolerance=tolerance, pairs=pairs)
 
 
 def _run(config: ConfigDict, mode: str, root: str, store: str) -> ConfigDict:
