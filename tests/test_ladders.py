@@ -191,7 +191,7 @@ def test_one_tile_of_slices_is_the_model_itself():
     model = at_inference(pyramid(2, 2))
     scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
     predictor = Predictor(model, PredictorConfig(32, 0.5, plane=32), align=2)
-    coarse, fine = pyramid_tiles(scan.shape, 2, predictor._blend, stride=predictor._stride, align=2, rank=2)
+    coarse, fine = pyramid_tiles(scan.shape, 2, predictor._blend, stride=predictor._stride, align=2, spatial_dims=2)
     assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
     start = [int(axis.starts[0]) for axis in coarse]
     small = np.rint(scan.reshape(SLICES, 16, 2, 16, 2).astype(np.float32).mean((2, 4))).astype(np.int16)

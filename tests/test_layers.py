@@ -18,7 +18,7 @@ ORDER = [
     "models/onednn", "models/layers",
     "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/pyramid",
     "training/*",
-    "inference/tiling", "inference/masks", "inference/predictor",
+    "inference/tiling", "inference/masks", "inference/context", "inference/predictor",
     "evaluation/*",
     "jobs/*",
     "main",
