@@ -18,7 +18,7 @@ ORDER = [
     "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/backbones",
     "models/pyramid",
     "training/*",
-    "inference/tiling", "inference/masks", "inference/predictor",
+    "inference/tiling", "inference/masks", "inference/context", "inference/predictor",
     "evaluation/*",
     "jobs/*",
     "main",

@@ -10,8 +10,6 @@ from autocontext_jax.training.losses import (
     LossConfig,
     cross_entropy_loss,
     dice_loss,
-    mean_dice,
-    overlap_counts,
     total_loss,
 )
 
@@ -158,27 +156,3 @@ def test_total_loss_refuses_levels_that_do_not_match():
         total_loss([logits, logits], [labels], LossConfig())
     with pytest.raises((TypeError, ValueError)):
         total_loss([logits, logits], [labels, labels], LossConfig(level_weights=(1.0, 1.0, 1.0)))
-
-
-def test_overlap_counts_are_those_of_the_confusion_matrix():
-    logits, labels = random_pair(0, 3, 4, 5, 6, classes=4)
-    confusion = np.zeros((4, 4), int)
-    np.add.at(confusion, (labels, logits.argmax(-1)), 1)
-    counts = overlap_counts(logits, labels)
-    assert counts.dtype == jnp.float32
-    np.testing.assert_array_equal(counts, [2 * np.diag(confusion), confusion.sum(0) + confusion.sum(1)])
-    # Counts of parts add up to the whole's.
-    np.testing.assert_array_equal(
-        overlap_counts(logits[:1], labels[:1]) + overlap_counts(logits[1:], labels[1:]), counts
-    )
-    wanted = np.mean([2 * confusion[k, k] / (confusion[k].sum() + confusion[:, k].sum()) for k in (1, 2, 3)])
-    assert float(mean_dice(counts)) == pytest.approx(wanted, rel=1e-6)
-
-
-def test_mean_dice_leaves_out_what_does_not_occur():
-    counts = jnp.array([
-        [[90.0, 4, 0, 0], [100, 8, 0, 10]],  # 0.5, absent, 0
-        [[100.0, 0, 0, 0], [100, 0, 0, 0]],  # background alone
-        [[0.0, 2, 4, 6], [0, 2, 4, 6]],
-    ])  # fmt: skip
-    np.testing.assert_allclose(mean_dice(counts), [0.25, np.nan, 1])

@@ -87,7 +87,7 @@ def test_whole_job_leaves_everything(whole_job):
     assert list((workdir / "tensorboard").iterdir())
 
     evaluation = json.loads((workdir / "evaluation.json").read_bytes())
-    assert evaluation["labels"] == list(ORGANS)
+    assert evaluation["classes"] == list(ORGANS)
     assert sorted(evaluation["cases"]) == ["phantom_005", "phantom_006"]
     for name, levels in evaluation["cases"].items():
         truth = scans.read_grid(workdir / "phantoms" / "labelsTs" / f"{name}.nii.gz")
@@ -99,6 +99,8 @@ def test_whole_job_leaves_everything(whole_job):
     assert mean["min"] <= mean["avg"] <= mean["max"]
     table = (workdir / "table.md").read_text(encoding="utf-8")
     assert table in result.stdout
+    assert evaluation["cases_are"] == "2 test cases"
+    assert "\n2 test cases. Each scan was scored on its own grid.\n" in table
     assert f"| avg | {100 * evaluation['summary']['level_1']['artery']['dice']['avg']:.1f} |" in table
 
 
@@ -379,7 +381,8 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
     assert result.returncode == 0, result.stderr
     own = json.loads((workdir / "evaluation.json").read_bytes())
     other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_bytes())
-    assert other["labels"] == ["liver", "spleen"]
+    assert other["classes"] == ["liver", "spleen"]
+    assert other["cases_are"] == "7 labelled cases of elsewhere"
     assert len(other["cases"]) == 7  # all labelled cases: none of them was trained on, as far as it is known
     for name, levels in own["cases"].items():
         for level, organs in levels.items():

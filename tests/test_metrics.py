@@ -11,13 +11,13 @@ from scipy import ndimage, stats
 from autocontext_jax.evaluation.metrics import confusion_matrix, scores
 from autocontext_jax.evaluation.statistics import compare, holm, summarise
 
-ORGANS = ("artery", "vein", "liver")
+CLASSES = ("artery", "vein", "liver")
 DISTANCES = ("hausdorff_95", "surface_distance")
 SPACING = (2.5, 0.7, 1.1)
 
 
 def blobs(seed: int, shape: tuple[int, int, int] = (20, 24, 22)) -> np.ndarray:
-    """Three smooth organs with rough edges that touch each other and the scan's border."""
+    """Three smooth classes with rough edges that touch each other and the scan's border."""
     rng = np.random.default_rng(seed)
     fields = [ndimage.gaussian_filter(rng.normal(size=shape), 2.0) for _ in range(4)]
     return np.argmax([fields[0] + 0.05, *fields[1:]], axis=0).astype(np.uint8)
@@ -26,10 +26,10 @@ def blobs(seed: int, shape: tuple[int, int, int] = (20, 24, 22)) -> np.ndarray:
 def test_overlaps_equal_their_definitions_on_sets():
     rng = np.random.default_rng(0)
     prediction, truth = (rng.integers(0, 4, (5, 6, 7)).astype(np.uint8) for _ in range(2))
-    result = scores(prediction, truth, ORGANS, SPACING, tolerance=1.0)
-    for k, organ in enumerate(ORGANS, start=1):
+    result = scores(prediction, truth, CLASSES, SPACING, tolerance=1.0)
+    for k, name in enumerate(CLASSES, start=1):
         p, t = ({tuple(v) for v in np.argwhere(mask == k)} for mask in (prediction, truth))
-        wanted = {
+        expected = {
             "dice": 2 * len(p & t) / (len(p) + len(t)),
             "jaccard": len(p & t) / len(p | t),
             "volume_difference": (len(p) - len(t)) * 2.5 * 0.7 * 1.1 / 1000,
@@ -37,14 +37,14 @@ def test_overlaps_equal_their_definitions_on_sets():
             "false_positives": len(p - t),
             "false_negatives": len(t - p),
         }
-        assert {metric: result[organ][metric] for metric in wanted} == pytest.approx(wanted, rel=1e-12)
+        assert {metric: result[name][metric] for metric in expected} == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_surface_scores_equal_those_from_distance_maps(seed):
     """Of SimpleITK's contours, and of scipy's erosions: nearest surfaces by another algorithm each."""
     prediction, truth = blobs(seed), blobs(seed + 10)
-    result = scores(prediction, truth, ORGANS, SPACING, tolerance=1.5)
+    result = scores(prediction, truth, CLASSES, SPACING, tolerance=1.5)
 
     def itk(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         image = sitk.GetImageFromArray(np.pad(mask, 1).astype(np.uint8))
@@ -58,83 +58,96 @@ def test_surface_scores_equal_those_from_distance_maps(seed):
         edge = mask & ~ndimage.binary_erosion(mask)
         return edge, ndimage.distance_transform_edt(~edge, sampling=SPACING)
 
-    for k, organ in enumerate(ORGANS, start=1):
+    for k, name in enumerate(CLASSES, start=1):
         for reference in (itk, eroded):
             (p_edge, p_far), (t_edge, t_far) = reference(prediction == k), reference(truth == k)
             there, back = t_far[p_edge], p_far[t_edge]
             both = np.concatenate([there, back])
-            wanted = {
+            expected = {
                 "hausdorff_95": max(np.percentile(there, 95), np.percentile(back, 95)),
                 "surface_distance": both.mean(),
                 "surface_dice": (both <= 1.5).mean(),
             }
-            assert {metric: result[organ][metric] for metric in wanted} == pytest.approx(wanted, rel=1e-5)
+            assert {metric: result[name][metric] for metric in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_shifted_cube():
     truth = np.zeros((12, 12, 12), np.uint8)
     truth[3:7, 3:7, 3:7] = 3
     prediction = np.roll(truth, 1, axis=0)
-    liver = scores(prediction, truth, ORGANS, (3.0, 1.0, 1.0), tolerance=2.9)["liver"]
+    liver = scores(prediction, truth, CLASSES, (3.0, 1.0, 1.0), tolerance=2.9)["liver"]
     assert liver["dice"] == 0.75
     assert liver["jaccard"] == pytest.approx(0.6)
     assert liver["volume_difference"] == 0
     # The tops: 16 voxels each 3 mm away; the rings beside them coincide with rings of the other.
     assert liver["hausdorff_95"] == 3
-    perfect = scores(truth, truth, ORGANS, (3.0, 1.0, 1.0), tolerance=0.0)["liver"]
+    perfect = scores(truth, truth, CLASSES, (3.0, 1.0, 1.0), tolerance=0.0)["liver"]
     assert (perfect["surface_dice"], perfect["hausdorff_95"], perfect["surface_distance"]) == (1, 0, 0)
 
 
-def test_absent_organs():
+def test_absent_classes():
     truth = np.zeros((3, 3, 3), np.uint8)
     prediction = truth.copy()
     truth[0], prediction[1] = 1, 2
     truth[2], prediction[2] = 3, 3
-    result = scores(prediction, truth, ORGANS, SPACING, tolerance=1.0)
-    for organ in ("artery", "vein"):  # missed, invented
-        assert (result[organ]["dice"], result[organ]["jaccard"], result[organ]["surface_dice"]) == (0, 0, 0)
-        assert all(result[organ][metric] == math.inf for metric in DISTANCES)
+    result = scores(prediction, truth, CLASSES, SPACING, tolerance=1.0)
+    for name in ("artery", "vein"):  # missed, invented
+        assert (result[name]["dice"], result[name]["jaccard"], result[name]["surface_dice"]) == (0, 0, 0)
+        assert all(result[name][metric] == math.inf for metric in DISTANCES)
     assert result["liver"]["dice"] == 1
-    nothing = scores(np.zeros_like(truth), np.zeros_like(truth), ORGANS, SPACING, tolerance=1.0)
-    assert all(math.isnan(value) for organ in nothing.values() for value in organ.values())
+    nothing = scores(np.zeros_like(truth), np.zeros_like(truth), CLASSES, SPACING, tolerance=1.0)
+    assert all(math.isnan(value) for metrics in nothing.values() for value in metrics.values())
 
 
 def test_many_classes_do_not_overflow_uint8():
     """Pairs of classes are numbered up to K squared."""
-    organs = [f"organ {k}" for k in range(1, 40)]
+    classes = [f"class {k}" for k in range(1, 40)]
     mask = np.arange(40, dtype=np.uint8).repeat(2).reshape(4, 4, 5)
-    assert {organ["dice"] for organ in scores(mask, mask, organs, SPACING, tolerance=1.0).values()} == {1.0}
+    assert {metrics["dice"] for metrics in scores(mask, mask, classes, SPACING, tolerance=1.0).values()} == {1.0}
     np.testing.assert_array_equal(confusion_matrix(mask, mask, 40), 2 * np.eye(40))
 
 
 def test_summary_leaves_nan_out():
     values = {"artery": (0.5, 0.7, math.nan), "vein": (math.nan,) * 3, "liver": (1.0, 0.1, 0.4)}
     cases = {
-        f"case {i}": {organ: {"dice": row[i], "precision": row[i] / 2} for organ, row in values.items()}
-        for i in range(3)
+        f"case {i}": {name: {"dice": row[i], "precision": row[i] / 2} for name, row in values.items()} for i in range(3)
     }
-    summary = summarise(cases, ORGANS)
-    assert list(summary) == [*ORGANS, "mean"]
-    assert summary["artery"]["dice"] == pytest.approx({"avg": 0.6, "std": 0.1, "min": 0.5, "max": 0.7, "infinite": 0})
-    assert [math.isnan(value) for value in summary["vein"]["dice"].values()] == [True] * 4 + [False]
+    summary = summarise(cases, CLASSES)
+    assert list(summary) == [*CLASSES, "mean"]
+    assert summary["artery"]["dice"] == pytest.approx(
+        {"avg": 0.6, "std": 0.1, "min": 0.5, "max": 0.7, "cases": 2, "missed": 0}
+    )
+    assert [math.isnan(value) for value in summary["vein"]["dice"].values()] == [True] * 4 + [False] * 2
     assert summary["liver"]["dice"]["avg"] == pytest.approx(0.5)
-    means = [0.75, 0.4, 0.4]  # each case over the organs it has
-    wanted = {"avg": np.mean(means), "std": np.std(means), "min": 0.4, "max": 0.75, "infinite": 0}
-    assert summary["mean"]["dice"] == pytest.approx(wanted)
+    means = [0.75, 0.4, 0.4]  # each case over the classes it has
+    expected = {"avg": np.mean(means), "std": np.std(means), "min": 0.4, "max": 0.75, "cases": 3, "missed": 0}
+    assert summary["mean"]["dice"] == pytest.approx(expected)
     assert summary["mean"]["precision"]["max"] == pytest.approx(0.375)
 
 
-def test_summary_counts_what_is_infinite():
+def test_summary_counts_missed_cases_beside_averages_that_leave_them_out():
     values = (1.0, math.inf, 3.0, math.nan)
-    cases = {f"case {i}": {"vein": {"distance": value}} for i, value in enumerate(values)}
-    wanted = {"avg": 2, "std": 1, "min": 1, "max": 3, "infinite": 1}
-    assert summarise(cases, ["vein"])["vein"]["distance"] == wanted
+    cases = {
+        f"case {i}": {"vein": {"distance": value, "dice": 0.5}, "artery": {"distance": 1.0, "dice": 0.5}}
+        for i, value in enumerate(values)
+    }
+    cases["case 3"]["vein"]["dice"] = math.nan
+    cases["case 0"]["artery"]["distance"] = math.inf
+    summary = summarise(cases, ["vein", "artery"])
+    found = {"avg": 2, "std": 1, "min": 1, "max": 3, "cases": 3, "missed": 1}
+    assert summary["vein"]["distance"] == found
+    # The same number for every metric, so that a Dice of 0 can be told from a wrong place.
+    assert (summary["vein"]["dice"]["cases"], summary["vein"]["dice"]["missed"]) == (3, 1)
+    # A scan counts once, however many of its classes are missed.
+    assert summary["mean"]["distance"] == {"avg": 1.5, "std": 0.5, "min": 1, "max": 2, "cases": 4, "missed": 2}
+    cases["case 1"]["artery"]["distance"] = math.inf
+    assert summarise(cases, ["vein", "artery"])["mean"]["distance"]["missed"] == 2
 
 
 def test_summary_where_nothing_counts():
     summary = summarise({"a": {"vein": {"dice": math.nan}}}, ["vein"])
     for column in summary.values():
-        assert column["dice"].pop("infinite") == 0
+        assert (column["dice"].pop("cases"), column["dice"].pop("missed")) == (0, 0)
         assert all(math.isnan(value) for value in column["dice"].values())
 
 
@@ -148,7 +161,7 @@ def signed_rank_p(differences: list[float]) -> float:
 def test_comparison_is_the_signed_rank_test():
     rng = np.random.default_rng(0)
     a, b = (
-        {f"case {i}": {organ: {"dice": float(rng.uniform())} for organ in ("artery", "vein")} for i in range(9)}
+        {f"case {i}": {name: {"dice": float(rng.uniform())} for name in ("artery", "vein")} for i in range(9)}
         for _ in range(2)
     )
     b["case 4"]["vein"]["dice"] = math.nan

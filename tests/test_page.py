@@ -13,7 +13,7 @@ import pytest
 
 from autocontext_jax.evaluation import page, pictures, published, report, surfaces
 
-ORGANS = ("artery", "liver")
+CLASSES = ("artery", "liver")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -30,12 +30,12 @@ def volume(surface: surfaces.Surface) -> float:
 
 
 @pytest.mark.parametrize("largest", [72, 11])
-def test_a_surface_lies_where_its_organ_does(largest, monkeypatch):
+def test_a_surface_lies_where_its_class_does(largest, monkeypatch):
     monkeypatch.setattr(surfaces, "LARGEST", largest)
     mask = np.zeros((24, 32, 40), np.uint8)
     mask[ball(9)] = 2
     spacing = (2.0, 1.0, 1.5)
-    found = surfaces.organ_surfaces(mask, ORGANS, spacing)
+    found = surfaces.class_surfaces(mask, CLASSES, spacing)
     assert list(found) == ["liver"]
     surface = found["liver"]
     assert volume(surface) == pytest.approx((mask == 2).sum() * np.prod(spacing) / 1000, rel=0.12)
@@ -51,13 +51,13 @@ def test_a_thin_vessel_keeps_its_surface(monkeypatch):
     monkeypatch.setattr(surfaces, "LARGEST", 10)
     mask = np.zeros((60, 8, 8), np.uint8)
     mask[:, 4, 4] = 1
-    assert np.ptp(surfaces.organ_surfaces(mask, ORGANS, (1, 1, 1))["artery"].vertices[:, 0]) > 50
+    assert np.ptp(surfaces.class_surfaces(mask, CLASSES, (1, 1, 1))["artery"].vertices[:, 0]) > 50
 
 
 def test_surfaces_as_a_picture(tmp_path):
     mask = ball(9).astype(np.uint8)
-    one = surfaces.organ_surfaces(mask, ORGANS, (1, 1, 1))
-    surfaces.figure(tmp_path / "one.png", {"truth": one, "nothing": {}}, ORGANS, title="case")
+    one = surfaces.class_surfaces(mask, CLASSES, (1, 1, 1))
+    surfaces.figure(tmp_path / "one.png", {"truth": one, "nothing": {}}, CLASSES, title="case")
     left, right = np.split(matplotlib.image.imread(tmp_path / "one.png")[60:, :, :3], 2, axis=1)
     painted = [np.mean(np.ptp(half, axis=-1) > 0.2) for half in (left, right)]
     assert painted[0] > 0.05
@@ -76,7 +76,7 @@ CASES = {
     }
     for case, dice in (("a", 0.9), ("b", 0.7), ("c", 0.5))
 }
-RESULT = report.evaluation(CASES, ORGANS, tolerance=2.0, pairs=[("level_2", "level_1")])
+RESULT = report.evaluation(CASES, CLASSES, cases_are="3 test cases", tolerance=2.0, pairs=[("level_2", "level_1")])
 
 
 def test_published_rows_stand_beside_ones_own():
@@ -92,6 +92,23 @@ def test_published_rows_stand_beside_ones_own():
     np.testing.assert_allclose(averages, [89.0, 86.3, 80.3, 65.0, 95.1, 78.8, 77.8], atol=0.051)
 
 
+def test_a_box_of_missed_classes_is_seen(tmp_path):
+    """A class that is missed in every scan has a Dice of 0 in all: a flat box at the bottom, with room below it."""
+    cases = {name: {"level_1": {"artery": scored(0.0)}} for name in "abc"}
+    result = report.evaluation(cases, ["artery"], cases_are="3 test cases", tolerance=2.0)
+    pictures.boxes(tmp_path / "missed.png", result)
+    empty = {name: {"level_1": {"artery": scored(math.nan)}} for name in "abc"}
+    pictures.boxes(
+        tmp_path / "empty.png", report.evaluation(empty, ["artery"], cases_are="3 test cases", tolerance=2.0)
+    )
+    missed, nothing = (matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] for name in ("missed", "empty"))
+    rows = np.flatnonzero(np.abs(missed - nothing).max(-1).mean(1) > 0.2)
+    axis = np.flatnonzero((nothing.max(-1) < 0.1).mean(1) > 0.8)  # the frame: top and bottom
+    assert rows.size
+    assert axis.min() < rows.min()
+    assert rows.max() + 3 < axis.max()
+
+
 def test_box_plots(tmp_path):
     pictures.boxes(tmp_path / "dice.png", json.loads(json.dumps(RESULT).replace("NaN", "null")))
     pixels = matplotlib.image.imread(tmp_path / "dice.png")[..., :3] * 255
@@ -104,9 +121,9 @@ def test_box_plots(tmp_path):
 def written(tmp_path) -> Path:
     mask = ball(9).astype(np.uint8)
     mask[:8] *= 2
-    columns = {name: surfaces.organ_surfaces(mask, ORGANS, (1, 1, 1)) for name in ("truth", "level 1", "level 2")}
+    columns = {name: surfaces.class_surfaces(mask, CLASSES, (1, 1, 1)) for name in ("truth", "level 1", "level 2")}
     picture = tmp_path / "slices.png"
-    pictures.figure(picture, np.zeros(mask.shape, np.int16), {"truth": mask}, ORGANS, (1, 1, 1))
+    pictures.figure(picture, np.zeros(mask.shape, np.int16), {"truth": mask}, CLASSES, (1, 1, 1))
     rows = [{"step": step, "loss": 1 / step, "validation_dice_level_1": 0.1 * step} for step in (1, 2, 3)]
     cases = [page.Shown(f"<{name}>", picture.read_bytes(), columns) for name in "abc"]
     path = tmp_path / "report.html"
@@ -119,6 +136,21 @@ def written(tmp_path) -> Path:
         cases=cases,
     )
     return path
+
+
+def test_the_page_marks_averages_that_leave_missed_scans_out(tmp_path):
+    cases = {
+        name: {"level_1": {"artery": {**scored(0.0), "hausdorff_95": distance, "surface_distance": distance / 2}}}
+        for name, distance in (("a", math.inf), ("b", 2.0))
+    }
+    result = report.evaluation(cases, ["artery"], cases_are="3 test cases", tolerance=2.0)
+    path = tmp_path / "report.html"
+    page.write_page(path, title="", tables=report.table(result), result=result, curves={}, cases=[])
+    text = path.read_text(encoding="utf-8")
+    marked = re.findall(r'<td class="missed"[^>]*>([^<]*)</td>', text)
+    assert marked == ["2.00 ± 0.00 (1 of 2 missed)", "1.00 ± 0.00 (1 of 2 missed)"]
+    assert "td.missed {" in text
+    assert "Missed by Level 1: artery in 1 of 2." in text
 
 
 def test_the_page_needs_nothing_else(written):

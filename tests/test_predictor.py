@@ -17,6 +17,7 @@ from scipy import ndimage, special
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.geometry import level_shape
+from autocontext_jax.inference import context as context_module
 from autocontext_jax.inference import predictor as predictor_module
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
 from autocontext_jax.inference.tiling import Blend, pyramid_tiles
@@ -71,7 +72,7 @@ def drawn(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
 
 
 # A U-Net of depth 2 sees 9 voxels to each side: two convolutions on the fine grid, two on the coarse, two on the fine,
-# and one voxel where the coarse grid begins before the one asked for. Tile edges and their zeros are out of its sight.
+# and one voxel where the coarse grid begins one earlier. Tile edges and their zero padding are out of its sight.
 SIGHT = 9
 CLASSES = 3
 
@@ -105,7 +106,7 @@ class Recorder:
         self.chunks, self.axes = {}, axes
         Recorder.levels.append(self)
 
-    def watch(self, chunks):
+    def record(self, chunks):
         for z, chunk in chunks:
             self.chunks[z] = np.array(chunk)
             yield z, chunk
@@ -128,7 +129,7 @@ def tiled_maps(predictor: Predictor, voxels, factors, monkeypatch, *, half: bool
     with monkeypatch.context() as patch:
         patch.setattr(predictor_module, "MaskWriter", Recorder)
         if not half:
-            patch.setattr(Predictor, "MAPS", jnp.float32)
+            patch.setattr(context_module, "CONTEXT_DTYPE", jnp.float32)
         predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
     return [level.maps() for level in Recorder.levels]
 
@@ -137,7 +138,7 @@ def whole_maps(model: Pyramid, voxels, factors, axes) -> list[np.ndarray]:
     """The same maps without tiles: one pass a level over the scan and as much air around it as the model sees."""
     forward = jax.jit(lambda level, image, maps: model.level(level, image, maps), static_argnums=0)
     maps, low = None, None
-    wanted = []
+    expected = []
     for level, (factor, axis) in enumerate(zip(factors, axes, strict=True), start=1):
         begin = np.array([(a.low - SIGHT) // 2 * 2 for a in axis])  # even: pooling starts where the tiles' does
         end = np.array([-(-(a.high + SIGHT) // 2) * 2 for a in axis])
@@ -152,8 +153,8 @@ def whole_maps(model: Pyramid, voxels, factors, axes) -> list[np.ndarray]:
         inside = tuple(slice(a.low - b, a.high - b) for a, b in zip(axis, begin, strict=True))
         maps = np.asarray(jax.nn.softmax(logits))[0][inside]
         low = np.array([a.low for a in axis])
-        wanted.append(maps)
-    return wanted
+        expected.append(maps)
+    return expected
 
 
 @pytest.mark.parametrize(
@@ -170,10 +171,10 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, overlap, shape, 
     axes = pyramid_tiles(level_shape(shape, factors[-1]), levels, blend, stride=predictor._stride, align=2)
     assert all(len(axis.starts) > 1 for axis in axes[-1])
     whole = whole_maps(model, voxels, factors, axes)
-    for maps, wanted in zip(tiled, whole, strict=True):
-        assert maps.shape == wanted.shape
-        assert wanted.std(axis=(0, 1, 2)).min() > 0.005  # there is something to see
-        np.testing.assert_allclose(maps, wanted, rtol=0, atol=1e-5)
+    for maps, expected in zip(tiled, whole, strict=True):
+        assert maps.shape == expected.shape
+        assert expected.std(axis=(0, 1, 2)).min() > 0.005  # there is something to see
+        np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-5)
     if levels > 1:
         # Maps cross from level to level in half precision: that is all that is lost.
         rounded = tiled_maps(predictor, voxels, factors, monkeypatch, half=True)
@@ -372,10 +373,10 @@ def test_crop_fills_what_lies_outside(start):
     volume = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
     size = (3, 9, 4)
     piece = crop(volume, start, size, AIR)
-    wanted = np.pad(volume, 20, constant_values=AIR)[
+    expected = np.pad(volume, 20, constant_values=AIR)[
         tuple(slice(s + 20, s + 20 + n) for s, n in zip(start, size, strict=True))
     ]
-    np.testing.assert_array_equal(piece, wanted)
+    np.testing.assert_array_equal(piece, expected)
     piece[...] = 0
     assert volume[3, 4, 5] == 119
 
@@ -388,11 +389,11 @@ def masks_of_eight_devices() -> None:
     model = inference_model(*nnx.split(trained_pyramid(2), nnx.Param, ...))
     voxels = scan((50, 48, 44))
     alone, *others = (Predictor(model, PredictorConfig(tile=32, plane=48, space=space), align=2) for space in (1, 2, 8))
-    wanted = alone.masks(voxels, cubed(2, 1), levels=(1, 2))
+    expected = alone.masks(voxels, cubed(2, 1), levels=(1, 2))
     for predictor in others:
         found = predictor.masks(voxels, cubed(2, 1), levels=(1, 2))
         assert predictor.compilations() == alone.compilations()
-        for level, mask in wanted.items():
+        for level, mask in expected.items():
             np.testing.assert_array_equal(found[level], mask)
     print("equal")
 

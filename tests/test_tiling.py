@@ -26,7 +26,7 @@ def tilings():
 
 
 @pytest.mark.parametrize(("blend", "stride", "align"), list(tilings()))
-def test_weights_add_up_to_one_wherever_voxels_are_wanted(blend, stride, align):
+def test_weights_add_up_to_one_at_every_voxel_to_cover(blend, stride, align):
     tile = len(blend.weights)
     for low, size in itertools.product((-13, -4, 0, 1, 6), (1, 2, 7, 8, 15, 16, 17, 31, 40, 41, 63, 100)):
         axis = axis_tiles(low, low + size, blend, stride=stride, align=align)
@@ -100,7 +100,7 @@ def test_every_tile_finds_its_context(levels, blend):
                 assert start % 2 == 0
                 assert start // 2 - 1 >= below.low
                 assert start // 2 + tile // 2 + 1 <= below.high
-            # The scan itself lies in it too: every level can be asked for its mask.
+            # The coarser level covers the scan too, so that it has a mask of the whole scan.
             assert below.low <= 0
             assert below.high >= -(-above.high // 2)
 

@@ -1,1 +1,1 @@
-"""Scores per organ, their statistics and the table."""
+"""Scores of each class, their statistics, and the report."""

@@ -1,6 +1,7 @@
-"""A scan with masks laid over it, as pixels and as a figure."""
+"""Pictures of scans with masks laid over them, and box plots of Dice scores."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.patches import Patch
 
 from autocontext_jax.files import write_whole
 
-# Told apart by colour-blind readers too: Okabe and Ito's palette, then lighter shades. Row k is class k + 1.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, then lighter shades. RGB; row k is class k + 1.
 PALETTE = np.array(
     [
         (213, 94, 0), (0, 114, 178), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167),
@@ -22,12 +23,12 @@ PALETTE = np.array(
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, *, window: tuple[float, float] = (-160.0, 240.0)) -> np.ndarray:
-    """A slice in grey with its mask's outline in full and its inside in faint colour.
+    """A slice in grey values under its mask: outlines in opaque colour, areas in faint colour.
 
     Args:
-      image: [H, W] HU.
-      mask: [H, W] integers, 0 is background.
-      window: HU of black and white.
+      image: [H, W], HU.
+      mask: [H, W], integers; 0 is background.
+      window: the HU shown as black and as white.
 
     Returns:
       [H, W, 3] uint8.
@@ -47,7 +48,15 @@ def overlay(image: np.ndarray, mask: np.ndarray, *, window: tuple[float, float] 
 
 
 def side_by_side(pictures: Sequence[np.ndarray], *, gap: int = 2) -> np.ndarray:
-    """Pictures [H, W, 3] of equal height in one row with a white gap: [H, sum of widths and gaps, 3]."""
+    """Joins pictures in one row, with white gaps between them.
+
+    Args:
+      pictures: [H, W, 3] uint8 each, of equal height.
+      gap: pixels.
+
+    Returns:
+      [H, sum of widths and gaps, 3] uint8.
+    """
     white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
     row = [part for picture in pictures for part in (picture, white)]
     return np.concatenate(row[:-1], axis=1)
@@ -57,23 +66,23 @@ def figure(
     path: Path,
     image: np.ndarray,
     masks: Mapping[str, np.ndarray],
-    organs: Sequence[str],
+    classes: Sequence[str],
     spacing: tuple[float, float, float],
     *,
     title: str = "",
 ) -> None:
-    """Writes a PNG: a row for each plane (axial, coronal, sagittal), a column for each mask, a legend of the organs.
+    """Writes a PNG: a row for each plane (axial, coronal, sagittal), a column for each mask, a legend of the classes.
 
-    The slices are those through the centre of the first mask's foreground, seen as a radiologist sees them, without the
-    air around the body.
+    The slices pass through the centre of the first mask's foreground, in radiological orientation. The air around the
+    body is cropped.
 
     Args:
       path: of the PNG.
-      image: [D, H, W] HU, canonical.
-      masks: {column's name: [D, H, W] integers}.
-      organs: names; class k is organs[k - 1].
+      image: [D, H, W], HU, in canonical orientation.
+      masks: {title of the column: [D, H, W], integers}.
+      classes: names without the background; value k is `classes[k - 1]`.
       spacing: mm, (z, y, x).
-      title: above all.
+      title: of the figure.
     """
     truth = next(iter(masks.values()))
     foreground = np.nonzero(truth) if truth.any() else np.nonzero(np.ones_like(truth))
@@ -89,49 +98,56 @@ def figure(
     for column, (name, mask) in enumerate(masks.items()):
         for axis, plane in enumerate(("axial", "coronal", "sagittal")):
             image_slice, mask_slice = (np.take(volume, centre[axis], axis=axis) for volume in (image, mask))
-            # Canonical z grows towards the head, a picture's rows downwards.
+            # Canonical z grows towards the head, the rows of a picture grow downwards.
             picture = overlay(image_slice, mask_slice) if axis == 0 else overlay(image_slice, mask_slice)[::-1]
             tall, wide = [mm for i, mm in enumerate(spacing) if i != axis]
             axes[axis, column].imshow(picture, aspect=tall / wide, interpolation="nearest")
             axes[axis, column].set(xticks=[], yticks=[], title=name if axis == 0 else "")
             if column == 0:
                 axes[axis, column].set_ylabel(plane)
-    handles = [Patch(color=PALETTE[k % len(PALETTE)] / 255, label=organ) for k, organ in enumerate(organs)]
+    handles = [Patch(color=PALETTE[k % len(PALETTE)] / 255, label=name) for k, name in enumerate(classes)]
     canvas.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     canvas.suptitle(title)
     save(path, canvas)
 
 
 def boxes(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a PNG: for each organ a box plot of the cases' Dice, a colour a block of `report.evaluation`."""
-    organs, blocks = result["labels"], list(result["summary"])
-    canvas = Figure(figsize=(max(6, 1.3 * len(organs)), 4), layout="constrained", facecolor="white")
+    """Writes a PNG with box plots of the Dice over cases: a group for each class, a colour for each block.
+
+    Args:
+      path: of the PNG.
+      result: of `report.evaluation`, or the same read from `evaluation.json`.
+    """
+    classes, blocks = result["classes"], list(result["summary"])
+    canvas = Figure(figsize=(max(6, 1.3 * len(classes)), 4), layout="constrained", facecolor="white")
     axes = canvas.subplots()
     width = 0.8 / len(blocks)
     for number, block in enumerate(blocks):
-        dice = [[scores[block][organ]["dice"] for scores in result["cases"].values()] for organ in organs]
-        found = [[value for value in values if value is not None and value == value] for values in dice]
-        places = np.arange(len(organs)) + (number - (len(blocks) - 1) / 2) * width
+        dice = [[scores[block][name]["dice"] for scores in result["cases"].values()] for name in classes]
+        # A class in neither mask has no Dice: NaN, in JSON null. A missed class has a Dice of 0 and is drawn.
+        found = [[value for value in values if value is not None and not math.isnan(value)] for values in dice]
+        places = np.arange(len(classes)) + (number - (len(blocks) - 1) / 2) * width
         colour = PALETTE[number % len(PALETTE)] / 255
         axes.boxplot(
             found, positions=places, widths=0.85 * width, patch_artist=True, label=block.replace("_", " ").capitalize(),
             boxprops={"facecolor": colour, "alpha": 0.6}, medianprops={"color": "black"}, flierprops={"markersize": 3},
         )  # fmt: skip
-    axes.set(xticks=np.arange(len(organs)), xticklabels=organs, ylabel="Dice", ylim=(0, 1))
+    # The axis begins below 0: otherwise it would hide the flat box of a class that is missed in every scan.
+    axes.set(xticks=np.arange(len(classes)), xticklabels=classes, ylabel="Dice", ylim=(-0.03, 1.03))
     axes.grid(axis="y", alpha=0.3)
     canvas.legend(loc="outside lower center", ncols=len(blocks), frameon=False)
     save(path, canvas)
 
 
 def save(path: Path, canvas: Figure) -> None:
-    """Writes a PNG of what is drawn."""
+    """Writes a figure as PNG, whole or not at all."""
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=100)
     write_whole(path, png.getvalue())
 
 
 def _body(image: np.ndarray) -> tuple[slice, slice, slice]:
-    """The box of what is no air (above -500 HU) with a margin of 3 voxels; the whole image if all is air."""
+    """Bounding box of everything above -500 HU with a margin of 3 voxels; the whole image if there is only air."""
     dense = image > -500
     spans = []
     for axis, size in enumerate(image.shape):

@@ -1,10 +1,10 @@
-"""Mean Dice (%) as the paper prints it, quoted for tables beside one's own."""
+"""Published mean Dice scores in percent, as the paper prints them, for comparison with own results."""
 
 ORGANS = ("artery", "portal_vein", "liver", "spleen", "stomach", "gallbladder", "pancreas")
 
-# Table 2 of Roth et al. (2018): name, scans to train on / to test on, an organ's Dice or None. The authors warn that
-# data sets and ways of scoring differ; Zhou et al. is their estimate from Jaccard indices. Numbers in brackets are the
-# paper's references.
+# Table 2 of Roth et al. (2018). Each row: name, numbers of scans for training/testing (CV: cross-validation), and the
+# Dice of each of the organs above or None. The authors warn that data sets and ways of scoring differ. They estimated
+# the row of Zhou et al. from Jaccard indices. Numbers in brackets are the paper's references.
 TABLE_2: tuple[tuple[str, str, tuple[float | None, ...]], ...] = (
     ("Roth et al. (2018), end-to-end", "340/37", (83.0, 79.4, 96.9, 97.2, 96.2, 83.6, 86.7)),
     ("Roth et al. (2018), unseen hospital", "none/129", (None, None, 95.3, 93.6, None, 80.8, 75.7)),

@@ -1,4 +1,4 @@
-"""The results of an evaluation as JSON, CSV and a Markdown table in the layout of the paper's Table 1."""
+"""The results of an evaluation as JSON, as CSV and as Markdown tables in the layout of the paper's Table 1."""
 
 import csv
 import io
@@ -13,52 +13,70 @@ from autocontext_jax.evaluation.published import TABLE_2
 from autocontext_jax.evaluation.statistics import STATISTICS, compare, summarise
 from autocontext_jax.files import write_whole
 
-# Beside the Dice, as `metrics.scores` defines them.
+# Columns of the last table: metrics of `statistics.summarise` and their captions.
 OTHER_METRICS = {
     "jaccard": "Jaccard (%)",
-    "volume_difference": "volume difference (mL)",
+    "absolute_volume_difference": "absolute volume difference (mL)",
     "hausdorff_95": "95 % Hausdorff (mm)",
     "surface_distance": "surface distance (mm)",
     "surface_dice": "surface Dice at {tolerance:g} mm (%)",
 }
+DISTANCES = ("hausdorff_95", "surface_distance")
+
+MISSED = (
+    '"m of n missed": in m of n scans at least one class is in the truth or in the prediction but not in both. Such a '
+    "class has no distance. The average leaves these m scans out; do not compare it with an average over other scans. "
+    "Dice, Jaccard and surface Dice count a missed class as 0."
+)
 
 
 def evaluation(
     cases: Mapping[str, Mapping[str, Any]],
-    organs: Sequence[str],
+    classes: Sequence[str],
     *,
+    cases_are: str,
     tolerance: float,
     pairs: Iterable[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """Everything known of a set of scored cases.
+    """The result of an evaluation, as `write` stores it.
 
     Args:
-      cases: {case: {block: {organ: {metric: value}}, ...}}; a block is a level ("level_1") or a method.
-      organs: in the order of the labels.
-      tolerance: of the surface Dice, mm.
-      pairs: blocks to compare.
+      cases: {case: {block: {class: {metric: value}}}}, scores of `metrics.scores`. A block is a level ("level_1") or a
+        method; every case has the same blocks.
+      classes: names without the background, in the order of the tables.
+      cases_are: which cases these are and how they were chosen, a sentence without a full stop, for example
+        "6 test cases" or "5 validation cases, which also chose the checkpoint: scores are optimistic".
+      tolerance: mm, of the surface Dice.
+      pairs: the blocks to compare, (a, b).
 
     Returns:
-      {"labels": organs, "tolerance": mm, "cases": cases, "summary": {block: `statistics.summarise` of it, ...},
-      "comparisons": `statistics.compare` of the pairs}.
+      A dictionary with
+        classes, cases_are, tolerance, cases: as given;
+        summary: {block: `statistics.summarise` of its cases};
+        comparisons: `statistics.compare` of the pairs.
     """
     blocks = {block: {case: scores[block] for case, scores in cases.items()} for block in next(iter(cases.values()))}
     return {
-        "labels": list(organs),
+        "classes": list(classes),
+        "cases_are": cases_are,
         "tolerance": tolerance,
         "cases": cases,
-        "summary": {block: summarise(scores, organs) for block, scores in blocks.items()},
-        "comparisons": compare(blocks, pairs, organs),
+        "summary": {block: summarise(scores, classes) for block, scores in blocks.items()},
+        "comparisons": compare(blocks, pairs, classes),
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown in the layout of Table 1: blocks of Dice in percent with a column an organ; tests; other metrics."""
-    columns = [*result["labels"], "mean"]
+    """Markdown: a table of Dice in percent for each block as in the paper's Table 1, tests, and the other metrics.
+
+    Args:
+      result: of `evaluation`.
+    """
+    columns = [*result["classes"], "mean"]
     rule = f"| --- |{' ---: |' * len(columns)}"
     lines = []
     for block, summary in result["summary"].items():
-        lines += [f"| {_name(block)}: Dice (%) | {' | '.join(columns)} |", rule]
+        lines += [f"| {_title(block)}: Dice (%) | {' | '.join(columns)} |", rule]
         for statistic in STATISTICS:
             values = [summary[column]["dice"][statistic] for column in columns]
             lines.append(f"| {statistic} | {' | '.join(_percent(value) for value in values)} |")
@@ -67,66 +85,83 @@ def table(result: Mapping[str, Any]) -> str:
         lines += [f"| Difference in Dice (%), p (Wilcoxon, Holm) | {' | '.join(columns)} |", rule]
         for pair, comparison in result["comparisons"].items():
             cells = [_difference(comparison[column]) for column in columns]
-            lines.append(f"| {' − '.join(map(_name, pair.split(' - ')))} | {' | '.join(cells)} |")
+            lines.append(f"| {' − '.join(map(_title, pair.split(' - ')))} | {' | '.join(cells)} |")
         lines.append("")
     names = [name.format(tolerance=result["tolerance"]) for name in OTHER_METRICS.values()]
-    lines += [f"| Mean over organs, avg ± std | {' | '.join(names)} |"]
+    lines += [f"| Mean over classes, avg ± std | {' | '.join(names)} |"]
     lines += [f"| --- |{' ---: |' * len(OTHER_METRICS)}"]
     for block, summary in result["summary"].items():
         cells = [_cell(metric, summary["mean"][metric]) for metric in OTHER_METRICS]
-        lines.append(f"| {_name(block)} | {' | '.join(cells)} |")
-    lines += ["", f"{len(result['cases'])} scans, scored on their own grids."]
+        lines.append(f"| {_title(block)} | {' | '.join(cells)} |")
+    if missed := _missed_by_block(result):
+        lines += ["", " ".join([MISSED, *missed])]
+    lines += ["", f"{result['cases_are']}. Each scan was scored on its own grid."]
     return "\n".join(lines) + "\n"
 
 
 def beside_published(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Markdown in the layout of the paper's Table 2: mean Dice in percent, then its rows where they know these organs.
+    """Markdown in the layout of the paper's Table 2: mean Dice in percent, own rows first, then published rows.
+
+    A published row is shown if it has at least one of the classes.
 
     Args:
-      rows: {run, level or data set: {organ: mean Dice or None}}.
+      rows: {name of a run, level or data set: {class: mean Dice, or None}}.
     """
-    organs = list(dict.fromkeys(organ for row in rows.values() for organ in row))
-    lines = [f"| Dice (%) | {' | '.join(organs)} | average |", f"| --- |{' ---: |' * (len(organs) + 1)}"]
+    classes = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"| Dice (%) | {' | '.join(classes)} | average |", f"| --- |{' ---: |' * (len(classes) + 1)}"]
     percent = {
-        _name(name): {organ: 100 * dice for organ, dice in row.items() if dice is not None and not math.isnan(dice)}
-        for name, row in rows.items()
+        _title(title): {name: 100 * dice for name, dice in row.items() if dice is not None and not math.isnan(dice)}
+        for title, row in rows.items()
     }
-    for name, scans, dice in TABLE_2:
+    for title, scans, dice in TABLE_2:
         known = {organ: value for organ, value in zip(PUBLISHED, dice, strict=True) if value is not None}
-        if known.keys() & set(organs):
-            percent[f"{name}, {scans}"] = known
-    for name, row in percent.items():
-        cells = [f"{row[organ]:.1f}" if organ in row else "–" for organ in organs]
-        shown = [row[organ] for organ in organs if organ in row]
+        if known.keys() & set(classes):
+            percent[f"{title}, {scans}"] = known
+    for title, row in percent.items():
+        cells = [f"{row[name]:.1f}" if name in row else "–" for name in classes]
+        shown = [row[name] for name in classes if name in row]
         average = f"{sum(shown) / len(shown):.1f}" if shown else "–"
-        lines.append(f"| {name} | {' | '.join(cells)} | {average} |")
+        lines.append(f"| {title} | {' | '.join(cells)} | {average} |")
     return "\n".join(lines) + "\n"
 
 
 def rows(result: Mapping[str, Any]) -> str:
-    """CSV with one number a row: block or pair, organ or "mean", metric, statistic, value (empty for NaN)."""
+    """CSV with a row for each block, class (or "mean") and metric, and for each comparison of two blocks.
+
+    NaN is an empty field. So are the columns that a row has no value for.
+
+    Args:
+      result: of `evaluation`.
+    """
     written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
-    writer.writerow(["block", "organ", "metric", "statistic", "value"])
-    summaries = {
-        (block, organ, metric): statistics
+    columns = ["block", "class", "metric", "cases", "missed", *STATISTICS, "difference", "p", "p_holm"]
+    writer = csv.DictWriter(written, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    summaries = [
+        {"block": block, "class": name, "metric": metric, **statistics}
         for block, summary in result["summary"].items()
-        for organ, metrics in summary.items()
+        for name, metrics in summary.items()
         for metric, statistics in metrics.items()
-    }
-    tests = {
-        (pair, organ, "dice"): test
+    ]
+    tests = [
+        {"block": pair, "class": name, "metric": "dice", **test}
         for pair, comparison in result["comparisons"].items()
-        for organ, test in comparison.items()
-    }
-    for key, statistics in (summaries | tests).items():
-        for statistic, value in statistics.items():
-            writer.writerow([*key, statistic, "" if math.isnan(value) else value])
+        for name, test in comparison.items()
+    ]
+    for row in summaries + tests:
+        writer.writerow({key: "" if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()})
     return written.getvalue()
 
 
 def write(result: Mapping[str, Any], workdir: Path) -> None:
-    """Writes `evaluation.json` (NaN as null, infinity as "inf"), `table.md`, `table.csv`; each whole or not at all."""
+    """Writes `evaluation.json`, `table.md` and `table.csv`, each whole or not at all.
+
+    JSON has neither NaN nor infinity: null stands for NaN (no score exists), "inf" for an infinite distance.
+
+    Args:
+      result: of `evaluation`.
+      workdir: the folder to write to.
+    """
     for name, text in (
         ("evaluation.json", json.dumps(_as_json(result), indent=1) + "\n"),
         ("table.md", table(result)),
@@ -136,19 +171,33 @@ def write(result: Mapping[str, Any], workdir: Path) -> None:
 
 
 def read_cases(path: Path) -> dict[str, dict[str, Any]]:
-    """The scored cases of an `evaluation.json`, as `evaluation` takes them."""
+    """The scored cases of an `evaluation.json`, in the form that `evaluation` takes."""
     return _from_json(json.loads(path.read_bytes())["cases"])
 
 
-def _name(level: str) -> str:
-    return level.replace("_", " ").capitalize()
+def _title(block: str) -> str:
+    """For example "Level 1" for "level_1"."""
+    return block.replace("_", " ").capitalize()
 
 
 def _cell(metric: str, statistics: Mapping[str, float]) -> str:
-    """Average ± std, and how many scans have no finite value."""
+    """Average ± std, and for a distance the number of scans that the average leaves out."""
     number = _percent if "(%)" in OTHER_METRICS[metric] else "{:.2f}".format
     text = f"{number(statistics['avg'])} ± {number(statistics['std'])}" if math.isfinite(statistics["avg"]) else "–"
-    return text + (f" ({statistics['infinite']} infinite)" if statistics["infinite"] else "")
+    if metric in DISTANCES and statistics["missed"]:
+        text += f" ({statistics['missed']} of {statistics['cases']} missed)"
+    return text
+
+
+def _missed_by_block(result: Mapping[str, Any]) -> list[str]:
+    """For each block that misses classes, a sentence with their names and numbers of scans."""
+    sentences = []
+    for block, summary in result["summary"].items():
+        counts = {name: summary[name]["dice"] for name in result["classes"]}
+        named = [f"{name} in {n['missed']} of {n['cases']}" for name, n in counts.items() if n["missed"]]
+        if named:
+            sentences.append(f"Missed by {_title(block)}: {', '.join(named)}.")
+    return sentences
 
 
 def _difference(test: Mapping[str, float]) -> str:
@@ -163,7 +212,7 @@ def _percent(value: float, sign: str = "") -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for a score that does not exist, "inf" for an infinite one."""
+    """Replaces NaN by None and infinity by "inf" in nested dictionaries and lists."""
     if isinstance(value, Mapping):
         return {key: _as_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -174,7 +223,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """What `_as_json` was given."""
+    """The inverse of `_as_json` for nested dictionaries of numbers."""
     if isinstance(value, Mapping):
         return {key: _from_json(inner) for key, inner in value.items()}
     return math.nan if value is None else float(value)

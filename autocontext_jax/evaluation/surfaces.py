@@ -1,4 +1,4 @@
-"""Masks as surfaces, as in the paper's figures 2 and 3: to be turned in a browser, or printed."""
+"""Surfaces of masks, as in the paper's figures 2 and 3: for the interactive report or as a picture."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,67 +12,73 @@ from skimage.measure import marching_cubes
 
 from autocontext_jax.evaluation.pictures import PALETTE, save
 
-# Voxels along an organ's longest side beyond which it is shown coarser: a browser turns some 100,000 triangles.
+# Classes that are longer than this, in voxels, are shown at a lower resolution: a browser can rotate about 100,000
+# triangles smoothly.
 LARGEST = 72
 
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """Triangles.
+    """A triangle mesh.
 
     Attributes:
-      vertices: [n, 3] float32, mm (z, y, x) from the scan's first voxel.
-      faces: [m, 3] int32, numbers of vertices.
+      vertices: [n, 3] float32, mm (z, y, x) from the centre of the scan's first voxel.
+      faces: [m, 3] int32, each row the indices of a triangle's vertices.
     """
 
     vertices: np.ndarray
     faces: np.ndarray
 
 
-def organ_surfaces(mask: np.ndarray, organs: Sequence[str], spacing: tuple[float, float, float]) -> dict[str, Surface]:
-    """The surface of each organ that the mask holds.
+def class_surfaces(mask: np.ndarray, classes: Sequence[str], spacing: tuple[float, float, float]) -> dict[str, Surface]:
+    """The surface of each class that the mask contains.
 
     Args:
-      mask: [D, H, W] integers, canonical.
-      organs: names; class k is organs[k - 1].
+      mask: [D, H, W], integers, in canonical orientation.
+      classes: names without the background; value k is `classes[k - 1]`.
       spacing: mm, (z, y, x).
     """
-    boxes = ndimage.find_objects(mask, max_label=len(organs))
+    boxes = ndimage.find_objects(mask, max_label=len(classes))
     return {
-        organ: _surface(mask[box] == number, np.array([along.start for along in box]), np.array(spacing))
-        for number, (organ, box) in enumerate(zip(organs, boxes, strict=True), start=1)
+        name: _surface(mask[box] == number, np.array([along.start for along in box]), np.array(spacing))
+        for number, (name, box) in enumerate(zip(classes, boxes, strict=True), start=1)
         if box is not None
     }
 
 
 def _surface(mask: np.ndarray, corner: np.ndarray, spacing: np.ndarray) -> Surface:
-    """Marching cubes (Lewiner et al., 2003) over the share of the organ in blocks of voxels, a little smoothed.
+    """Marching cubes (Lewiner et al., 2003) at reduced resolution.
+
+    The isosurface is that of a slightly smoothed map, which holds for each block of voxels the fraction that the class
+    fills. Blocks are as large as `LARGEST` requires.
 
     Args:
-      mask: [D, H, W] bool, the organ's box.
-      corner: the box's first voxel in the scan, (z, y, x).
+      mask: [D, H, W] bool, the class in its bounding box.
+      corner: first voxel of the box in the scan, (z, y, x).
       spacing: mm, (z, y, x).
     """
     block = -(-max(mask.shape) // LARGEST)
     padded = np.pad(mask.astype(np.float32), [(2 * block, 2 * block + -size % block) for size in mask.shape])
     d, h, w = (size // block for size in padded.shape)
-    shares = padded.reshape(d, block, h, block, w, block).mean((1, 3, 5))
-    smooth = ndimage.gaussian_filter(shares, 0.6)
-    # A structure thinner than a block must not vanish.
+    fractions = padded.reshape(d, block, h, block, w, block).mean((1, 3, 5))
+    smooth = ndimage.gaussian_filter(fractions, 0.6)
+    # The level is lower for structures thinner than a block, so that they do not disappear.
     level = min(0.5, 0.5 * float(smooth.max()))
     vertices, faces, _, _ = marching_cubes(smooth, level)
     voxels = (vertices + 0.5) * block - 0.5 - 2 * block + corner
     return Surface((voxels * spacing).astype(np.float32), faces.astype(np.int32))
 
 
-def figure(path: Path, columns: Mapping[str, Mapping[str, Surface]], organs: Sequence[str], *, title: str = "") -> None:
-    """Writes a PNG: a column for each mask, its surfaces seen from the front.
+def figure(
+    path: Path, columns: Mapping[str, Mapping[str, Surface]], classes: Sequence[str], *, title: str = ""
+) -> None:
+    """Writes a PNG with a column for each mask: its surfaces from the patient's front.
 
     Args:
       path: of the PNG.
-      columns: {column's name: `organ_surfaces`}.
-      organs: all names, for the colours.
-      title: above all.
+      columns: {title of the column: result of `class_surfaces`}.
+      classes: all names without the background; they determine the colours.
+      title: of the figure.
     """
     canvas = Figure(figsize=(4 * len(columns), 4.4), layout="constrained", facecolor="white")
     everything = np.concatenate(
@@ -80,14 +86,14 @@ def figure(path: Path, columns: Mapping[str, Mapping[str, Surface]], organs: Seq
     )
     low, high = everything.min(0), everything.max(0)
     light = LightSource(azdeg=225, altdeg=45)
-    for number, (name, surfaces) in enumerate(columns.items()):
+    for number, (column, surfaces) in enumerate(columns.items()):
         axes = canvas.add_subplot(1, len(columns), number + 1, projection="3d")
-        for organ, surface in surfaces.items():
+        for name, surface in surfaces.items():
             z, y, x = surface.vertices.T
-            colour = PALETTE[organs.index(organ) % len(PALETTE)] / 255
-            # Matplotlib looks along +y from an elevation of 0 at azimuth -90: from the patient's front.
+            colour = PALETTE[classes.index(name) % len(PALETTE)] / 255
+            # At azimuth -90 Matplotlib looks along +y: from the patient's front.
             axes.plot_trisurf(x, y, z, triangles=surface.faces, color=colour, lightsource=light, linewidth=0)
-        axes.set(xlim=(low[2], high[2]), ylim=(low[1], high[1]), zlim=(low[0], high[0]), title=name)
+        axes.set(xlim=(low[2], high[2]), ylim=(low[1], high[1]), zlim=(low[0], high[0]), title=column)
         axes.set_box_aspect(np.maximum(high - low, 1)[::-1])
         axes.view_init(elev=10, azim=-90)
         axes.set_axis_off()

@@ -1,1 +1,1 @@
-"""Whole-scan prediction by overlapping tiles."""
+"""Prediction of whole scans in overlapping tiles."""

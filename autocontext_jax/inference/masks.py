@@ -1,7 +1,7 @@
-"""From a level's maps, as they come from top to bottom, to the mask on the scan's own grid.
+"""Turns the softmax maps of a level into a mask on the scan's own grid.
 
-Maps are enlarged and reduced to classes on the device, a few planes at a time: nothing holds K volumes at full
-resolution.
+The maps arrive in chunks of z-planes, in the order of z. The device interpolates them to the scan's grid and takes the
+class with the largest value, a few planes at a time, so the K maps never exist at full resolution as a whole.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ from jax import lax
 from autocontext_jax.geometry import Triple
 from autocontext_jax.inference.tiling import LevelTiles, native_lookup
 
-# Native planes that are enlarged and reduced at a time.
+# Planes of the scan that one call of `native_masks` computes.
 GROUP = 8
 
 
 class MaskWriter:
-    """Fills the mask of one level.
+    """Computes the mask of one level, chunk by chunk.
 
     Args:
-      native: [D, H, W] of the scan.
-      level: [D, H, W] of the scan on the level's grid.
-      factor: native voxels per voxel of the level along (z, y, x).
-      axes: the level's tiles, which say where its maps begin and end.
-      plane: native voxels in plane that the program is compiled for, at least H and W.
+      native: (D, H, W) of the scan.
+      level: (D, H, W) of the level's grid over the scan.
+      factor: the scan's voxels per voxel of the level along (z, y, x).
+      axes: the tiles of the level, which determine where its maps start and end.
+      plane: size in voxels of the square that the program is compiled for; at least H and W.
     """
 
     def __init__(self, native: Triple, level: Triple, factor: tuple[float, float, float], axes: LevelTiles, plane: int):
@@ -38,67 +38,71 @@ class MaskWriter:
         for (low, weight), axis in zip(in_plane, axes[1:], strict=True):
             self._in_plane += [_padded(low - int(axis.starts[0]), plane), _padded(weight, plane)]
         self._high = axes[0].high
-        self._done = 0
-        self._before: jax.Array | None = None
-        self._waiting: list[tuple[int, int, jax.Array]] = []
+        self._next_plane = 0  # of the scan, the first that has not been computed
+        self._last_of_previous: jax.Array | None = None  # the last plane of the chunk before
+        self._pending: list[tuple[int, int, jax.Array]] = []  # first plane, end, masks that the device computes
 
-    def watch(self, chunks: Iterator[tuple[int, jax.Array]]) -> Iterator[tuple[int, jax.Array]]:
-        """Passes a level's chunks on and keeps their masks."""
+    def record(self, chunks: Iterator[tuple[int, jax.Array]]) -> Iterator[tuple[int, jax.Array]]:
+        """Yields the chunks of a level unchanged and adds each to the mask on the way."""
         for z, chunk in chunks:
             self.add(z, chunk)
             yield z, chunk
 
     def add(self, z: int, chunk: jax.Array) -> None:
-        """Starts the masks of the native planes that a chunk completes; waits for those of the chunk before.
+        """Starts to compute the planes of the mask that the maps up to this chunk determine.
 
-        So the device always has work that nobody waits for.
+        Then copies the planes of the chunk before to the host. Only this waits for the device, which has the work of
+        the new chunk in its queue meanwhile.
 
         Args:
-          z: of the chunk's first plane, level voxels.
-          chunk: [n, canvas y, canvas x, K].
+          z: first plane of the chunk, in voxels of the level.
+          chunk: [n, canvas height, canvas width, K], maps; see `predictor` for the canvas.
         """
-        chunk = jax.device_put(chunk, jax.local_devices()[0])  # devices that share tiles hold a part each
-        before = chunk[:1] if self._before is None else self._before
-        self._before = chunk[-1:]
-        # A native plane is ready when both its level planes are there; past the scan's last plane, all are.
-        have = z + chunk.shape[0]
-        end = int(np.searchsorted(self._z_low, have - 1)) if have < self._high else len(self._z_low)
+        chunk = jax.device_put(chunk, jax.local_devices()[0])  # devices that share tiles hold a part of it each
+        before = chunk[:1] if self._last_of_previous is None else self._last_of_previous
+        self._last_of_previous = chunk[-1:]
+        # A plane of the scan lies between two planes of the level and needs both. After the last chunk all are there.
+        chunk_end = z + chunk.shape[0]
+        end = int(np.searchsorted(self._z_low, chunk_end - 1)) if chunk_end < self._high else len(self._z_low)
         started = []
-        for first in range(self._done, end, GROUP):
+        for first in range(self._next_plane, end, GROUP):
             last = min(first + GROUP, end)
             z_low = _padded(self._z_low[first:last] - z, GROUP)
             z_weight = _padded(self._z_weight[first:last], GROUP)
             planes = native_masks(before, chunk, z_low, z_weight, *self._in_plane)
             planes.copy_to_host_async()
             started.append((first, last, planes))
-        self._done = max(self._done, end)
+        self._next_plane = max(self._next_plane, end)
         self._collect()
-        self._waiting = started
+        self._pending = started
 
     def mask(self) -> np.ndarray:
-        """[D, H, W] uint8, once all chunks have been added."""
+        """The mask, [D, H, W] uint8. Call it after all chunks have been added."""
         self._collect()
         return self._mask
 
     def _collect(self) -> None:
+        """Waits for the pending planes and writes them into the mask."""
         _, height, width = self._mask.shape
-        for first, last, planes in self._waiting:
+        for first, last, planes in self._pending:
             self._mask[first:last] = np.asarray(planes)[: last - first, :height, :width]
-        self._waiting = []
+        self._pending = []
 
 
 @jax.jit
 def native_masks(before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weight) -> jax.Array:
-    """The class of the largest linearly interpolated map at each native voxel.
+    """Interpolates maps linearly to voxels of the scan and returns the class with the largest value.
+
+    The indices and weights are those of `tiling.native_lookup` along each axis.
 
     Args:
-      before: [1, canvas y, canvas x, K], the plane above `chunk`.
-      chunk: [n, canvas y, canvas x, K].
-      z_low: [GROUP] int32, `tiling.native_lookup` along z into `chunk`; -1 is `before`.
+      before: [1, canvas height, canvas width, K], the plane of maps before `chunk`.
+      chunk: [n, canvas height, canvas width, K], maps.
+      z_low: [GROUP] int32, planes of `chunk`; -1 stands for `before`.
       z_weight: [GROUP] float32.
-      y_low: [plane] int32, the lookup along y into the canvas.
+      y_low: [plane] int32, rows of the canvas.
       y_weight: [plane] float32.
-      x_low: [plane] int32, along x.
+      x_low: [plane] int32, columns of the canvas.
       x_weight: [plane] float32.
 
     Returns:
@@ -121,5 +125,5 @@ def native_masks(before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weigh
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    """`values` with their last repeated to a fixed size."""
+    """Repeats the last of the values until there are `size`."""
     return np.pad(values, (0, size - len(values)), mode="edge")

@@ -1,11 +1,30 @@
-"""Masks of whole scans: tile by tile, all levels hand in hand, through programs that are compiled once.
+"""Predicts masks of whole scans in overlapping tiles.
 
-Each level goes down the scan in rows of tiles. The softmax maps of a row add up on the device in slabs of fixed size.
-A slab that no later row touches leaves as a chunk of finished maps: to the level's mask, and to the next level, which
-asks for no more of them than its own next row lies on. So neither the device's memory, nor the host's beyond the scan,
-its downsampled images and the masks, grows with the scan's length.
+Streams z-slabs through all levels; the device's memory does not depend on the scan's length.
 
-Nothing in the loop over tiles waits for the device.
+How one level is predicted:
+
+1. Overlapping tiles on a regular grid cover the level (`tiling`). Tiles with the same start along z form a row. Rows
+   are predicted in the order of z; the distance between the starts of two rows is the z stride.
+2. The device holds slabs: arrays of one z stride in depth, as high and wide as all tiles of a row together (the
+   canvas). As many consecutive slabs are kept as the depth of a tile needs. The softmax maps of each tile, times its
+   blending weights, are added to them.
+3. After a row, no later tile reaches the first slab, so the maps in it are finished. They leave as a chunk. The memory
+   of the slab is then set to zero and becomes the last slab.
+
+How the levels are connected:
+
+1. Each level is a Python generator of chunks.
+2. Before each row, the generator draws chunks from that of the next coarser level until they contain the context of
+   the row, and drops older ones (`context`).
+3. On its way a chunk also passes through the level's `masks.MaskWriter`, if the mask of this level is requested.
+4. `Predictor.masks` runs the generator of the finest level, which drives all others.
+
+So each level holds the slabs and the context of one row. The host holds the scan, its downsampled images and the masks.
+
+The sizes of all arrays on the device depend on the configuration, not on the scan, unless it is larger than
+`PredictorConfig.plane`. So each program is compiled once. The loop over tiles only queues work for the device; a mask
+writer waits for the results of a chunk after the work of the next chunk has been queued.
 """
 
 import collections
@@ -13,7 +32,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,27 +45,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.errors import require
-from autocontext_jax.geometry import Triple, halving, level_shape
+from autocontext_jax.geometry import Triple, level_shape
+from autocontext_jax.inference.context import Chunks, ContextWindow, context_size, cut_window
 from autocontext_jax.inference.masks import MaskWriter, native_masks
 from autocontext_jax.inference.tiling import SLICES, Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 
-Chunks = Iterator[tuple[int, jax.Array]]  # z of the first plane in level voxels, [stride, canvas y, canvas x, K]
-
 
 @dataclasses.dataclass(frozen=True)
 class PredictorConfig:
-    """How scans are tiled.
+    """How scans are divided into tiles.
 
     Attributes:
-      tile: T, edge of a tile in voxels of each level; need not be the training patch's. Larger is faster, to what the
-        device's memory holds. In 2D a tile is `tiling.SLICES` such squares.
-      overlap: share of a tile that the next one covers again.
-      plane: native voxels in plane (height or width) that the programs are compiled for. A larger scan costs one more
-        compilation; smaller ones none.
-      space: devices of this process that share the depth of a tile, which must divide by `space` times the network's
-        divisor. The activations, what a large tile needs most memory for, are split; finished maps are not.
+      tile: T, edge length of a tile in voxels, the same at every level. It can differ from the training patch. Larger
+        tiles are faster, as long as they fit the device's memory. In 2D a tile consists of `tiling.SLICES` squares.
+      overlap: fraction of a tile that the next tile covers again.
+      plane: height and width in voxels of the largest scan that the programs are compiled for. A larger scan makes
+        them compile again; smaller scans do not.
+      space: number of devices of this process that share each tile, split along its depth, which must be a multiple of
+        `space` times the network's divisor. This splits the activations, which take most of the memory. Every device
+        has a copy of the maps that pass from level to level.
     """
 
     tile: int = 96
@@ -62,19 +81,16 @@ class PredictorConfig:
 
 
 class Predictor:
-    """A trained pyramid ready for scans of any size.
+    """Predicts masks of scans of any size with a trained pyramid.
 
     Args:
-      model: as `state.inference_model` gives it.
-      config: see there.
-      blend: weights of a tile's axis; Gaussian unless given.
-      align: what tile starts must be a multiple of: the network's divisor.
-      mirror_classes: the class that each class is in a mirror, as `geometry.SpatialLimits` has them: every tile is then
-        seen twice, as it is and mirrored right for left, and its maps are the mean of both. () sees it once.
+      model: a pyramid in inference mode, as `state.inference_model` returns it.
+      config: how scans are divided into tiles.
+      align: starts of tiles are multiples of this number, the network's divisor.
+      blend: weights along an axis of a tile; Gaussian by default.
+      mirror_classes: if given, every tile is predicted twice, once mirrored left to right, and the maps are averaged.
+        Entry k is the class that class k becomes in the mirror image, see `geometry.SpatialLimits`.
     """
-
-    # What maps are kept in between levels.
-    MAPS = jnp.float16
 
     def __init__(
         self,
@@ -92,10 +108,9 @@ class Predictor:
         useful = config.tile - 2 * self._blend.border
         self._stride = max(1, int(useful * (1 - config.overlap)) // self._align) * self._align
         self._spatial_dims: int = model.config.spatial_dims
-        # Along z, of a tile and from row to row.
-        depth, self._descent = (config.tile, self._stride) if self._spatial_dims == 3 else (SLICES, SLICES)
+        depth, self._z_stride = (config.tile, self._stride) if self._spatial_dims == 3 else (SLICES, SLICES)
         self._tile: Triple = (depth, config.tile, config.tile)
-        # Alone a device needs no mesh, and the programs go to whichever their arguments lie on.
+        # A single device needs no mesh: programs run on the device that holds their arguments.
         self._mesh: Mesh | None = None
         self._whole: NamedSharding | None = None
         self._slab_sharding: NamedSharding | None = None
@@ -103,16 +118,16 @@ class Predictor:
             devices = jax.local_devices()[: config.space]
             self._mesh = jax.make_mesh((config.space,), ("space",), axis_types=(AxisType.Auto,), devices=devices)
             self._whole = NamedSharding(self._mesh, PartitionSpec())
-            even = self._descent % config.space == 0
+            even = self._z_stride % config.space == 0
             self._slab_sharding = NamedSharding(self._mesh, PartitionSpec("space")) if even else self._whole
         self._graph, state = nnx.split(model)
         self._state = jax.device_put(state, self._whole)
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes
         self._plane = config.plane
-        self._canvas: list[tuple[int, int]] = [(0, 0)] * self._levels
-        # Zeros in a slab's own memory.
-        self._cleared = jax.jit(jnp.zeros_like, donate_argnums=0, keep_unused=True, out_shardings=self._slab_sharding)
+        self._canvas: list[tuple[int, int]] = [(0, 0)] * self._levels  # height and width at each level
+        # Sets a slab to zero in place: the argument is donated.
+        self._clear = jax.jit(jnp.zeros_like, donate_argnums=0, keep_unused=True, out_shardings=self._slab_sharding)
         self._add_tile = [self._make_add_tile(level) for level in range(1, self._levels + 1)]
 
     def masks(
@@ -126,20 +141,22 @@ class Predictor:
         """Predicts one scan.
 
         Args:
-          voxels: [D, H, W] int16 HU, canonical.
-          factors: for each level, coarsest first, native voxels per voxel along (z, y, x).
-          levels: whose masks are wanted; () or None means the finest's.
-          progress: called with the tiles handed to the device and their total, after each row of tiles.
+          voxels: [D, H, W] int16, HU, in canonical orientation.
+          factors: for each level, coarsest first, voxels of the scan per voxel of the level along (z, y, x).
+          levels: the levels to return masks of, 1 = coarsest; None or () means the finest.
+          progress: called after each row with the number of tiles queued so far and the total number of tiles.
 
         Returns:
-          For each wanted level its mask [D, H, W] uint8 on the scan's grid.
+          {level: mask}, each mask [D, H, W] uint8 on the scan's grid.
         """
-        wanted = levels or (self._levels,)
-        # Coarser grids are exact halves of the finest: a tile's context always lies on them.
+        requested = levels or (self._levels,)
+        # Tiles follow from the finest grid alone: coarser grids have half its voxels, so that contexts nest exactly.
         finest = level_shape(_shape(voxels), factors[-1])
-        grid = {"stride": self._stride, "align": self._align, "spatial_dims": self._spatial_dims}
-        plan = pyramid_tiles(finest, self._levels, self._blend, **grid)[: max(wanted)]
-        self._reserve(_shape(voxels), factors[-1])
+        plan = pyramid_tiles(
+            finest, self._levels, self._blend,
+            stride=self._stride, align=self._align, spatial_dims=self._spatial_dims,
+        )[: max(requested)]  # fmt: skip
+        self._grow_canvas(_shape(voxels), factors[-1])
         total = sum(int(np.prod([len(axis.starts) for axis in axes])) for axes in plan)
         done = 0
 
@@ -154,30 +171,38 @@ class Predictor:
             image = downsample_image(voxels, factor)
             context = None
             if streams:
-                context = _Context(
-                    streams[-1], plan[level - 2], self._tile, self._descent, self._spatial_dims, self._whole
+                context = ContextWindow(
+                    streams[-1], plan[level - 2], self._tile, self._z_stride, self._spatial_dims, self._whole
                 )
             chunks = self._chunks(level, image, axes, context, advance)
-            if level in wanted:
+            if level in requested:
                 writers[level] = MaskWriter(_shape(voxels), _shape(image), factor, axes, self._plane)
-                chunks = writers[level].watch(chunks)
+                chunks = writers[level].record(chunks)
             streams.append(chunks)
-        # The finest level draws the coarser ones along; what it did not ask for of them comes after.
+        # Running the finest level's generator drives the others. Afterwards each coarser level is run to its end, for
+        # the part of its mask that no context needed.
         for chunks in reversed(streams):
             collections.deque(chunks, maxlen=0)
         return {level: writer.mask() for level, writer in writers.items()}
 
     def compilations(self) -> int:
-        """Programs compiled so far, for tests and for whoever wonders."""
-        jitted: list[Any] = [*self._add_tile, self._cleared, native_masks]
+        """Number of programs compiled so far; it should stay the same from the second scan on."""
+        jitted: list[Any] = [*self._add_tile, self._clear, native_masks]
         return sum(program._cache_size() for program in jitted)
 
-    def _reserve(self, shape: Triple, factors: tuple[float, float, float]) -> None:
-        """Makes the compiled sizes large enough for this scan: they only grow, so scans within `plane` share them."""
+    def _grow_canvas(self, shape: Triple, factors: tuple[float, float, float]) -> None:
+        """Makes the canvas of each level large enough for this scan and for all scans up to `plane`.
+
+        It never shrinks, since every other size means another compilation.
+
+        Args:
+          shape: (D, H, W) of the scan.
+          factors: voxels of the scan per voxel of the finest level.
+        """
         plane = max(shape[1:])
         if plane > self._plane:
             self._plane = -(-plane // 64) * 64
-        # What scans of the full plane may take, from this scan's own factors of the finest level.
+        # Height and width at the finest level of a scan as large as `plane`, with the factors of this scan.
         _, *full = level_shape((1, self._plane, self._plane), factors)
         extents = [
             largest_extents(size, self._levels, self._blend, stride=self._stride, align=self._align) for size in full
@@ -191,37 +216,49 @@ class Predictor:
         level: int,
         image: np.ndarray,
         axes: LevelTiles,
-        context: "_Context | None",
+        context: ContextWindow | None,
         advance: Callable[[int], None] = lambda tiles: None,
     ) -> Chunks:
-        """Finished maps of one level from top to bottom, as they are asked for; each lasts until the next is."""
-        descent = self._descent
+        """Predicts one level row by row and yields its finished maps in the order of z.
+
+        A chunk is only valid until the next one is drawn: its memory is used again.
+
+        Args:
+          level: 1 = coarsest.
+          image: [D, H, W] int16, HU, the scan on the level's grid.
+          axes: the tiles of the level.
+          context: maps of the coarser level; None at level 1.
+          advance: called after each row with its number of tiles.
+        """
+        z_stride = self._z_stride
         z_axis, y_axis, x_axis = axes
         slabs = tuple(
-            jnp.zeros((descent, *self._canvas[level - 1], self._classes), jnp.float32, device=self._slab_sharding)
-            for _ in range(-(-self._tile[0] // descent))
+            jnp.zeros((z_stride, *self._canvas[level - 1], self._classes), jnp.float32, device=self._slab_sharding)
+            for _ in range(-(-self._tile[0] // z_stride))
         )
         for z_start, z_weights in zip(z_axis.starts, z_axis.weights, strict=True):
-            start = (int(z_start), int(y_axis.starts[0]), int(x_axis.starts[0]))
-            maps, first = (None, None) if context is None else context.under(start)
+            row_start = (int(z_start), int(y_axis.starts[0]), int(x_axis.starts[0]))
+            maps, row_offset = (None, None) if context is None else context.move_to(row_start)
             for y_start, y_weights in zip(y_axis.starts, y_axis.weights, strict=True):
                 for x_start, x_weights in zip(x_axis.starts, x_axis.weights, strict=True):
-                    piece = crop(image, (start[0], int(y_start), int(x_start)), self._tile, AIR)
-                    corner = np.array([0, y_start - start[1], x_start - start[2]], np.int32)
-                    under = None if first is None else first + corner // 2
+                    tile = crop(image, (row_start[0], int(y_start), int(x_start)), self._tile, AIR)
+                    place = np.array([0, y_start - row_start[1], x_start - row_start[2]], np.int32)
+                    offset = None if row_offset is None else row_offset + place // 2
                     weights = (z_weights, y_weights, x_weights)
                     with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-                        slabs = self._add_tile[level - 1](slabs, self._state, piece, maps, weights, corner, under)
+                        slabs = self._add_tile[level - 1](slabs, self._state, tile, maps, weights, place, offset)
             advance(len(y_axis.starts) * len(x_axis.starts))
-            rows = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - start[0]) // descent)
-            for number in range(rows):
+            # The first slab is finished; after the last row, all slabs that reach into the covered region.
+            count = 1 if z_start != z_axis.starts[-1] else -(-(z_axis.high - row_start[0]) // z_stride)
+            for number in range(count):
                 finished, *others = slabs
-                yield start[0] + number * descent, finished
-                slabs = (*others, self._cleared(finished))
+                yield row_start[0] + number * z_stride, finished
+                slabs = (*others, self._clear(finished))
 
     def _make_add_tile(self, level: int):
-        graph, descent, mirror = self._graph, self._descent, np.array(self._mirror_classes, int)
-        context_size = _context_size(self._tile, self._spatial_dims)
+        """The jitted program that predicts one tile of a level."""
+        graph, z_stride, mirror = self._graph, self._z_stride, np.array(self._mirror_classes, int)
+        size = context_size(self._tile, self._spatial_dims)
 
         depth = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(None, "space"))
 
@@ -231,21 +268,24 @@ class Predictor:
             out_shardings=self._slab_sharding,
             compiler_options=compiler_options(jax.default_backend()),
         )
-        def add_tile(slabs, state, image, maps, weights, corner, under):
-            """Predicts one tile of a row and adds its maps to the slabs.
+        def add_tile(slabs, state, image, maps, weights, place, offset):
+            """Predicts one tile of a row and adds its weighted softmax maps to the slabs.
 
             Args:
-              slabs: arrays [n, canvas y, canvas x, K], one below the other.
+              slabs: arrays [z stride, canvas height, canvas width, K], consecutive along z.
               state: of the model.
-              image: [T, T, T] int16 HU; in 2D [SLICES, T, T].
-              maps: the coarser level's chunks about the row, one below the other; None at level 1.
-              weights: [T] each, along z, y, x.
-              corner: [3], the tile's first voxel in the slabs, (0, y, x).
-              under: [3], the first voxel of its context in `maps`.
+              image: [T, T, T] int16, HU; in 2D [SLICES, T, T].
+              maps: consecutive chunks of the coarser level that contain the context of the row; None at level 1.
+              weights: along z, y and x, [T] each; in 2D along z [SLICES].
+              place: [3], first voxel of the tile in the slabs, (0, y, x).
+              offset: [3], first voxel of the tile's context in `maps`; None at level 1.
+
+            Returns:
+              The slabs, in the same memory.
             """
             model: Pyramid = nnx.merge(graph, state, copy=True)
             images = image[None] if depth is None else lax.with_sharding_constraint(image[None], depth)
-            context = None if maps is None else _window(maps, under, context_size)[None]
+            context = None if maps is None else cut_window(maps, offset, size)[None]
             z, y, x = weights
             weight = z[:, None, None] * y[:, None] * x
             if mirror.size:
@@ -253,61 +293,28 @@ class Predictor:
                 if context is not None:
                     context = jnp.concatenate([context, context[..., ::-1, mirror]])
                 logits = model.level(level, images, context)
-                turned_back = logits[1][:, :, ::-1, mirror]
-                blended = _weighted_softmax(logits[0], weight / 2) + _weighted_softmax(turned_back, weight / 2)
+                mirrored_back = logits[1][:, :, ::-1, mirror]
+                blended = _weighted_softmax(logits[0], weight / 2) + _weighted_softmax(mirrored_back, weight / 2)
             else:
                 blended = _weighted_softmax(model.level(level, images, context)[0], weight)
-            where, added = (*corner, 0), []
+            start, added = (*place, 0), []
             for number, slab in enumerate(slabs):
-                part = blended[number * descent : (number + 1) * descent]
-                added.append(lax.dynamic_update_slice(slab, lax.dynamic_slice(slab, where, part.shape) + part, where))
+                part = blended[number * z_stride : (number + 1) * z_stride]
+                added.append(lax.dynamic_update_slice(slab, lax.dynamic_slice(slab, start, part.shape) + part, start))
             return tuple(added)
 
         return add_tile
 
 
-class _Context:
-    """The coarser level's maps about a row of tiles: as few chunks as always hold them, moving down with the rows."""
-
-    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, descent: int, spatial_dims: int, sharding: Any):
-        self._source, self._axes, self._descent, self._spatial_dims = chunks, axes, descent, spatial_dims
-        self._sharding = sharding
-        self._depth = _context_size(tile, spatial_dims)[0]
-        self._count = (self._depth + descent - 2) // descent + 1  # the first of them may begin at a chunk's last plane
-        self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
-        self._end = int(axes[0].starts[0])  # of the chunks held, level voxels
-
-    def under(self, start: Triple) -> tuple[tuple[jax.Array, ...], np.ndarray]:
-        """The chunks, and where the context of a tile that starts at `start` of the finer level lies in them."""
-        # With a halo of one voxel where the level halves.
-        halves = [step == 2 for step in halving(self._spatial_dims)]
-        first = np.array([s // 2 - 1 if half else s for s, half in zip(start, halves, strict=True)], np.int32)
-        while self._end < first[0] + self._depth:
-            z, chunk = next(self._source)
-            self._held.append(jax.device_put(jnp.array(chunk, Predictor.MAPS), self._sharding))
-            self._end = z + self._descent
-        # Short of chunks at the top: the first stands in for those that would lie above it.
-        held = (self._held[0],) * (self._count - len(self._held)) + tuple(self._held)
-        origin = (self._end - self._count * self._descent, *(int(axis.starts[0]) for axis in self._axes[1:]))
-        return held, first - np.array(origin, np.int32)
-
-
-def _context_size(tile: Triple, spatial_dims: int) -> Triple:
-    """Voxels of the coarser level under a tile, with the halo of one that upsampling consumes; in 2D in plane."""
-    z, y, x = tile
-    return (z // 2 + 2 if spatial_dims == 3 else z), y // 2 + 2, x // 2 + 2
-
-
-def _window(maps: tuple[jax.Array, ...], first: jax.Array, size: Triple) -> jax.Array:
-    """[*size, K] at `first` [3] of arrays [n, y, x, K] one below the other."""
-    below = [lax.dynamic_slice(m, (0, first[1], first[2], 0), (m.shape[0], *size[1:], m.shape[3])) for m in maps]
-    return lax.dynamic_slice_in_dim(jnp.concatenate(below), first[0], size[0])
-
-
 def _weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
-    """Softmax over the last axis of [z, y, x, K], times [z, y, x].
+    """Softmax over the classes, times a weight for each voxel.
 
-    Few classes one by one: on the CPU XLA takes up to 2.5 times as long to reduce over an axis of 4 or 8.
+    With few classes the reduction over them is written as a chain of element-wise operations: on CPUs, XLA takes up to
+    2.5 times as long to reduce over an axis of length 4 or 8.
+
+    Args:
+      logits: [z, y, x, K].
+      weights: [z, y, x].
     """
     if logits.shape[-1] >= 16:
         return jax.nn.softmax(logits) * weights[..., None]
@@ -317,7 +324,14 @@ def _weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def crop(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], fill: int) -> np.ndarray:
-    """A copy of `volume[start : start + size]` along its axes, `fill` where that leaves the volume."""
+    """Copies a region out of a volume.
+
+    Args:
+      volume: any number of axes.
+      start: first voxel of the region; may be negative.
+      size: shape of the region.
+      fill: value where the region extends beyond the volume.
+    """
     out = np.full(size, fill, volume.dtype)
     source = tuple(slice(max(0, s), max(0, s + n)) for s, n in zip(start, size, strict=True))
     inside = volume[source]

@@ -1,8 +1,12 @@
-"""How tiles cover a scan at every level, and how their overlaps blend.
+"""Where the tiles of every level lie, and with which weights overlapping tiles are blended.
 
-Tiles of one level stand on a regular grid, so that blending weights are products of one axis's weights and so is their
-sum: divided by it beforehand, weighted maps simply add up to a partition of unity and no second array is needed.
-Positions are voxels of the level's grid and may be negative: tiles at a scan's edge reach into air.
+The tiles of a level form a regular grid. The weight of a voxel in a tile is a product of one factor for each axis, and
+so is the sum of the weights of all tiles at a voxel. The factors are divided by that sum here, along each axis alone.
+The weights then form a partition of unity: predictions times weights only need to be added, without a second array for
+the sum of the weights.
+
+Positions are voxels of the level's grid. They may be negative or beyond the scan: the tiles at its edges extend into
+air.
 """
 
 import dataclasses
@@ -11,7 +15,7 @@ import numpy as np
 
 from autocontext_jax.geometry import Triple
 
-# In 2D, slices to a tile: each is predicted by itself, so these tiles need no overlap.
+# Slices of a tile if the network is 2D. It predicts each slice by itself, so these tiles need no overlap along z.
 SLICES = 4
 
 
@@ -21,7 +25,8 @@ class Blend:
 
     Attributes:
       weights: [T], not negative.
-      border: voxels at each end whose weight is zero; no scan voxel may lie only there.
+      border: number of voxels at each end with weight zero. Tiles are placed so that every voxel of the scan is
+        in the inner part of at least one tile.
     """
 
     weights: np.ndarray
@@ -29,7 +34,11 @@ class Blend:
 
 
 def gaussian(tile: int) -> Blend:
-    """Weights of a Gaussian about the tile's centre with a deviation of an eighth of the tile (nnU-Net's choice)."""
+    """Gaussian weights around the centre of the tile, as in nnU-Net: the standard deviation is an eighth of the tile.
+
+    Args:
+      tile: T, voxels.
+    """
     offsets = np.arange(tile) - (tile - 1) / 2
     return Blend(np.exp(-0.5 * (offsets / (tile / 8)) ** 2).astype(np.float32))
 
@@ -39,9 +48,9 @@ class AxisTiles:
     """The tiles of one level along one axis.
 
     Attributes:
-      low, high: the voxels [low, high) that must be predicted.
-      starts: [n], first voxel of each tile, equally spaced.
-      weights: [n, T] float32; over all tiles they add up to 1 at each voxel of [low, high).
+      low, high: the tiles cover the voxels [low, high).
+      starts: [n], first voxel of each tile, at equal distances.
+      weights: [n, T] float32; at each voxel of [low, high) the weights of all tiles add up to 1.
     """
 
     low: int
@@ -51,7 +60,7 @@ class AxisTiles:
 
     @property
     def extent(self) -> int:
-        """Voxels from the first tile's start to the last tile's end."""
+        """Number of voxels from the start of the first tile to the end of the last."""
         return int(self.starts[-1] - self.starts[0]) + self.weights.shape[1]
 
 
@@ -59,23 +68,25 @@ LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]  # along z, y, x
 
 
 def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) -> AxisTiles:
-    """Covers [low, high) with as few tiles as the stride allows, centred.
+    """Covers the voxels [low, high) with as few tiles as the stride allows; what they cover in excess is centred.
 
     Args:
-      low: the voxels [low, high) must be predicted.
-      high: see `low`.
-      blend: weights of one tile.
-      stride: between starts; a multiple of `align`, at most the tile less both borders.
-      align: starts are multiples of it: pooling grids and the coarser level's voxels then coincide for all tiles.
+      low: first voxel to cover.
+      high: end of the voxels to cover.
+      blend: weights of one tile, before they are normalised.
+      stride: distance between the starts of tiles; a multiple of `align`, at most the tile without its borders.
+      align: every start is a multiple of it, so that the pooling grids of all tiles coincide, and so do the voxels of
+        the coarser level below them.
 
-    Returns:
-      See there.
+    Raises:
+      ValueError: the stride is not possible.
     """
     tile, border = len(blend.weights), blend.border
     useful = tile - 2 * border
     if not 0 < stride <= useful or stride % align:
         raise ValueError(f"stride {stride} must be a multiple of {align} and at most {useful}")
-    # The first start is a multiple of `align` in [lowest, highest]; later than that it misses `low`, earlier `high`.
+    # The first start is a multiple of `align` in [lowest, highest]. If it were larger, the first tile would not reach
+    # `low`; if smaller, the last tile would not reach `high`.
     highest = (low - border) // align * align
     count = 1 + max(0, -(-(high - highest - border - useful) // stride))
     lowest = -(-(high - border - useful - stride * (count - 1)) // align) * align
@@ -91,44 +102,50 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
 def pyramid_tiles(
     finest: Triple, levels: int, blend: Blend, *, stride: int, align: int, spatial_dims: int = 3
 ) -> tuple[LevelTiles, ...]:
-    """Tiles of every level, coarsest first, so that each tile finds the coarser level predicted wherever it lies.
+    """The tiles of every level.
+
+    The finest level covers the scan. Each coarser level covers the context of all tiles of the next finer level.
 
     Args:
-      finest: [D, H, W] of the scan at the finest level.
+      finest: (D, H, W) of the finest level's grid over the scan.
       levels: S.
-      blend: weights along an axis, the same for all levels and axes.
-      stride: between tiles' starts.
-      align: see `axis_tiles`; even, so that a tile's context starts at a coarse voxel.
-      spatial_dims: 3; in 2D tiles hold `SLICES` slices along z at every level.
+      blend: weights along one axis, the same for all levels and axes.
+      stride: distance between the starts of tiles, see `axis_tiles`.
+      align: see `axis_tiles`; even, so that the context of a tile starts at a voxel of the coarser level.
+      spatial_dims: 3, or 2 for networks that see slices: their tiles hold `SLICES` slices along z at every level.
 
     Returns:
-      For each level the tiles along z, y, x.
+      For each level, coarsest first, the tiles along z, y and x.
     """
     slices = Blend(np.ones(SLICES, np.float32))
-    through = [] if spatial_dims == 3 else [axis_tiles(0, finest[0], slices, stride=SLICES, align=1)]
-    need = [(0, size) for size in finest[3 - spatial_dims :]]
+    z_of_slices = [] if spatial_dims == 3 else [axis_tiles(0, finest[0], slices, stride=SLICES, align=1)]
+    covered = [(0, size) for size in finest[3 - spatial_dims :]]
     plan = []
     for _ in range(levels):
-        halving = [axis_tiles(low, high, blend, stride=stride, align=align) for low, high in need]
-        z, y, x = *through, *halving
+        halved = [axis_tiles(low, high, blend, stride=stride, align=align) for low, high in covered]  # axes
+        z, y, x = *z_of_slices, *halved
         plan.append((z, y, x))
-        # The region under the tiles in coarse voxels, with the halo of one that upsampling consumes.
-        need = [(axis.starts[0] // 2 - 1, (axis.starts[0] + axis.extent) // 2 + 1) for axis in halving]
+        # The region of the tiles in voxels of the coarser level, and one voxel more on each side for the upsampling.
+        covered = [(axis.starts[0] // 2 - 1, (axis.starts[0] + axis.extent) // 2 + 1) for axis in halved]
     return tuple(reversed(plan))
 
 
 def largest_extents(size: int, levels: int, blend: Blend, *, stride: int, align: int) -> tuple[int, ...]:
-    """The most voxels that the tiles of each level span along one axis of any scan within a size, coarsest first.
+    """Upper bounds of `AxisTiles.extent` at each level, for all scans up to a size.
 
     Args:
-      size: of the scan at the finest level, at most.
-      levels: as for `pyramid_tiles`, like the rest.
-      blend: see `levels`.
-      stride: see `levels`.
-      align: see `levels`.
+      size: largest number of voxels of the finest level along the axis.
+      levels: S.
+      blend: as for `pyramid_tiles`.
+      stride: as for `pyramid_tiles`.
+      align: as for `pyramid_tiles`.
+
+    Returns:
+      Numbers of voxels, coarsest level first.
     """
     tile, border = len(blend.weights), blend.border
-    # How far before the first useful voxel an aligned start may have to lie; finer tiles start at multiples of `align`.
+    # The start of the first tile is rounded down to a multiple of `align`: by so many voxels at most. At the coarser
+    # levels `low` is not 0 but follows from the starts of the finer level, which are multiples of `align`.
     finest_slack = -border % align
     coarser_slack = max((-1 - border) % align, (align // 2 - 1 - border) % align)
     extents: list[int] = []
@@ -141,16 +158,19 @@ def largest_extents(size: int, levels: int, blend: Blend, *, stride: int, align:
 
 
 def native_lookup(native: int, factor: float, level: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where native voxel centres lie on a level's grid, for linear interpolation along one axis.
+    """Indices and weights that interpolate linearly from a level's grid to the scan's own grid, along one axis.
+
+    The value at a voxel of the scan is (1 - weight) v[low] + weight v[low + 1], with v the values at the level's voxel
+    centres. Beyond the outermost centres it is constant.
 
     Args:
-      native: voxels of the scan's own grid.
-      factor: native voxels per voxel of the level.
-      level: voxels of the level.
+      native: number of voxels of the scan.
+      factor: voxels of the scan per voxel of the level.
+      level: number of voxels of the level.
 
     Returns:
-      low [native] int32 and weight [native] float32: the value is (1 - weight) v[low] + weight v[low + 1]; beyond the
-      outermost centres it is constant. With a single level voxel, low + 1 is out of range and its weight 0.
+      low [native] int32 and weight [native] float32. If the level has a single voxel, low + 1 is out of range and its
+      weight is 0.
     """
     position = np.clip((np.arange(native) + 0.5) / factor - 0.5, 0, level - 1)
     low = np.minimum(np.floor(position), max(0, level - 2)).astype(np.int32)

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from autocontext_jax.files import writing
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import restore_predictor
 from autocontext_jax.jobs.run_config import RunConfig, as_dict
-from autocontext_jax.jobs.run_folder import RunData, read_data, read_split
+from autocontext_jax.jobs.run_folder import RunData, counted, read_data, read_split
 from autocontext_jax.jobs.stages import in_stages
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def evaluate(config: RunConfig, workdir: Path) -> bool:
 
 def evaluate_run(config: RunConfig, workdir: Path, data: RunData) -> bool:
     """`evaluate` of a run's own cases: its labelled test cases; without any, its validation cases."""
-    cases, chosen = data.scored
+    cases, cases_are = data.scored(best=config.predict.checkpoint == "best")
     if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:
         log.warning("%s: test cases without a label are not scored: %s", data.dataset.root, ", ".join(unlabelled))
     if not cases:
@@ -62,7 +62,7 @@ def evaluate_run(config: RunConfig, workdir: Path, data: RunData) -> bool:
             "scan that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
     numbers = np.arange(len(data.classes), dtype=np.uint8)
-    return _score(config, workdir, data.classes, cases, workdir, numbers=numbers, chosen=chosen)
+    return _score(config, workdir, data.classes, cases, workdir, numbers=numbers, cases_are=cases_are)
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
@@ -71,7 +71,7 @@ def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
     if not path.exists():
         return False
     _, step = restore_predictor(config, workdir, data.classes)
-    cases, _ = data.scored
+    cases, _ = data.scored()
     return json.loads(path.read_bytes()).get("settings") == _settings(config, step, cases)
 
 
@@ -87,9 +87,12 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path) -> bool:
 
     dataset, classes, numbers = processes.agree(read)
     cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
-    chosen = f"every labelled case of {dataset.root.resolve().name}"
+
+    def cases_are(number: int) -> str:
+        return f"{counted(number, 'labelled case')} of {dataset.root.resolve().name}"
+
     folder = workdir / f"on_{dataset.root.resolve().name}"
-    return _score(config, workdir, classes, cases, folder, numbers=numbers, chosen=chosen)
+    return _score(config, workdir, classes, cases, folder, numbers=numbers, cases_are=cases_are)
 
 
 def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _score(
     folder: Path,
     *,
     numbers: np.ndarray,
-    chosen: str,
+    cases_are: Callable[[int], str],
 ) -> bool:
     """`evaluate` for these cases, into `folder`.
 
@@ -119,10 +122,10 @@ def _score(
       cases: labelled.
       folder: where all is written.
       numbers: see `label_mapping`.
-      chosen: a sentence that says which cases these are.
+      cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
     with locked(workdir, "evaluation") if processes.is_first() else contextlib.nullcontext():
-        return _score_locked(config, workdir, classes, cases, folder, numbers=numbers, chosen=chosen)
+        return _score_locked(config, workdir, classes, cases, folder, numbers=numbers, cases_are=cases_are)
 
 
 def _score_locked(
@@ -133,7 +136,7 @@ def _score_locked(
     folder: Path,
     *,
     numbers: np.ndarray,
-    chosen: str,
+    cases_are: Callable[[int], str],
 ) -> bool:
     predictor, step = restore_predictor(config, workdir, classes)
     annotated = [classes[number] for number in sorted(set(numbers.tolist()) - {0})]
@@ -187,7 +190,9 @@ def _score_locked(
     def write() -> None:
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
-        result = report.evaluation(results, annotated, tolerance=tolerance, pairs=pairs)
+        result = report.evaluation(
+            results, annotated, cases_are=cases_are(len(results)), tolerance=tolerance, pairs=pairs
+        )
         report.write(result | {"settings": _settings(config, step, cases)}, folder)
         print(report.table(result))
 

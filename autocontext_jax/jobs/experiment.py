@@ -35,7 +35,7 @@ def experiment(config: RunConfig, workdir: Path) -> bool:
     """
     data = prepare(config, workdir)
     processes.first_does(lambda: write_config(config, workdir))
-    scored, _ = data.scored
+    scored, cases_are = data.scored(best=config.predict.checkpoint == "best")
     if not scored:
         raise UserError(
             f"data set {data.dataset.root} has no scan that was not trained on; expected some to compare on"
@@ -58,7 +58,14 @@ def experiment(config: RunConfig, workdir: Path) -> bool:
         if not (folder / "evaluation.json").exists():
             return False  # no scan could be scored; each has been named
         cases[mode] = report.read_cases(folder / "evaluation.json")
-    result = side_by_side(cases, len(config.levels.factors), data.classes[1:], tolerance=config.evaluate.tolerance)
+    shared = set.intersection(*(set(found) for found in cases.values()))
+    result = side_by_side(
+        cases,
+        len(config.levels.factors),
+        data.classes[1:],
+        cases_are=cases_are(len(shared)),
+        tolerance=config.evaluate.tolerance,
+    )
 
     def write() -> None:
         report.write(result, workdir)
@@ -69,7 +76,7 @@ def experiment(config: RunConfig, workdir: Path) -> bool:
 
 
 def side_by_side(
-    cases: dict[str, dict[str, Any]], levels: int, classes: Sequence[str], *, tolerance: float
+    cases: dict[str, dict[str, Any]], levels: int, classes: Sequence[str], *, cases_are: str, tolerance: float
 ) -> dict[str, Any]:
     """The blocks of Table 1, each compared with every other, over the cases that all modes scored.
 
@@ -77,6 +84,7 @@ def side_by_side(
       cases: of each mode, as `report.evaluation` takes them.
       levels: S.
       classes: in the order of the labels.
+      cases_are: see `report.evaluation`.
       tolerance: of the surface Dice, mm.
 
     Returns:
@@ -92,7 +100,7 @@ def side_by_side(
         case: {title: cases[mode][case][level] for title, (mode, level) in blocks.items()} for case in sorted(shared)
     }
     pairs = [(b, a) for a, b in itertools.combinations(blocks, 2)]
-    return report.evaluation(merged, classes, tolerance=tolerance, pairs=pairs)
+    return report.evaluation(merged, classes, cases_are=cases_are, tolerance=tolerance, pairs=pairs)
 
 
 def _run(config: RunConfig, mode: str, root: str, store: str) -> RunConfig:

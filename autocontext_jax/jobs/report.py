@@ -35,12 +35,12 @@ def report(config: RunConfig, workdir: Path) -> None:
     tables = _found(workdir / "table.md").read_text(encoding="utf-8")
     tables += "\n## Beside the paper's Table 2\n\n" + beside_published(_mean_dice(result, run))
 
-    organs, shown = result["labels"], []
+    classes, shown = result["classes"], []
     pictures.boxes(workdir / "dice.png", result)
     data = read_data(config, workdir)
     for title, case in _best_median_worst(_read(run)).items():
         columns = _surfaces(run, case, data)
-        surfaces.figure(run / "pictures" / f"{case}_surfaces.png", columns, organs, title=title)
+        surfaces.figure(run / "pictures" / f"{case}_surfaces.png", columns, classes, title=title)
         shown.append(page.Shown(title, _found(run / "pictures" / f"{case}.png").read_bytes(), columns))
     page.write_page(
         workdir / "report.html", title=workdir.resolve().name, tables=tables, result=result, curves=curves, cases=shown
@@ -93,7 +93,7 @@ def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surfac
         files[folder.name.replace("_", " ")] = folder / f"{name}.nii.gz"
     files["finest level"] = run / "predictions" / f"{name}.nii.gz"
     return {
-        column: surfaces.organ_surfaces(
+        column: surfaces.class_surfaces(
             scans.read_label(path, labels=range(256), like=grid, case=name), dataset.labels[1:], grid.canonical_spacing
         )
         for column, path in files.items()

@@ -67,7 +67,7 @@ def _make(mode: str, config: RunConfig, workdir: Path) -> bool:
         return True
     if not train(config, workdir, data) or mode == "train":
         return True  # perhaps ended by a signal; what was done is saved
-    scored, _ = data.scored
+    scored, _ = data.scored()
     if not scored:
         log.warning("every case was trained on: nothing is left to evaluate")
         return True

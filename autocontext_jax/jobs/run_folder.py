@@ -6,7 +6,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autocontext_jax import processes
@@ -63,16 +63,16 @@ class RunData:
         """The test cases that have labels."""
         return [case for case in self.split.of("test", self.dataset) if case.label is not None]
 
-    @property
-    def scored(self) -> tuple[Sequence[Case], str]:
-        """The cases to score, and a sentence that says which they are; none if every case was trained on."""
+    def scored(self, *, best: bool = True) -> tuple[Sequence[Case], Callable[[int], str]]:
+        """The cases to score, none if every case was trained on; and what they are, from the number of them scored.
+
+        Args:
+          best: whether the checkpoint is the one that scored best on the validation cases.
+        """
         if test := self.test:
-            return test, f"{_count(len(test), 'test case')}, kept apart from training"
-        cases = self.validation
-        return cases, (
-            f"{_count(len(cases), 'validation case')}: the data set has no labelled test cases. They also chose the "
-            "best checkpoint, so the scores may be too good"
-        )
+            return test, lambda number: counted(number, "test case")
+        optimistic = ", which also chose the checkpoint: scores are optimistic" if best else ""
+        return self.validation, lambda number: counted(number, "validation case") + optimistic
 
 
 def open_data(config: RunConfig, workdir: Path) -> RunData:
@@ -166,20 +166,20 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
         told = "; ".join(f"{side}: {_some(names)}" for side, names in sides.items() if names)
         log.warning(
             "%s: %s changed since the run began (%s): prepared again where they are trained on; what was trained so "
-            "far has seen the old ones", dataset.root, _count(len(changes.changed), "case"), told,
+            "far has seen the old ones", dataset.root, counted(len(changes.changed), "case"), told,
         )  # fmt: skip
     if not changes.new:
         return now
     trainable = {case.name for case in dataset.training}
     taken = [name for name in changes.new if name in trainable] if config.data.new_cases == "train" else []
     if taken:
-        log.warning("%s: %s taken into training: %s", dataset.root, _count(len(taken), "new case"), _some(taken))
+        log.warning("%s: %s taken into training: %s", dataset.root, counted(len(taken), "new case"), _some(taken))
         every = {name: case.side for name, case in now.cases.items()} | dict.fromkeys(taken, "training")
         now = make_split(dataset, every, known=now)
     if left := [name for name in changes.new if name not in taken]:
         log.warning(
             "%s: %s since the run began, neither trained on nor scored: %s. --config.data.new_cases=train takes new "
-            "training cases into training", dataset.root, _count(len(left), "case was added", "cases were added"),
+            "training cases into training", dataset.root, counted(len(left), "case was added", "cases were added"),
             _some(left),
         )  # fmt: skip
     return now
@@ -205,5 +205,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _count(number: int, one: str, many: str = "") -> str:
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 case", "2 cases"."""
     return f"{number} {one if number == 1 else many or one + 's'}"

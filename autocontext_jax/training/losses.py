@@ -1,4 +1,4 @@
-"""The total loss of a pyramid and the Dice scores shown while it trains."""
+"""The total loss of a pyramid."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -116,36 +116,3 @@ def total_loss(
     stacked = jnp.stack(losses)
     weights = jnp.asarray(config.level_weights or [1.0] * len(losses))
     return jnp.sum(weights * stacked), stacked
-
-
-def overlap_counts(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """What the Dice of hard masks is made of: voxels of 2·(prediction ∧ truth) and of prediction + truth.
-
-    Counts of several batches add up; `mean_dice` turns their sum into a score.
-
-    Args:
-      logits: [B, N, N, N, K].
-      labels: [B, N, N, N].
-
-    Returns:
-      [2, K], float32 (exact up to 2^24 voxels a class and batch).
-    """
-    classes = logits.shape[-1]
-    predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
-    truth = jax.nn.one_hot(labels, classes)
-    voxels = (0, 1, 2, 3)
-    return jnp.stack([2 * jnp.sum(predicted * truth, voxels), jnp.sum(predicted, voxels) + jnp.sum(truth, voxels)])
-
-
-def organ_dice(counts: jax.Array) -> jax.Array:
-    """Dice of each foreground class from its counts: [..., 2, K] -> [..., K - 1]; NaN where it does not occur."""
-    overlap, total = counts[..., 0, 1:], counts[..., 1, 1:]
-    present = total > 0
-    return jnp.where(present, overlap / jnp.where(present, total, 1), jnp.nan)
-
-
-def mean_dice(counts: jax.Array) -> jax.Array:
-    """Mean Dice over the foreground classes in prediction or truth: [..., 2, K] -> [...]; NaN if there are none."""
-    dice = organ_dice(counts)
-    present = ~jnp.isnan(dice)
-    return jnp.sum(jnp.where(present, dice, 0), axis=-1) / jnp.sum(present, axis=-1)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from autocontext_jax.data.loader import Margins, read_batch
 from autocontext_jax.data.sampling import draw_entry
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.training.losses import mean_dice, organ_dice
+from autocontext_jax.training.dice import class_dice, mean_dice
 from autocontext_jax.training.sharding import place
 from autocontext_jax.training.state import Batch, Metrics, TrainState
 
@@ -85,7 +85,7 @@ def validate(
         jnp.zeros(()),
     )
     values = named_values(total, levels)
-    for level, dice in zip(levels, organ_dice(total.counts), strict=True):
+    for level, dice in zip(levels, class_dice(total.counts), strict=True):
         values |= {f"dice_level_{level}_{name}": float(score) for name, score in zip(classes, dice, strict=True)}
     finite = {f"validation_{key}": value for key, value in values.items() if math.isfinite(value)}
     return finite, [level[0] for level in slices[0]]

@@ -1,0 +1,87 @@
+"""The context of a row of tiles: maps of the next coarser level, drawn chunk by chunk as the rows advance along z."""
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from autocontext_jax.geometry import Triple, halving
+from autocontext_jax.inference.tiling import LevelTiles
+
+# Finished maps of a level, see `predictor`: the first plane along z in voxels of the level, and
+# [z stride, canvas height, canvas width, K].
+Chunks = Iterator[tuple[int, jax.Array]]
+
+# Precision of the maps that a level passes to the next finer level.
+CONTEXT_DTYPE = jnp.float16
+
+
+class ContextWindow:
+    """The chunks of the coarser level that contain the context of the current row of tiles.
+
+    The number of chunks is fixed, so that the program for a tile is compiled once.
+
+    Args:
+      chunks: the generator of the coarser level.
+      axes: the tiles of the coarser level.
+      tile: (T, T, T), or (SLICES, T, T) in 2D.
+      z_stride: planes of a chunk.
+      spatial_dims: 3 or 2.
+      sharding: of the maps; None on a single device.
+    """
+
+    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, z_stride: int, spatial_dims: int, sharding: Any):
+        self._source, self._axes, self._z_stride, self._spatial_dims = chunks, axes, z_stride, spatial_dims
+        self._sharding = sharding
+        self._depth = context_size(tile, spatial_dims)[0]
+        # In the worst case the context starts at the last plane of the first chunk.
+        self._count = (self._depth + z_stride - 2) // z_stride + 1
+        self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
+        self._end = int(axes[0].starts[0])  # end of the chunks along z, in voxels of the coarser level
+
+    def move_to(self, row_start: Triple) -> tuple[tuple[jax.Array, ...], np.ndarray]:
+        """Draws chunks until they cover the context of a row.
+
+        Args:
+          row_start: first voxel of the row's first tile, in voxels of the finer level.
+
+        Returns:
+          The chunks, and the first voxel [3] of the first tile's context in them.
+        """
+        # Where the finer level halves the voxels, the context includes one voxel more on each side for the upsampling.
+        halved = [step == 2 for step in halving(self._spatial_dims)]
+        first = np.array([s // 2 - 1 if half else s for s, half in zip(row_start, halved, strict=True)], np.int32)
+        while self._end < first[0] + self._depth:
+            z, chunk = next(self._source)
+            # A copy, because the generator uses the chunk's memory again.
+            self._held.append(jax.device_put(jnp.array(chunk, CONTEXT_DTYPE), self._sharding))
+            self._end = z + self._z_stride
+        # At the first rows there are fewer chunks; copies of the first fill the places before it, which nothing reads.
+        held = (self._held[0],) * (self._count - len(self._held)) + tuple(self._held)
+        origin = (self._end - self._count * self._z_stride, *(int(axis.starts[0]) for axis in self._axes[1:]))
+        return held, first - np.array(origin, np.int32)
+
+
+def context_size(tile: Triple, spatial_dims: int) -> Triple:
+    """Shape of a tile's context in voxels of the coarser level, with the voxel on each side that upsampling needs."""
+    z, y, x = tile
+    return (z // 2 + 2 if spatial_dims == 3 else z), y // 2 + 2, x // 2 + 2
+
+
+def cut_window(chunks: tuple[jax.Array, ...], first: jax.Array, size: Triple) -> jax.Array:
+    """Cuts a window out of consecutive chunks.
+
+    Args:
+      chunks: [n, canvas height, canvas width, K] each.
+      first: [3], first voxel of the window.
+      size: (z, y, x) of the window.
+
+    Returns:
+      [*size, K].
+    """
+    columns = [lax.dynamic_slice(c, (0, first[1], first[2], 0), (c.shape[0], *size[1:], c.shape[3])) for c in chunks]
+    return lax.dynamic_slice_in_dim(jnp.concatenate(columns), first[0], size[0])
