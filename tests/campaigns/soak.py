@@ -112,7 +112,7 @@ def table(looks: Sequence[dict[str, float]], rows: Sequence[dict[str, float]]) -
                 "steps": int(last - first),
                 **medians,
                 "largest resident MB": max(look["resident MB"] for look in inside),
-                "ms a pair": 1e3 / float(np.median(speeds)),
+                "ms per pyramid patch": 1e3 / float(np.median(speeds)),
             }
         )
     growth = {
