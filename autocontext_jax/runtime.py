@@ -162,3 +162,15 @@ def keep_freed_memory() -> None:
         # A threshold of -1 means never to trim.
         for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
             mallopt(setting, value)
+
+
+def compile_for_absent_devices() -> None:
+    """Lets this process compile for accelerators that it does not have; must be called before JAX starts.
+
+    Nothing then runs on a device of this machine but the CPU. Without the variable, JAX does not load its CUDA plug-in
+    where there is no GPU.
+    """
+    import jax
+
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    jax.config.update("jax_platforms", "cpu")

@@ -5,30 +5,26 @@ line belongs to the tables.
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
-import roofline
-import targets
 from accelerator import MARK, box_seconds, numbers
 from accelerator_checks import against_the_cpu, price_of_determinism, repeatability
+from accelerator_session import SMALL, Session, Sizes, memory, nvidia_driver, table
 from common import machine, make_pyramid, median_ratio
 from flax import nnx
 from kernel_times import Profile, profiled
-from training_program import TrainingProgram, compile_training_step, in_turn
+from roofline import source_lines
+from training_program import TrainingProgram, in_turn
 
 from autocontext_jax.data.augmentation import SpatialRanges
 from autocontext_jax.data.loader import Loader, LoaderConfig
@@ -38,89 +34,12 @@ from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig
+from autocontext_jax.planning import hlo_text
+from autocontext_jax.planning.compiled import needed_bytes
+from autocontext_jax.planning.costs import KINDS, instruction_costs, roofline_seconds
 from autocontext_jax.runtime import disable_asynchronous_dispatch
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 from autocontext_jax.training.state import Batch, inference_model
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What is measured: the paper's configuration, or something that a CPU does in seconds.
-
-    Attributes:
-      matrix: edge of the square matrices multiplied.
-      vector: numbers copied.
-      check: arguments of `against_the_cpu`.
-      width, depth, edge: of the network and its patches.
-      batch: patches a step.
-      batches: larger ones, of which the largest that fits is measured.
-      steps: in a block of measurements.
-      phantoms: number, size and spacing of the scans that the loader reads.
-      scan: voxels of the scan that is predicted.
-      tile, plane: see `PredictorConfig`.
-    """
-
-    matrix: int = 8192
-    vector: int = 2**27
-    check: dict[str, int] = dataclasses.field(default_factory=lambda: {"width": 8, "depth": 3, "edge": 32, "batch": 2})
-    width: int = 32
-    depth: int = 4
-    edge: int = 64
-    batch: int = 3
-    batches: tuple[int, ...] = (32, 16, 8)
-    steps: int = 10
-    phantoms: tuple[int, tuple[int, int, int], tuple[float, float, float]] = (3, (96, 160, 160), (4.0, 2.4, 2.4))
-    scan: tuple[int, int, int] = (300, 512, 512)
-    tile: int = 128
-    plane: int = 512
-
-
-SMALL = Sizes(
-    matrix=128, vector=2**16, check={"width": 2, "depth": 2, "edge": 8, "batch": 1}, width=2, depth=2, edge=8, batch=1,
-    batches=(2,), steps=1, phantoms=(2, (24, 24, 24), (12.0, 12.0, 12.0)), scan=(12, 24, 24), tile=16, plane=32,
-)  # fmt: skip
-
-
-@dataclasses.dataclass
-class Session:
-    """What the parts share.
-
-    Attributes:
-      sizes: see there.
-      folder: of the results.
-      small: whether this is a trial.
-      seconds_left: of the part that runs.
-      programs: training steps compiled so far, by type, batch and whether they are deterministic.
-      rates: FLOP a second of a large matrix product by type, as hlo.py names types; `copy` in bytes a second.
-    """
-
-    sizes: Sizes
-    folder: Path
-    small: bool
-    seconds_left: Callable[[], float] = lambda: 0.0
-    programs: dict[tuple[str, int, bool], TrainingProgram] = dataclasses.field(default_factory=dict)
-    rates: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def program(self, dtype: str, batch: int, *, deterministic: bool = False) -> TrainingProgram:
-        """The training step, compiled once."""
-        # Elsewhere the two are one program.
-        deterministic &= jax.default_backend() == "gpu"
-        key = dtype, batch, deterministic
-        if key not in self.programs:
-            size = {"width": self.sizes.width, "depth": self.sizes.depth, "edge": self.sizes.edge, "batch": batch}
-            self.programs[key] = compile_training_step(
-                **size, dtype=dtype, classes=len(ORGANS) + 1, deterministic=deterministic
-            )
-        return self.programs[key]
-
-    def accelerator(self) -> targets.Accelerator:
-        """The device's data sheet; its measured rates where none is known."""
-        kind = jax.devices()[0].device_kind
-        name = next((name for name, gpu in targets.GPUS.items() if gpu.title == kind), None)
-        if name is not None:
-            return targets.ACCELERATORS[name]
-        rates = self.rates or {"bf16": 1e12, "f32": 1e12, "copy": 1e11}
-        return targets.Accelerator("cuda", 0, rates["copy"], {"bf16": rates["bf16"], "f32": rates["f32"]}, 1e9)
 
 
 def main() -> None:
@@ -230,7 +149,7 @@ def speed(session: Session, program: TrainingProgram, dtype: str, batch: int) ->
     seconds = in_turn(calls, steps=session.sizes.steps, lead_in=1, rounds=3)
     median = float(np.median(seconds["ours"]))
     rate = session.rates.get({"bfloat16": "bf16", "float32": "f32"}[dtype])
-    needed = roofline.needed_bytes(program.compiled)
+    needed = needed_bytes(program.compiled)
     row = {
         "type": "TF32 or float32" if dtype == "float32" else dtype,
         "batch": batch,
@@ -254,7 +173,7 @@ def largest_that_fits(session: Session, program: TrainingProgram) -> int | None:
     limit = memory("bytes_limit")
     if np.isnan(limit):
         return session.sizes.batches[0]
-    needed = max(memory("peak_bytes_in_use"), roofline.needed_bytes(program.compiled)) / session.sizes.batch
+    needed = max(memory("peak_bytes_in_use"), needed_bytes(program.compiled)) / session.sizes.batch
     return next((batch for batch in session.sizes.batches if batch * needed < 0.9 * limit), None)
 
 
@@ -266,10 +185,10 @@ def where_the_time_goes(session: Session) -> None:
         jax.block_until_ready([program.step() for _ in range(steps)])
     text = program.compiled.as_text()
     (session.folder / "step.hlo.txt").write_text(text, encoding="utf-8")
-    module = hlo.parse(text)
-    costs = hlo.costs(module)
+    module = hlo_text.parse(text)
+    costs = instruction_costs(module)
     accelerator = session.accelerator()
-    bounds = [roofline.roofline_seconds(cost, accelerator, 1) for cost in costs]
+    bounds = [roofline_seconds(cost, accelerator, 1) for cost in costs]
     times = {name: time / steps for name, time in profile.instructions.items()}
 
     def longest() -> Iterable[dict[str, Any]]:
@@ -281,12 +200,12 @@ def where_the_time_goes(session: Session) -> None:
                 "roofline ms": 1e3 * bound,
                 "instruction": cost.instruction.name,
                 "kind": cost.kind,
-                "source": roofline.where(module, cost),
+                "source": source_lines(module, cost),
                 "writes": " ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in cost.instruction.outputs[:2]),
             }
 
     def kinds() -> Iterable[dict[str, Any]]:
-        for kind in hlo.KINDS:
+        for kind in KINDS:
             members = [(cost, bound) for cost, bound in zip(costs, bounds, strict=True) if cost.kind == kind]
             if members:
                 measured = sum(times.get(cost.instruction.name, 0.0) for cost, _ in members) / 1e6
@@ -358,34 +277,6 @@ def print_profile(profile: Profile, runs: int) -> None:
     print(f"\nBusy {100 * profile.busy / max(profile.span, 1.0):.1f} % of {profile.span / 1e6 / runs:.2f} ms.")
     for direction, (count, nanoseconds) in profile.copies.items():
         print(f"Copies {direction}: {count / runs:.0f}, {nanoseconds / 1e6 / runs:.3f} ms.")
-
-
-def memory(which: str) -> float:
-    """Bytes of the first device, by JAX's name of the figure; NaN where the device does not tell."""
-    return float((jax.devices()[0].memory_stats() or {}).get(which, np.nan))
-
-
-def nvidia_driver() -> str:
-    """Version of the NVIDIA driver; empty where there is none."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20).stdout.strip()
-    except OSError:
-        return ""
-
-
-def table(title: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Prints each row of a Markdown table, and as JSON, as soon as it is there."""
-    print(f"\n**{title}**\n")
-    columns: list[str] = []
-    for row in rows:
-        if not columns:
-            columns = list(row)
-            print("| " + " | ".join(columns) + " |")
-            print("|" + " --- |" * len(columns))
-        cells = [row.get(column, "") for column in columns]
-        print("| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
-        print(json.dumps({"table": title} | {name: None if cell != cell else cell for name, cell in row.items()}))
 
 
 PARTS: dict[int, Callable[[Session], None]] = {

@@ -27,16 +27,18 @@ import sys
 import time
 from typing import Any
 
-import hlo
 import jax
 import numpy as np
 import optax
-import roofline
-import targets
 from common import machine, make_pyramid, report, run
 
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
+from autocontext_jax.planning import hlo_text
+from autocontext_jax.planning.compiled import TrainingStep, compile_program
+from autocontext_jax.planning.costs import COLLECTIVE, COLLECTIVES, instruction_costs, roofline_seconds
+from autocontext_jax.planning.devices import absent_devices, accelerator_and_count
+from autocontext_jax.runtime import compile_for_absent_devices
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, place, replicated
 from autocontext_jax.training.state import Batch, create_state, make_train_step
@@ -52,8 +54,7 @@ def main() -> None:
     elif flags.processes:
         measure(flags)
     else:
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        jax.config.update("jax_platforms", "cpu")
+        compile_for_absent_devices()
         report(compiled_rows(flags), flags=vars(flags), compiled_on=machine("jaxlib", "optax"))
 
 
@@ -91,22 +92,21 @@ def compiled_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
 def compiled_row(flags: argparse.Namespace, count: int, space: int, edge: int, batch: int) -> dict[str, Any]:
     """What the step compiled for these devices does on each."""
     name = flags.accelerator if count == 1 else f"{flags.accelerator}x{count}"
-    accelerator, _ = targets.parse(name)
-    program = argparse.Namespace(**vars(flags) | {"program": "train", "space": space, "edge": edge, "batch": batch})
-    program.xla = []
-    compiled, _ = roofline.compile_program(program, targets.devices(name))
-    costs = hlo.costs(hlo.parse(compiled.as_text()))
+    accelerator, _ = accelerator_and_count(name)
+    step = TrainingStep(lambda: new_pyramid(flags), patch_size=edge, batch_size=batch, space=space)
+    compiled = compile_program(step, absent_devices(name))
+    costs = instruction_costs(hlo_text.parse(compiled.text))
     number: collections.Counter[str] = collections.Counter()
     sent: dict[str, float] = collections.defaultdict(float)  # bytes
     for cost in costs:
-        if cost.kind == hlo.COLLECTIVE:
-            kind = next(kind for kind in hlo.COLLECTIVES if cost.instruction.opcode.startswith(kind))
+        if cost.kind == COLLECTIVE:
+            kind = next(kind for kind in COLLECTIVES if cost.instruction.opcode.startswith(kind))
             number[kind] += 1
             sent[kind] += passes(kind, count) * cost.link_bytes
     # Those who share a patch stand side by side, in one host if it holds them.
     link = {"collective-permute": accelerator.link if space <= HOST else flags.network}
     everywhere = accelerator.link if count <= HOST else flags.network
-    busy = sum(roofline.roofline_seconds(cost, accelerator, 1) for cost in costs if cost.kind != hlo.COLLECTIVE)
+    busy = sum(roofline_seconds(cost, accelerator, 1) for cost in costs if cost.kind != COLLECTIVE)
     sending = sum(size / link.get(kind, everywhere) for kind, size in sent.items())
     least = passes("all-reduce", count) * least_reduced_bytes(flags)
     pairs = batch * count // space
@@ -117,8 +117,8 @@ def compiled_row(flags: argparse.Namespace, count: int, space: int, edge: int, b
         "pairs": pairs,
         "TFLOP": sum(cost.flops for cost in costs) / 1e12,
         "GB": sum(cost.bytes for cost in costs) / 1e9,
-        "temporary GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
-        "peak GB": roofline.needed_bytes(compiled) / 1e9,
+        "temporary GB": compiled.temporary_bytes / 1e9,
+        "peak GB": compiled.needed_bytes / 1e9,
         "collectives": ", ".join(f"{number[kind]} {kind} {sent[kind] / 1e6:.1f} MB" for kind in sorted(sent)) or "-",
         "sent / least": sum(sent.values()) / least if least else float("nan"),
         "step ms": 1e3 * (busy + sending),

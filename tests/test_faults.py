@@ -1,4 +1,4 @@
-"""A short form of the fault campaign: a fault of the quicker kinds each, and how its parts judge."""
+"""A short form of the fault campaign: a fault of each of the quicker kinds, and how its parts judge."""
 
 import json
 import random
@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fault_damage
+import fault_jobs
 import fault_runs
 import faults
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "faults.py"
+SCRIPT = Path(faults.__file__)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks, mounts and looks into /proc")
@@ -27,9 +29,9 @@ def test_a_few_faults_are_survived():
 
 
 def test_what_a_job_says_is_judged():
-    assert fault_runs.Ended(0, "").error == ""
-    assert fault_runs.Ended(2, "bar\nerror: no room\n").error == "error: no room"
-    assert "mask.nii.gz" in fault_runs.Ended(1, "mask.nii.gz: no room\n1 of 1 scans could not be scored\n").error
+    assert fault_jobs.Ended(0, "").error == ""
+    assert fault_jobs.Ended(2, "bar\nerror: no room\n").error == "error: no room"
+    assert "mask.nii.gz" in fault_jobs.Ended(1, "mask.nii.gz: no room\n1 of 1 scans could not be scored\n").error
     for status, text in (
         (1, ""),
         (2, ""),
@@ -38,26 +40,28 @@ def test_what_a_job_says_is_judged():
         (-9, ""),
         (2, "Traceback\nerror: a"),
     ):
-        with pytest.raises(fault_runs.Wrong):
-            _ = fault_runs.Ended(status, text).error
+        with pytest.raises(fault_jobs.Wrong):
+            _ = fault_jobs.Ended(status, text).error
 
 
-def test_files_are_spoilt_alike_for_the_same_seed(tmp_path):
-    spoilt = []
+def test_files_are_damaged_alike_for_the_same_seed(tmp_path):
+    damaged = []
     for seed in (*range(20), *range(20)):
         path = tmp_path / "file"
         path.write_bytes(bytes(range(100)))
-        faults.spoil(path, random.Random(seed))
-        spoilt.append(path.read_bytes() if path.exists() else None)
-    assert spoilt[:20] == spoilt[20:]
-    assert bytes(range(100)) not in spoilt
-    assert None in spoilt
+        fault_damage.damage(path, random.Random(seed))
+        damaged.append(path.read_bytes() if path.exists() else None)
+    assert damaged[:20] == damaged[20:]
+    assert bytes(range(100)) not in damaged
+    assert None in damaged
 
 
-def test_what_a_message_asks_for_is_done_inside_the_work_directory_alone(tmp_path):
+def test_a_folder_that_a_message_names_is_deleted_inside_the_work_directory_alone(tmp_path):
     folder = tmp_path / "checkpoints" / "8"
     folder.mkdir(parents=True)
-    with pytest.raises(fault_runs.Wrong):
-        faults.do_as_told("error: checkpoint /elsewhere/8 cannot be read (x): delete that folder", tmp_path)
-    faults.do_as_told(f"error: checkpoint {folder} cannot be read (x); wanted: delete that folder", tmp_path)
+    with pytest.raises(fault_jobs.Wrong):
+        fault_runs.delete_named_folder(
+            "error: checkpoint /elsewhere/8 cannot be read (x): delete that folder", tmp_path
+        )
+    fault_runs.delete_named_folder(f"error: checkpoint {folder} cannot be read (x): delete that folder", tmp_path)
     assert not folder.exists()

@@ -6,6 +6,8 @@ import struct
 
 import fuzz
 import pytest
+from fuzz_process import Worker
+from fuzz_readers import READERS, write_scans
 
 from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
@@ -157,12 +159,12 @@ ONCE_FAILED = {
 
 @pytest.mark.parametrize("name", ONCE_FAILED)
 def test_what_once_failed_is_refused(tmp_path, name):
-    reader = fuzz.READERS[name]
+    reader = READERS[name]
     reader.write(tmp_path)
     inputs = {
         what: {path: change((tmp_path / path).read_bytes())} for what, (path, change) in ONCE_FAILED[name].items()
     }
-    worker = fuzz.Worker(name, tmp_path)
+    worker = Worker(name, tmp_path)
     outcomes = {}
     for what, changed in inputs.items():
         outcomes[what] = worker.outcome(changed)
@@ -173,7 +175,7 @@ def test_what_once_failed_is_refused(tmp_path, name):
         assert what != "ten terabytes" or "17500" in outcome.text
 
 
-@pytest.mark.parametrize("name", fuzz.READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_a_short_campaign(tmp_path, name):
     row, failures = fuzz.fuzz(name, 4 if name == "checkpoint" else 150, seed=7, folder=tmp_path)
     assert not failures
@@ -191,7 +193,7 @@ def test_the_same_seed_makes_the_same_inputs(tmp_path):
 
 
 def test_the_most_voxels_can_be_raised(tmp_path, monkeypatch):
-    fuzz.write_scans(tmp_path, ".nii")
+    write_scans(tmp_path, ".nii")
     path = tmp_path / "image.nii"
     assert scans.read_scan(path).voxels.size == 120
     monkeypatch.setenv("AUTOCONTEXT_MAX_VOXELS", "119")

@@ -20,6 +20,7 @@ ORDER = [
     "training/*",
     "inference/tiling", "inference/masks", "inference/context", "inference/predictor",
     "evaluation/*",
+    "planning/*",
     "jobs/*",
     "main",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Accelerators that programs can be compiled for where there is none: their figures, and how XLA is told of them."""
+"""Accelerators that programs can be compiled for where they are absent: their data sheets, and their devices in JAX."""
 
 import dataclasses
 import math
@@ -101,17 +101,23 @@ device_description_str: "{gpu.title}"
 
 
 def split_name(name: str) -> tuple[str, int]:
-    """`h100` -> (h100, 1); `h100x8` -> (h100, 8); `v5e-4` -> (v5e, 4)."""
+    """Splits a target's name: `h100` -> (h100, 1); `h100x8` -> (h100, 8); `v5e-4` -> (v5e, 4).
+
+    Raises:
+      UserError: there is no such accelerator, or not this number of them.
+    """
     several = re.fullmatch(r"(.+)[x-](\d+)", name)
     device, count = several.groups() if several and name not in ACCELERATORS else (name, "1")
     if device not in ACCELERATORS or int(count) not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         known = ", ".join(ACCELERATORS)
-        raise UserError(f"--device is {name}; wanted one of {known}, or a power of two of them: h100x8, v5e-4")
+        raise UserError(
+            f"unknown device {name!r}: expected one of {known}, or a power of two of them, such as h100x8 or v5e-4"
+        )
     return device, int(count)
 
 
-def parse(name: str) -> tuple[Accelerator, int]:
-    """A target's device and how many of them there are."""
+def accelerator_and_count(name: str) -> tuple[Accelerator, int]:
+    """A target's accelerator and how many of them there are, from its name; errors as `split_name`."""
     device, count = split_name(name)
     return ACCELERATORS[device], count
 
@@ -132,8 +138,14 @@ def gpu_text(name: str) -> str:
     )
 
 
-def devices(name: str) -> np.ndarray:
-    """The devices of a target as JAX knows them, [count]: to compile for, not to run on."""
+def absent_devices(name: str) -> np.ndarray:
+    """The devices of a target as JAX knows them, [count]: to compile for, not to run on.
+
+    Call `runtime.compile_for_absent_devices` before.
+
+    Raises:
+      UserError: the name is unknown, or the compiler for this platform is not installed.
+    """
     device, count = split_name(name)
     platform = ACCELERATORS[device].platform
     try:
@@ -144,7 +156,7 @@ def devices(name: str) -> np.ndarray:
                 name, "cuda", topology=f"1x{hosts}x{count // hosts}", target_config=text
             )
         else:
-            # Chips are asked for by shape; without these names libtpu asks the network what machine this is.
+            # Without these names libtpu asks the network what machine this is.
             os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=f"{device}-{count}")
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
             rows = 2 ** (int(math.log2(count)) // 2)
@@ -154,5 +166,7 @@ def devices(name: str) -> np.ndarray:
             found = topologies.get_topology_desc(f"{device}:{title}", "tpu", **few)
     except RuntimeError as error:  # what JAX raises where a platform's plug-in is missing
         reason = str(error).splitlines()[0]
-        raise UserError(f"no compiler for {name} here: pip install -e '.[{EXTRAS[platform]}]' ({reason})") from None
+        raise UserError(
+            f"the compiler for {name} is missing: pip install -e '.[{EXTRAS[platform]}]' ({reason})"
+        ) from None
     return np.array(found.devices)

@@ -1,6 +1,7 @@
 """Does a long run grow? Trains the quick start for hours and watches its process from outside.
 
-    python benchmarks/soak.py [--hours 1] [--workdir FOLDER] [--config configs/quickstart.py] [--config.key=value ...]
+    python tests/campaigns/soak.py [--hours 1] [--workdir FOLDER] [--config configs/quickstart.py]
+        [--config.key=value ...]
 
 The real command line in a process of its own, with validation and checkpoints every 500 steps, ended by SIGTERM. Once
 every five seconds: memory, open files, threads; step times are those of its `metrics.jsonl`. `allocated` is memory of
@@ -23,12 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine, report, run
+from results import print_results
 from tqdm import tqdm
 
-from autocontext_jax.errors import UserError
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EVERY = 5  # seconds between two looks
 QUARTERS = 4
 
@@ -53,9 +52,9 @@ def main() -> None:
             status = process.wait()
         if status or len(looks) < 10 * QUARTERS:
             tail = (workdir / "soak.log").read_text(encoding="utf-8")[-2000:]
-            raise UserError(f"the run ended with status {status} after {len(looks)} looks: {tail}")
+            sys.exit(f"error: the run ended with status {status} after {len(looks)} looks: {tail}")
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    report(table(looks, rows), flags=vars(flags), overrides=overrides, machine=machine())
+    print_results(table(looks, rows), packages=(), flags=vars(flags), overrides=overrides)
 
 
 def watch(process: subprocess.Popen, workdir: Path, seconds: float) -> list[dict[str, float]]:
@@ -113,7 +112,7 @@ def table(looks: Sequence[dict[str, float]], rows: Sequence[dict[str, float]]) -
                 "steps": int(last - first),
                 **medians,
                 "largest resident MB": max(look["resident MB"] for look in inside),
-                "ms a pair": 1e3 / float(np.median(speeds)),
+                "ms per pyramid patch": 1e3 / float(np.median(speeds)),
             }
         )
     growth = {
@@ -123,4 +122,4 @@ def table(looks: Sequence[dict[str, float]], rows: Sequence[dict[str, float]]) -
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

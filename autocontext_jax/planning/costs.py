@@ -1,18 +1,17 @@
-"""What a compiled program moves and computes, read from the text of its scheduled HLO.
+"""What each instruction of a compiled program computes, moves and sends, and how long that takes at least.
 
-`parse` gives a `Module`; `costs` gives the price of each instruction that runs as a kernel of its own. An instruction
-reads its operands from memory and writes its outputs to it, once each: that is exact for fusions, whose inner values
-never leave the chip, and a lower bound for convolutions, whose library may read more than once. What lies in a cache or
-in a TPU's vector memory (memory space S(1)) is not told apart from what is read again, except that S(1) is free.
-
-The format is XLA's, which is no public interface: names here are those of jaxlib 0.10.
+An instruction reads its operands from memory and writes its outputs to it, once each. That is exact for fusions, whose
+inner values never leave the chip, and a lower bound for convolutions, whose library may read more than once. What lies
+in a cache is counted as if it were read from memory again. A TPU's vector memory, memory space S(1), costs nothing.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
+
+from autocontext_jax.planning.devices import Accelerator
+from autocontext_jax.planning.hlo_text import Array, Computation, Instruction, Module
 
 FORWARD, DATA, FILTER = "convolution forward", "convolution backward data", "convolution backward filter"
 PRODUCT, ELEMENTWISE, LAYOUT = "matrix products", "normalisation and elementwise", "layout changes and copies"
@@ -35,87 +34,6 @@ MOVING = FREE | {
 }  # fmt: skip
 SLICING = ("slice", "dynamic-slice", "gather")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """Type, dimensions and layout of one array: the text between its braces."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    layout: str = ""
-
-    @property
-    def elements(self) -> int:
-        """How many."""
-        return math.prod(self.dims)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in the device's main memory; 0 in any other memory."""
-        return 0 if re.search(r"S\([1-9]", self.layout) else self.size
-
-    @property
-    def size(self) -> int:
-        """Bytes in whatever memory, with the padding of a tiled layout."""
-        dims = list(self.dims)
-        order = _integers(self.layout.partition(":")[0])
-        if tile := re.search(r"T\((\d+(?:,\d+)*)\)", self.layout):
-            for axis, size in zip(order, reversed(_integers(tile[1])), strict=False):
-                dims[axis] = -(-dims[axis] // size) * size
-        return -(-math.prod(dims) * _bits(self.dtype) // 8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation: `operands` and `calls` are names, `rest` is the text after the operands."""
-
-    name: str
-    opcode: str
-    outputs: tuple[Array, ...]
-    operands: tuple[str, ...]
-    argument: str
-    rest: str
-    root: bool
-
-    @functools.cached_property
-    def calls(self) -> tuple[str, ...]:
-        """Computations that run as part of this instruction; `to_apply` of a reduction is none of them."""
-        pattern = r"(?:calls|body|true_computation|false_computation|called_computations|branch_computations)="
-        if self.opcode == "call":
-            pattern = r"to_apply="
-        found = re.findall(pattern + r"(\{[^}]*\}|%[\w.\-]+)", self.rest)
-        return tuple(name for group in found for name in re.findall(r"%([\w.\-]+)", group))
-
-    @property
-    def op_name(self) -> str:
-        """Where in the traced program it comes from, e.g. `jit(step)/transpose(jvp())/conv_general_dilated`."""
-        return _find(r'op_name="([^"]*)"', self.rest)
-
-
-Computation = dict[str, Instruction]
-
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """A parsed program.
-
-    Attributes:
-      computations: by name, each its instructions by name in the order of the schedule.
-      entry: name of the one that runs.
-      frames: by stack frame id, the source lines of a call, innermost first, each (file, line, function).
-    """
-
-    computations: dict[str, Computation]
-    entry: str
-    frames: dict[int, tuple[tuple[str, int, str], ...]]
-
-    def source(self, instruction: Instruction) -> tuple[tuple[str, int, str], ...]:
-        """Source lines that an instruction comes from, innermost first; empty if the compiler made it up."""
-        if frame := _find(r"stack_frame_id=(\d+)", instruction.rest):
-            return self.frames.get(int(frame), ())
-        file, line = _find(r'source_file="([^"]*)"', instruction.rest), _find(r"source_line=(\d+)", instruction.rest)
-        return ((file, int(line), ""),) if file and line else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,45 +60,7 @@ class Cost:
     link_bytes: int
 
 
-def parse(text: str) -> Module:
-    """Reads what `compiled.as_text()` gives."""
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if current is None:
-            if match := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-                current = computations[match[2]] = {}
-                entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif " = " in line:
-            instruction = parse_instruction(line)
-            current[instruction.name] = instruction
-    return Module(computations, entry, _frames(text))
-
-
-def parse_instruction(line: str) -> Instruction:
-    """Reads one line, e.g. `ROOT %a.1 = f32[8]{0} add(%b, %c), metadata={...}`."""
-    left, _, right = re.sub(r"/\*.*?\*/", "", line).strip().partition(" = ")
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
-    start = right.index("(", end)
-    stop = _closing(right, start)
-    argument = right[start + 1 : stop]
-    return Instruction(
-        name=left.removeprefix("ROOT ").removeprefix("%"),
-        opcode=right[end:start].strip(),
-        outputs=tuple(
-            Array(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), layout)
-            for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?", right[:end])
-        ),
-        operands=tuple(re.findall(r"%([\w.\-]+)", argument)),
-        argument=argument,
-        rest=right[stop + 1 :],
-        root=left.startswith("ROOT "),
-    )
-
-
-def costs(module: Module) -> list[Cost]:
+def instruction_costs(module: Module) -> list[Cost]:
     """Prices of all instructions that run, loops times their trip count, in the order of the schedule."""
     return list(_costs(module, module.entry, 1))
 
@@ -189,10 +69,10 @@ def _costs(module: Module, name: str, times: int) -> Iterator[Cost]:
     computation = module.computations[name]
     for instruction in computation.values():
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith(("-done", "-update")) or _target(instruction) in FREE:
+        if opcode in FREE or opcode.endswith(("-done", "-update")) or instruction.target in FREE:
             continue
         if opcode in ("while", "call", "conditional", "async-start"):
-            trips = int(_find(r'known_trip_count":\{"n":"(\d+)"', instruction.rest) or 1)
+            trips = int(instruction.find(r'known_trip_count":\{"n":"(\d+)"') or 1)
             branches = [list(_costs(module, inner, times * trips)) for inner in instruction.calls]
             # Of a conditional's branches one runs: the dearest is counted.
             yield from max(branches, key=lambda costs: sum(cost.bytes for cost in costs), default=[])
@@ -232,7 +112,7 @@ def _origin(module: Module, computation: Computation, instruction: Instruction) 
 
 
 def _kind(computation: Computation, heaviest: Instruction, opcodes: list[str]) -> str:
-    target = _target(heaviest)
+    target = heaviest.target
     if opcodes[0].startswith(COLLECTIVES):
         return COLLECTIVE
     if target in CUDNN:
@@ -256,7 +136,7 @@ def _convolution_kind(computation: Computation, instruction: Instruction) -> str
 
 def _space(computation: Computation, instruction: Instruction) -> list[tuple[int, int, int]]:
     """Sizes of a plain convolution's input, window and output along each of its spatial axes."""
-    labels = re.findall(r"\w+", _find(r"dim_labels=(\w+->\w+)", instruction.rest).replace("_", " "))
+    labels = re.findall(r"\w+", instruction.find(r"dim_labels=(\w+->\w+)").replace("_", " "))
     arrays = [computation[name].outputs[0] for name in instruction.operands] + [instruction.outputs[0]]
     axes = [letter for letter in labels[2] if letter.isdigit()]
     return [tuple(array.dims[label.index(axis)] for array, label in zip(arrays, labels, strict=True)) for axis in axes]
@@ -264,9 +144,9 @@ def _space(computation: Computation, instruction: Instruction) -> list[tuple[int
 
 def _flops(computation: Computation, instruction: Instruction) -> int:
     """Two a multiply-add of one convolution or matrix product; 0 for all else."""
-    target = _target(instruction)
+    target = instruction.target
     arrays = [array for name in instruction.operands for array in computation[name].outputs]
-    kernel = _find(r"dim_labels=\w+_(\w+)->", instruction.rest)
+    kernel = instruction.find(r"dim_labels=\w+_(\w+)->")
     if target in CUDNN:
         # Each value of the forward convolution's output takes the products of one output feature's filter.
         forward = (instruction.outputs[0], arrays[1])
@@ -280,8 +160,12 @@ def _flops(computation: Computation, instruction: Instruction) -> int:
         outputs = instruction.outputs[0].elements // math.prod(output for _, _, output in space)
         return 2 * outputs * pairs * arrays[1].dims[kernel.index("i")]
     if instruction.opcode == "dot" or target.startswith(CUBLAS):
-        axes = _find(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)', instruction.rest)
-        return 2 * instruction.outputs[0].elements * math.prod(arrays[0].dims[axis] for axis in _integers(axes))
+        axes = instruction.find(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)')
+        return (
+            2
+            * instruction.outputs[0].elements
+            * math.prod(arrays[0].dims[axis] for axis in map(int, re.findall(r"\d+", axes)))
+        )
     return 0
 
 
@@ -352,53 +236,14 @@ def _written_bytes(module: Module, name: str) -> int:
     return total
 
 
-def _frames(text: str) -> dict[int, tuple[tuple[str, int, str], ...]]:
-    """The stack frame table at the head of the text; empty where the compiler wrote none."""
+def roofline_seconds(cost: Cost, accelerator: Accelerator, count: int) -> float:
+    """The longest of computing, moving and sending: the least time that one instruction takes.
 
-    def table(title: str) -> dict[int, str]:
-        rows = _find(rf"^{title}\n((?:\d+ .*\n)+)", text).splitlines()
-        return {int(row.split(" ", 1)[0]): row.split(" ", 1)[1] for row in rows}
-
-    def number(key: str, row: str) -> int:
-        return int(_find(rf"{key}=(\d+)", row) or 0)
-
-    files, functions, locations, rows = (
-        table(title) for title in ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-    )
-    frames: dict[int, tuple[tuple[str, int, str], ...]] = {0: ()}
-    for frame, row in rows.items():
-        place = locations[number("file_location_id", row)]
-        file, function = files[number("file_name_id", place)], functions[number("function_name_id", place)]
-        # Ids count from 1; a parent's is written one too large, so that 1 means none.
-        parent = frames[number("parent_frame_id", row) - 1]
-        frames[frame] = ((file.strip('"'), number("line", place), function.strip('"')), *parent)
-    return frames
-
-
-def _target(instruction: Instruction) -> str:
-    return _find(r'custom_call_target="([^"]*)"', instruction.rest)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"\d+", text)]
-
-
-def _find(pattern: str, text: str) -> str:
-    match = re.search(pattern, text, re.MULTILINE)
-    return match[1] if match else ""
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
-    depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError(f"no closing parenthesis in {text[start : start + 80]!r}")
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "pred":
-        return 8
-    return int(_find(r"^[a-z]+(\d+)", dtype) or 0)
+    Args:
+      cost: of the instruction.
+      accelerator: on which it runs.
+      count: of the devices that take part in a collective. In a ring each share passes all other devices twice.
+    """
+    peak = accelerator.peak.get(cost.dtype, min(accelerator.peak.values()))
+    sending = 2 * (count - 1) / count * cost.link_bytes / accelerator.link
+    return max(cost.flops / peak, cost.bytes / accelerator.bandwidth, sending)

@@ -1,0 +1,1 @@
+"""What a program needs, for accelerators that need not be there."""

@@ -1,0 +1,270 @@
+"""The readers that are fuzzed: for each the valid files that its inputs are made from, and how it reads them."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autocontext_jax.data import preparation, scans
+from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.split import draw_validation, make_split, read_fold, sides_of
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
+from autocontext_jax.errors import UserError
+from autocontext_jax.files import write_json
+from autocontext_jax.jobs import config as configuration
+from autocontext_jax.jobs.run_config import RunConfig, as_dict
+from autocontext_jax.jobs.run_folder import read_split
+
+SIZE, LABELS = (6, 5, 4), ("background", "artery", "vein")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A reader and its inputs.
+
+    Attributes:
+      share: of all inputs of a campaign.
+      write: fills an empty folder with valid files.
+      mutable: a pattern of the paths, in that folder, of the files that are changed.
+      read: reads the folder; called in a process of its own.
+      fresh: whether reading changes the folder, so that each input needs a new one.
+    """
+
+    share: float
+    write: Callable[[Path], None]
+    mutable: str
+    read: Callable[[Path], object]
+    fresh: bool = False
+
+
+def write_scans(folder: Path, suffix: str) -> None:
+    """An image, a label map on its grid, and an image of floats."""
+    rng = np.random.default_rng(0)
+    scans.write_scan(folder / f"image{suffix}", rng.integers(-1000, 1000, SIZE, np.int16), (2.5, 0.8, 0.7))
+    scans.write_scan(folder / f"label{suffix}", rng.integers(0, 3, SIZE, np.uint8), (2.5, 0.8, 0.7))
+    scans.write_scan(folder / f"float{suffix}", rng.normal(size=SIZE).astype(np.float32), (2.5, 0.8, 0.7))
+
+
+def write_plain_scans(folder: Path, suffix: str) -> None:
+    """The same, not compressed; .mhd with its voxels in a second file."""
+    import SimpleITK as sitk
+
+    write_scans(folder, ".mha")
+    for path in sorted(folder.iterdir()):
+        sitk.WriteImage(sitk.ReadImage(str(path)), str(path.with_suffix(suffix)), useCompression=False)
+        if suffix != ".mha":
+            path.unlink()
+
+
+def read_scans(folder: Path, suffix: str) -> None:
+    """All that is done with a scan's file: its grid, its voxels, and the label map on it."""
+    scans.read_grid(folder / f"image{suffix}")
+    scan = scans.read_scan(folder / f"image{suffix}")
+    scans.read_label(folder / f"label{suffix}", labels=range(3), like=scan.grid, case="a")
+    scans.read_scan(folder / f"float{suffix}")
+
+
+def write_series(folder: Path) -> None:
+    """Three slices of CT."""
+    import SimpleITK as sitk
+
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in range(3):
+        image = sitk.GetImageFromArray(np.full(SIZE[1:], k, np.int16))
+        place = {
+            "0008|0060": "CT",
+            "0020|000e": "1.2.3",
+            "0020|0032": f"0\\0\\{2.5 * k}",
+            "0020|0037": "1\\0\\0\\0\\1\\0",
+        }
+        for key, value in {"0008|0018": f"1.2.3.{k}", "0020|000d": "1.2", **place}.items():
+            image.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{k}.dcm"))
+        writer.Execute(image)
+
+
+def write_nnunet(folder: Path) -> None:
+    """The nnU-Net v2 layout with empty scans, which no reader of layouts opens."""
+    description = {"channel_names": {"0": "CT"}, "labels": {name: k for k, name in enumerate(LABELS)}}
+    description |= {"numTraining": 2, "file_ending": ".nii.gz"}
+    _write_layout(folder, description, "_0000")
+
+
+def write_msd(folder: Path) -> None:
+    """The Medical Segmentation Decathlon's layout, likewise."""
+    pairs = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in "ab"]
+    description = {"modality": {"0": "CT"}, "labels": {str(k): name for k, name in enumerate(LABELS)}}
+    _write_layout(folder, description | {"training": pairs, "test": ["./imagesTs/c.nii.gz"]}, "")
+
+
+def _write_layout(folder: Path, description: dict[str, Any], channel: str) -> None:
+    for place in (f"imagesTr/a{channel}", f"imagesTr/b{channel}", "labelsTr/a", "labelsTr/b", f"imagesTs/c{channel}"):
+        path = folder / f"{place}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+
+
+def read_layout(folder: Path) -> None:
+    """The layout and its split, as `jobs/prepare.py` takes them."""
+    draw_validation(read_dataset(folder).training, fraction=0.5, seed=0)
+
+
+def write_splits(folder: Path) -> None:
+    """Two folds."""
+    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["b", "c"], "val": ["a"]}]
+    (folder / "splits_final.json").write_text(json.dumps(folds), encoding="utf-8")
+
+
+def read_splits(folder: Path) -> None:
+    """Both folds."""
+    cases = [Case(name, Path(name), None) for name in "abc"]
+    for fold in range(2):
+        read_fold(cases, folder / "splits_final.json", fold)
+
+
+def write_store(folder: Path) -> None:
+    """A prepared case of two levels."""
+    size = (2 * SIZE[0], 2 * SIZE[1], 2 * SIZE[2])
+    rng = np.random.default_rng(0)
+    case = Case("a", folder / "image.nii", folder / "label.nii")
+    scans.write_scan(case.image, rng.integers(-1000, 1000, size, np.int16), (2.5, 0.8, 0.7))
+    scans.write_scan(folder / "label.nii", rng.integers(0, 3, size, np.uint8), (2.5, 0.8, 0.7))
+    preparation.prepare_case(case, str(folder), LevelGrids((2, 1)), LABELS)
+
+
+def read_store(folder: Path) -> None:
+    """What the feed reads of a case: its description, a crop of each level, a voxel of each class."""
+    case = PreparedCase.open(str(folder), "a")
+    for level in range(1, len(case.shapes) + 1):
+        case.read(level, (-2, 0, 1), (8, 8, 8)).result()
+    for entry in (0, case.foreground_offsets[-1] - 1):
+        case.foreground_voxel(entry)
+
+
+def write_checkpoints(folder: Path) -> None:
+    """Two checkpoints of a small state."""
+    import jax
+    import jax.numpy as jnp
+
+    from autocontext_jax.training.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(folder / "c")
+    for step in (1, 2):
+        state = {"kernel": jax.random.normal(jax.random.key(step), (3, 5)), "step": jnp.asarray(step, jnp.int32)}
+        checkpoints.save(step, state, {"next_index": step}, dice=step / 3)
+    checkpoints.close()
+
+
+def read_checkpoints(folder: Path) -> None:
+    """The newest is read or refused; then it is set aside if it is damaged, and the run goes on from what is whole."""
+    import jax
+    import jax.numpy as jnp
+
+    from autocontext_jax.training.checkpoints import Checkpoints
+
+    like = jax.eval_shape(lambda: {"kernel": jnp.zeros((3, 5)), "step": jnp.asarray(0, jnp.int32)})
+    with contextlib.closing(Checkpoints(folder / "c")) as checkpoints:
+        refusal = None
+        try:
+            checkpoints.restore(2, like)
+        except UserError as error:
+            refusal = error
+        checkpoints.set_damaged_aside()
+        checkpoints.restore(checkpoints.latest or 0, like)
+        if refusal:
+            raise refusal
+
+
+def write_config_json(folder: Path) -> None:
+    """The defaults."""
+    configuration.write_config(RunConfig(), folder)
+
+
+def read_config_json(folder: Path) -> None:
+    """As a run does that goes on in the run folder."""
+    saved = configuration.read_config(folder)
+    if saved is not None:
+        configuration.check_same_run(RunConfig(), saved, folder)
+
+
+def write_split_json(folder: Path) -> None:
+    """A split of three training cases and a test case."""
+    cases = []
+    for name in "abcd":
+        (folder / name).write_text(name, encoding="utf-8")
+        cases.append(Case(name, folder / name, folder / name))
+    dataset = Dataset(folder, LABELS, tuple(cases[:3]), (cases[3],))
+    split = make_split(dataset, sides_of(dataset, cases[:2], cases[2:3]))
+    write_json(folder / "split.json", split.to_json())
+
+
+def read_split_json(folder: Path) -> None:
+    """As every start of a run does."""
+    read_split(folder)
+
+
+def write_overrides(folder: Path) -> None:
+    """Every key with its default as on a command line, five an argument list."""
+    lines = []
+    for key, value in configuration.default_config().to_dict().items():
+        section = value if isinstance(value, dict) else {"": value}
+        lines += [f"--config.{key}{'.' * bool(inner)}{inner}={item}" for inner, item in section.items()]
+    for start in range(0, len(lines), 5):
+        (folder / f"{start:03}.flags").write_text("\n".join(lines[start : start + 5]), encoding="utf-8")
+    (folder / "config.py").write_text("from autocontext_jax.jobs.config import default_config as get_config\n")
+
+
+def read_overrides(folder: Path) -> None:
+    """Parses the command line, checks the configuration and takes it apart as the jobs do."""
+    from absl import flags
+
+    from autocontext_jax import main
+
+    changed = max(folder.glob("*.flags"), key=lambda path: path.stat().st_mtime_ns)
+    lines = [line for line in changed.read_text("utf-8", "replace").split("\n") if line.startswith("--config.")]
+    sys.argv = ["main", f"--config={folder / 'config.py'}", f"--workdir={folder}", *lines]  # where ml_collections looks
+    flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+    main._parse(sys.argv)
+    config = configuration.from_config_dict(main.CONFIG.value)
+    spacing = config.levels.level_factors((2.5, 0.8, 0.7))
+    assert len(spacing) == len(config.levels.factors)
+    for phase in config.phases():
+        config.phase_loss(phase)
+    config.augmentation.spatial(LABELS)
+    json.dumps(as_dict(config))
+
+
+def _scan_reader(suffix: str, share: float, write: Callable[[Path, str], None] = write_scans) -> Reader:
+    pattern = r".*\.(mhd|raw)" if suffix == ".mhd" else f".*{re.escape(suffix)}"
+    return Reader(share, lambda folder: write(folder, suffix), pattern, lambda folder: read_scans(folder, suffix))
+
+
+READERS = {
+    "scan .nii": _scan_reader(".nii", 0.05),
+    "scan .nii.gz": _scan_reader(".nii.gz", 0.04),
+    "scan .mha": _scan_reader(".mha", 0.03),
+    "scan .mha, plain": _scan_reader(".mha", 0.03, write_plain_scans),
+    "scan .mhd": _scan_reader(".mhd", 0.03, write_plain_scans),
+    "scan .nrrd": _scan_reader(".nrrd", 0.03),
+    "scan .nrrd, plain": _scan_reader(".nrrd", 0.03, write_plain_scans),
+    "scan DICOM": Reader(0.03, write_series, r".*\.dcm", scans.read_scan),
+    "dataset.json nnU-Net": Reader(0.19, write_nnunet, "dataset.json", read_layout),
+    "dataset.json MSD": Reader(0.19, write_msd, "dataset.json", read_layout),
+    "splits_final.json": Reader(0.16, write_splits, "splits_final.json", read_splits),
+    "store": Reader(0.03, write_store, r"a\.ome\.zarr/.*", read_store),
+    "checkpoint": Reader(0.0015, write_checkpoints, r"c/2/.*", read_checkpoints, fresh=True),
+    "config.json": Reader(0.12, write_config_json, r"config\.json", read_config_json),
+    "split.json": Reader(0.01, write_split_json, r"split\.json", read_split_json),
+    "overrides": Reader(0.03, write_overrides, r".*\.flags", read_overrides),
+}
