@@ -20,6 +20,7 @@ import SimpleITK as sitk
 from autocontext_jax.data import scans
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.dataset import write_dataset
+from autocontext_jax.jobs.config import read_config
 from autocontext_jax.runtime import keep_compiled_programs
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,15 @@ def run(*arguments: object, config: str = "configs/quickstart.py") -> subprocess
     )
 
 
+def use(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A job that only uses a run: without --config, as the run folder knows its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "autocontext_jax.main", *map(str, arguments)],
+        cwd=cwd, capture_output=True, encoding="utf-8", timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
 def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
 
@@ -81,9 +91,13 @@ def test_whole_job_leaves_everything(whole_job):
     workdir, result = whole_job
     rows = metrics(workdir)
     assert [row["step"] for row in rows] == list(range(1, 25))
-    assert all(np.isfinite(row["loss"]) and row["pairs_per_second"] > 0 for row in rows)
+    assert all(np.isfinite(row["loss"]) and row["patches_per_second"] > 0 for row in rows)
     assert [row["step"] for row in rows if "validation_loss" in row] == [8, 16, 24]
-    assert json.loads((workdir / "config.json").read_bytes())["data"]["labels"] == ["background", *ORGANS]
+    assert read_config(workdir).train.steps == 24
+    split = json.loads((workdir / "split.json").read_bytes())
+    assert split["classes"] == ["background", *ORGANS]
+    sides = [case["side"] for case in split["cases"].values()]
+    assert (sides.count("training"), sides.count("validation"), sides.count("test")) == (4, 1, 2)
     assert list((workdir / "tensorboard").iterdir())
 
     evaluation = json.loads((workdir / "evaluation.json").read_bytes())
@@ -314,7 +328,7 @@ def test_predict_one_file_and_a_folder_with_a_bad_scan(whole_job, tmp_path):
 def test_another_config_in_the_same_work_directory(whole_job):
     workdir, _ = whole_job
     message = one_line_error(run("--workdir", workdir, *SMALL, "--config.model.base_channels=3"))
-    assert "model.base_channels (there 2, here 3)" in message
+    assert "model.base_channels (the run has 2, given is 3)" in message
 
 
 def test_a_missing_config_file(tmp_path):
@@ -326,12 +340,12 @@ def test_a_missing_config_file(tmp_path):
     [
         ([], ["--workdir"]),
         (["--workdir", "W", "--config.model.widht=8"], ["widht"]),
-        (["--workdir", "W", "--config.model.base_channels=wide"], ["width", "wide"]),
+        (["--workdir", "W", "--config.model.base_channels=wide"], ["base_channels", "wide"]),
         (["--workdir", "W", "--config.loader.patch_size=30"], ["loader.patch_size", "30", "multiple of 8"]),
         (["--workdir", "W", "--mode", "fly"], ["mode", "fly"]),
         (["--workdir", "W", "--mode", "predict"], ["--input"]),
         (["--workdir", "W", "--mode", "evaluate", *SMALL], ["config.json"]),
-        (["--workdir", "W", "--mode", "report"], ["evaluation.json", "--mode evaluate"]),
+        (["--workdir", "W", "--mode", "report"], ["config.json", "--mode train"]),
         (["--workdir", "W", "--config.phantom.training=0"], ["data.root"]),
         (["--workdir", "W", "--config.phantom.training=0", "--config.data.root=/no/such"], ["/no/such"]),
         (["--workdir", "/proc/no", *SMALL], ["/proc/no"]),
@@ -376,8 +390,8 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
         label = sitk.GetImageFromArray(there[sitk.GetArrayFromImage(image)])
         label.CopyInformation(image)
         sitk.WriteImage(label, path)
-    arguments = ["--workdir", workdir, "--mode", "evaluate", *SMALL, f"--config.evaluate.root={root}"]
-    result = run(*arguments, "--config.evaluate.label_mapping=('Leber=liver',)")
+    arguments = ["--workdir", workdir, "--mode", "evaluate", f"--config.evaluate.root={root}"]
+    result = use(*arguments, "--config.evaluate.label_mapping=('Leber=liver',)")
     assert result.returncode == 0, result.stderr
     own = json.loads((workdir / "evaluation.json").read_bytes())
     other = json.loads((workdir / "on_elsewhere" / "evaluation.json").read_bytes())
@@ -387,13 +401,13 @@ def test_another_data_set_with_other_labels(whole_job, tmp_path):
     for name, levels in own["cases"].items():
         for level, organs in levels.items():
             assert other["cases"][name][level] == {organ: organs[organ] for organ in ("liver", "spleen")}
-    message = one_line_error(run(*arguments, "--config.evaluate.label_mapping=('Leber=livre',)"))
+    message = one_line_error(use(*arguments, "--config.evaluate.label_mapping=('Leber=livre',)"))
     assert "Leber=livre" in message
 
 
 def test_report_of_a_run(whole_job):
     workdir, _ = whole_job
-    result = run("--workdir", workdir, "--mode", "report", *SMALL)
+    result = use("--workdir", workdir, "--mode", "report")
     assert result.returncode == 0, result.stderr
     text = (workdir / "report.html").read_text(encoding="utf-8")
     for case in ("phantom_005", "phantom_006"):
@@ -428,6 +442,12 @@ def test_an_experiment_compares_modes_and_goes_on(whole_job, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_bytes()) == evaluation
     assert (tmp_path / "first_level" / "evaluation.json").stat().st_mtime_ns == before
 
+    # An evaluation under other settings is not the one that is there.
+    result = run("--workdir", tmp_path, *arguments, experiment, "--config.evaluate.tolerance=20.0")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "first_level" / "evaluation.json").read_bytes())["tolerance"] == 20
+    assert "surface Dice at 20 mm" in result.stdout
+
 
 def test_scans_slice_by_slice(whole_job, tmp_path):
     workdir, _ = whole_job
@@ -452,22 +472,24 @@ def test_real_scan_through_the_papers_config_made_small(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "nothing is left to evaluate" in result.stderr
     scan = root / "imagesTr" / "abdomen_0000.nii.gz"
-    result = run(
-        "--workdir", tmp_path, "--mode", "predict", *small, "--input", scan, "--output", tmp_path / "mask.nii.gz",
-        config=config,
-    )  # fmt: skip
+    # From another folder: the run folder alone is enough.
+    result = use(
+        "--workdir", tmp_path, "--mode", "predict", "--input", scan, "--output", tmp_path / "mask.nii.gz", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert scans.read_grid(tmp_path / "mask.nii.gz") == scans.read_grid(scan)
 
 
 def test_the_package_does_not_need_the_checkout(tmp_path):
-    """The module is found from another folder, and without arguments says what it wants."""
+    """The module is found from another folder, and without arguments says what it expects."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-m", "autocontext_jax.main"],
         cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=60,
     )  # fmt: skip
-    assert "--config FILE" in one_line_error(result)
+    message = one_line_error(result)
+    assert "--workdir FOLDER" in message
+    assert "--config FILE" in message
 
 
 @pytest.mark.parametrize(

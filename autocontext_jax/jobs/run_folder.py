@@ -23,7 +23,7 @@ from autocontext_jax.data.split import (
     sides_of,
 )
 from autocontext_jax.errors import UserError
-from autocontext_jax.files import read_json, write_json
+from autocontext_jax.files import read_json, write_json, writing
 from autocontext_jax.jobs.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
     """
 
     def prepare() -> None:
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
         dataset = _read_dataset(config, workdir, generate=True)
         known = read_split(workdir)
         split = _first_split(config, dataset) if known is None else _checked(config, dataset, known, workdir)
