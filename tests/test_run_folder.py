@@ -31,6 +31,15 @@ from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.phases import MODES, Mode, Phase
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Compiling is most of this file's time, and nothing here depends on how fast programs are."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("phantoms") / "data"
@@ -247,19 +256,9 @@ def test_a_mask_that_no_format_is_written_for_is_refused_before_the_prediction(r
 # ---- going on ----
 
 
-def test_a_signal_at_a_checkpoint_step_does_not_skip_its_validation(root, tmp_path, monkeypatch):
-    config, workdir = small(root), tmp_path / "run"
-    monkeypatch.setattr(StopSignal, "requested", lambda self, step: step == 2)
-    assert not train(config, workdir, prepare(config, workdir))
-    assert [row["step"] for row in rows(workdir) if "validation_loss" in row] == [2]
-    monkeypatch.setattr(StopSignal, "requested", lambda self, step: step == 3)
-    assert not train(config, workdir, prepare(config, workdir))
-    assert [row["step"] for row in rows(workdir) if "validation_loss" in row] == [2]
-
-
-def test_the_count_of_skipped_steps_goes_on(root, tmp_path, monkeypatch):
-    config = small(root, train={"non_finite": "skip"})
-    workdir = tmp_path / "run"
+def test_a_run_that_is_stopped_goes_on_where_it_was(root, tmp_path, monkeypatch):
+    """A signal at a checkpoint step does not skip its validation, and skipped steps are counted on."""
+    config, workdir = small(root, train={"non_finite": "skip"}), tmp_path / "run"
     real = training.make_train_step
 
     def with_broken_steps(*arguments, **keywords):
@@ -267,16 +266,18 @@ def test_the_count_of_skipped_steps_goes_on(root, tmp_path, monkeypatch):
 
         def take(state, batch):
             state, metrics = step(state, batch)
-            return state, metrics.replace(loss=jnp.nan) if int(state.step) in (2, 4) else metrics
+            return state, metrics.replace(loss=jnp.nan) if int(state.step) in (1, 3) else metrics
 
         return take
 
     monkeypatch.setattr(training, "make_train_step", with_broken_steps)
+    monkeypatch.setattr(StopSignal, "requested", lambda self, step: step == 2)
+    assert not train(config, workdir, prepare(config, workdir))
+    assert [row["step"] for row in rows(workdir) if "validation_loss" in row] == [2]
+    assert rows(workdir)[-1]["skipped_steps"] == 1
     monkeypatch.setattr(StopSignal, "requested", lambda self, step: step == 3)
     assert not train(config, workdir, prepare(config, workdir))
-    assert rows(workdir)[-1]["skipped_steps"] == 1
-    monkeypatch.setattr(StopSignal, "requested", lambda self, step: False)
-    assert train(config, workdir, prepare(config, workdir))
+    assert [row["step"] for row in rows(workdir) if "validation_loss" in row] == [2]
     assert rows(workdir)[-1]["skipped_steps"] == 2
 
 
