@@ -17,7 +17,7 @@ from autocontext_jax.jobs import config as configuration
 from autocontext_jax.jobs.checks import check
 from autocontext_jax.jobs.config import dataclass_of, default_config
 from autocontext_jax.jobs.restore import make_model
-from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import OptimizerConfig

@@ -14,7 +14,7 @@ import roofline
 import targets
 from jax import lax
 
-from autocontext_jax.models import layers
+from autocontext_jax.models import convolution
 
 GPU = """HloModule jit_step, is_scheduled=true
 
@@ -135,7 +135,7 @@ def test_a_tpus_tiles_vector_memory_and_matrix_products_by_hand():
 
 @pytest.mark.parametrize("program", ["train", "predict"])
 def test_the_real_programs_are_read_to_the_end(program, monkeypatch):
-    monkeypatch.setattr(layers, "onednn_type", lambda dtype: None)  # foreign calls have no FLOPs to read
+    monkeypatch.setattr(convolution, "onednn_type", lambda dtype: None)  # foreign calls have no FLOPs to read
     flags = argparse.Namespace(
         program=program,
         width=2,

@@ -2,7 +2,7 @@
 
 The sections are the dataclasses that the code takes, so each key is explained where it acts: `levels` in
 `data/store/level_grids.py`, `feed` in `data/pipeline.py`, `spatial` in `geometry.py`, `intensity` in `data/augment.py`,
-`model` in `models/network.py`, `pyramid` in `models/pyramid.py`, `loss` and `optimizer` in `training/`, `predict` in
+`model` in `models/blocks.py`, `pyramid` in `models/pyramid.py`, `loss` and `optimizer` in `training/`, `predict` in
 `inference/predictor.py`.
 """
 
@@ -20,8 +20,8 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_whole
 from autocontext_jax.geometry import SpatialLimits
 from autocontext_jax.inference.predictor import PredictorConfig
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.fcn import FCN
-from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.models.residual_unet import ResidualUNet
 from autocontext_jax.models.unet import UNet

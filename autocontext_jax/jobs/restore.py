@@ -19,7 +19,7 @@ from autocontext_jax.jobs.config import (
     model_levels,
     read_config,
 )
-from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.sharding import make_mesh, replicated

@@ -1,4 +1,4 @@
-"""The auto-context pyramid: a network a level, each seeing the maps of the level before (Roth et al., section 2.2)."""
+"""The auto-context pyramid: one network per level, which sees the coarser level's maps (Roth et al., section 2.2)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.models import layers
+from autocontext_jax.models.resizing import upsample_by_two
 
 CONTEXTS = ("softmax", "onehot", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class PyramidConfig:
-    """What the pyramid adds to its networks.
+    """How the pyramid connects its networks.
 
     Attributes:
       levels: S.
       classes: K, background first.
       context: what the next level sees of this level's prediction: its `softmax` maps, `onehot` maps, or `none`.
-      stop_gradient: True keeps a level's loss from training the levels before it.
-      window: HU that map to -1 and 1; beyond, intensities are clipped.
-      rank: 3, or 2 for images that are seen slice by slice: D below is then any number of slices, the same at every
-        level.
+      stop_gradient: whether the gradient stops between levels, so that a level's loss trains that level alone.
+      window: HU that are mapped to -1 and 1; intensities outside are clipped.
+      rank: number of spatial dimensions: 3, or 2 for images that are processed slice by slice. In 2D the size D below
+        is any number of slices, the same at every level.
     """
 
     levels: int
@@ -38,14 +38,17 @@ class Pyramid(nnx.Module):
     """S networks, coarsest first.
 
     Args:
-      config: see there.
+      config: how the networks are connected.
       network: makes one level's network from its number of input channels and the random keys.
-      rngs: keys for the parameters.
+      rngs: random keys for the parameters.
+
+    Raises:
+      ValueError: `config.context` is not one of `CONTEXTS`.
     """
 
     def __init__(self, config: PyramidConfig, network: Callable[[int, nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
         if config.context not in CONTEXTS:
-            raise ValueError(f"context is {config.context!r}; wanted one of {CONTEXTS}")
+            raise ValueError(f"context is {config.context!r}; expected one of {CONTEXTS}")
         self.config = config
         context_channels = 0 if config.context == "none" else config.classes
         self.networks = nnx.List(
@@ -74,7 +77,7 @@ class Pyramid(nnx.Module):
           level: 1 = coarsest.
           image: [B, D, H, W] in HU.
           maps: the coarser level's softmax maps over the same region with a halo of one coarse voxel,
-            [B, D/2 + 2, H/2 + 2, W/2 + 2, K], of rank 2 [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
+            [B, D/2 + 2, H/2 + 2, W/2 + 2, K], in 2D [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
 
         Returns:
           [B, D, H, W, K], float32.
@@ -87,7 +90,7 @@ class Pyramid(nnx.Module):
                 maps = jax.nn.one_hot(jnp.argmax(maps, axis=-1), self.config.classes)
             if self.config.stop_gradient:
                 maps = jax.lax.stop_gradient(maps)
-            maps = layers.upsample_by_two(maps.astype(jnp.float32), self.config.rank)
+            maps = upsample_by_two(maps.astype(jnp.float32), self.config.rank)
             x = jnp.concatenate([x, maps], axis=-1)
         return self.networks[level - 1](x)
 
@@ -95,10 +98,10 @@ class Pyramid(nnx.Module):
 def context_of(logits: jax.Array, rank: int = 3) -> jax.Array:
     """Softmax maps over the next level's patch with a halo of one voxel: [B, N, N, N, K] -> [B, (N/2 + 2)^3, K].
 
-    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). Of rank 2 D stays.
+    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). In 2D the size D stays.
     """
     edge = logits.shape[2]
     inner = slice(edge // 4 - 1, 3 * edge // 4 + 1)
-    # The depth last: where it is split over devices, they exchange the less.
+    # The depth is cropped last: if it is split over devices, they then exchange less.
     maps = jax.nn.softmax(logits[:, :, inner, inner])
     return maps[:, inner] if rank == 3 else maps

@@ -1,4 +1,4 @@
-"""The house's direction: who may import whom."""
+"""The order of the package's files: who may import whom."""
 
 import ast
 import graphlib
@@ -15,8 +15,8 @@ ORDER = [
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/preparation", "data/sampling",
     "data/augment",
     "data/pipeline",
-    "models/onednn", "models/layers",
-    "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/pyramid",
+    "models/xla_ffi", "models/onednn", "models/convolution", "models/normalization", "models/resizing",
+    "models/blocks", "models/unet", "models/residual_unet", "models/fcn", "models/pyramid",
     "training/*",
     "inference/tiling", "inference/masks", "inference/predictor",
     "evaluation/*",
