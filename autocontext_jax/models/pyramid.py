@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ class PyramidConfig:
 class Pyramid(nnx.Module):
     """S networks, coarsest first.
 
+    The state of a pyramid is its parameters and running averages. Random keys in the networks, such as those of
+    `nnx.Dropout`, are removed from it: they must be set with `reseed` before a call that uses them.
+
     Args:
       config: how the networks are connected.
       network: makes one level's network from its number of input channels and the random keys.
@@ -54,6 +58,21 @@ class Pyramid(nnx.Module):
         self.networks = nnx.List(
             [network(1 if level == 0 else 1 + context_channels, rngs) for level in range(config.levels)]
         )
+        for stream in _random_streams(self):
+            stream.shape = stream.key.shape
+            del stream.key, stream.count
+
+    def reseed(self, key: jax.Array) -> None:
+        """Sets the keys of all random streams in the networks, each to a key of its own.
+
+        Args:
+          key: a typed key, such as `jax.random.key(0)`. The same key gives the same random numbers again.
+        """
+        for number, stream in enumerate(_random_streams(self)):
+            own = jax.random.fold_in(key, number)
+            # The stream of a module that `nnx.vmap` made has a key for each of its copies.
+            stream.key = nnx.RngKey(jax.random.split(own, stream.shape) if stream.shape else own, tag=stream.tag)
+            stream.count = nnx.RngCount(jnp.zeros(stream.shape, jnp.uint32), tag=stream.tag)
 
     def __call__(self, images: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Logits of every level of a batch of pyramid patches, differentiable end to end.
@@ -93,6 +112,11 @@ class Pyramid(nnx.Module):
             maps = upsample_by_two(maps.astype(jnp.float32), self.config.rank)
             x = jnp.concatenate([x, maps], axis=-1)
         return self.networks[level - 1](x)
+
+
+def _random_streams(model: nnx.Module) -> list[Any]:
+    """Every `nnx.RngStream` in the networks; in a pyramid they have an attribute `shape` besides their own."""
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
 
 
 def context_of(logits: jax.Array, rank: int = 3) -> jax.Array:
