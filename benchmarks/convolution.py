@@ -3,8 +3,8 @@
     python benchmarks/convolution.py [--shapes 3x64x8x16,1x32x64x256] [--dtype float32,bfloat16] [--repeats 9] [--peers]
 
 A shape is size x edge x inputs x outputs: of a kernel of size^3 and a volume of edge^3 voxels, batch 1. Ours is oneDNN
-as `models/layers.py` calls it, `XLA` what it does where that library is missing; --peers adds PyTorch, channels last.
-`ms` is ours; the columns after it say how many times as fast it is as each other way, taken in turn.
+as `models/convolution.py` calls it, `XLA` is what that file does without the library; --peers adds PyTorch, channels
+last. `ms` is ours; the columns after it say how many times as fast it is as each other way, taken in turn.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from common import machine, median_ratio, report, side_by_side
 
-from autocontext_jax.models import layers, onednn
+from autocontext_jax.models import convolution, onednn
 from autocontext_jax.runtime import disable_asynchronous_dispatch, keep_freed_memory
 
 # What a U-Net of width 8 to 32 has of them, finest first; the last is a deconvolution's.
@@ -64,12 +64,12 @@ def main() -> None:
 
 def ours(arrays: list[np.ndarray], dtype: str) -> Calls:
     """As the layers call it; x, kernel and gradient are [1, D, H, W, C], [O, k, k, k, C] and [1, D, H, W, O]."""
-    return _compiled(layers.cpu_convolution, layers.cpu_gradients, arrays, dtype)
+    return _compiled(convolution.cpu_convolution, convolution.cpu_gradients, arrays, dtype)
 
 
 def xlas(arrays: list[np.ndarray], dtype: str) -> Calls:
     """Without oneDNN."""
-    return _compiled(layers.planar_convolution, layers.planar_gradients, arrays, dtype)
+    return _compiled(convolution.planar_convolution, convolution.planar_gradients, arrays, dtype)
 
 
 def _compiled(convolution: Callable, gradients: Callable, arrays: list[np.ndarray], dtype: str) -> Calls:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocontext_jax.models import layers
+from autocontext_jax.models.convolution import Deconvolution
+from autocontext_jax.models.normalization import EPSILON
 from autocontext_jax.models.pyramid import Pyramid
 
 
@@ -160,11 +161,11 @@ def _unet(network: Any) -> _TorchUNet:
 
 
 def _block(block: Any) -> nn.Module:
-    """Of a `models.unet.Block`."""
+    """Of a `models.blocks.Block`."""
     layer = _layer(block.layer)
     if block.norm is None:
         return nn.Sequential(layer, nn.ReLU(inplace=True))
-    norm = nn.BatchNorm3d(block.norm.scale[...].size, eps=layers.EPSILON, momentum=1 - block.norm.momentum)
+    norm = nn.BatchNorm3d(block.norm.scale[...].size, eps=EPSILON, momentum=1 - block.norm.momentum)
     norm.load_state_dict(
         {
             "weight": _tensor(block.norm.scale[...]),
@@ -178,10 +179,10 @@ def _block(block: Any) -> nn.Module:
 
 
 def _layer(layer: Any) -> nn.Module:
-    """Of a `layers.Convolution`, whose kernel is [O, k, k, k, C], or a `layers.Deconvolution`, [2, 2, 2, O, C]."""
+    """Of a `Convolution`, whose kernel is [O, k, k, k, C], or a `Deconvolution`, [2, 2, 2, O, C]."""
     kernel = _tensor(layer.kernel[...])
     made: nn.Conv3d | nn.ConvTranspose3d
-    if isinstance(layer, layers.Deconvolution):
+    if isinstance(layer, Deconvolution):
         *_, outputs, inputs = kernel.shape
         made = nn.ConvTranspose3d(inputs, outputs, 2, stride=2, bias=False)
         values = {"weight": kernel.permute(4, 3, 0, 1, 2)}

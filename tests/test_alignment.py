@@ -26,8 +26,8 @@ from autocontext_jax.data.loader import Loader, LoaderConfig, read_batch
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import pyramid_starts
-from autocontext_jax.models.layers import upsample_by_two
 from autocontext_jax.models.pyramid import context_of
+from autocontext_jax.models.resizing import upsample_by_two
 
 SIZE, SPACING = (61, 70, 67), (2.5, 0.8, 0.7)  # no size is a multiple of 2
 SLOPE = np.array([11.0, 23.0, -31.0])  # HU / mm along z, y, x

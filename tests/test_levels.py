@@ -19,11 +19,12 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import next_level_start, pyramid_starts
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
 from autocontext_jax.inference.tiling import SLICES, pyramid_tiles
-from autocontext_jax.models import layers
+from autocontext_jax.models import convolution
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.fcn import FCN
-from autocontext_jax.models.network import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.residual_unet import ResidualUNet
+from autocontext_jax.models.resizing import depth_to_space, max_pool
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
@@ -87,11 +88,11 @@ def test_every_ladder_trains_and_predicts(levels, spatial_dims):
 def test_a_flat_convolution_is_a_deep_one_with_zeros_around(onednn, monkeypatch):
     x, kernel, cotangent = normal(0, 2, 3, 6, 5, 4), normal(1, 5, 1, 3, 3, 4), normal(2, 2, 3, 6, 5, 5)
     if not onednn:
-        monkeypatch.setattr(layers, "onednn_type", lambda dtype: None)
+        monkeypatch.setattr(convolution, "onednn_type", lambda dtype: None)
         jax.clear_caches()
-    value, pullback = jax.vjp(lambda x, w: layers.convolution(x, w), x, kernel)
+    value, pullback = jax.vjp(lambda x, w: convolution.convolution(x, w), x, kernel)
     deep = np.pad(kernel, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-    wanted, deep_pullback = jax.vjp(layers.direct_convolution, x, deep)
+    wanted, deep_pullback = jax.vjp(convolution.direct_convolution, x, deep)
     np.testing.assert_allclose(value, wanted, atol=1e-4)
     (x_gradient, gradient), (wanted_x, wanted_deep) = pullback(cotangent), deep_pullback(cotangent)
     np.testing.assert_allclose(x_gradient, wanted_x, atol=1e-4)
@@ -100,11 +101,11 @@ def test_a_flat_convolution_is_a_deep_one_with_zeros_around(onednn, monkeypatch)
 
 def test_a_flat_pool_and_its_gradient():
     x = normal(0, 2, 3, 4, 6, 2)
-    value, pullback = jax.vjp(lambda x: layers.max_pool(x, 2), x)
+    value, pullback = jax.vjp(lambda x: max_pool(x, 2), x)
     blocks = x.reshape(2, 3, 2, 2, 3, 2, 2).transpose(0, 1, 2, 4, 3, 5, 6).reshape(2, 3, 2, 3, 4, 2)
     np.testing.assert_array_equal(value, blocks.max(4))
     (gradient,) = pullback(jnp.ones_like(value))
-    np.testing.assert_array_equal(gradient, layers.from_blocks(jnp.asarray(blocks == blocks.max(4, keepdims=True))))
+    np.testing.assert_array_equal(gradient, depth_to_space(jnp.asarray(blocks == blocks.max(4, keepdims=True))))
 
 
 @pytest.mark.parametrize("backbone", [UNet, ResidualUNet, FCN])

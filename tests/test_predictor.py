@@ -5,7 +5,6 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_models import with_random_weights
 from scipy import ndimage, special
 
 from autocontext_jax.data.resampling import downsample_image
@@ -21,7 +21,7 @@ from autocontext_jax.inference import context as context_module
 from autocontext_jax.inference import predictor as predictor_module
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
 from autocontext_jax.inference.tiling import Blend, pyramid_tiles
-from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.state import inference_model
@@ -55,22 +55,6 @@ def count_compilations():
 # ---- tiled equals whole ----
 
 
-def drawn(make: Callable[[], nnx.Module], seed: int) -> nnx.Module:
-    """The module that `make` makes, with numpy's numbers: XLA takes seconds to compile each initialiser.
-
-    Kernels are He-normal; scales, offsets and running averages lie between 0.5 and 1, so that all of them matter.
-    """
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        fan_in = leaf.shape[-1] if leaf.shape[:3] == (2, 2, 2) else np.prod(leaf.shape[1:])
-        values = rng.normal(0, np.sqrt(2 / fan_in), leaf.shape) if leaf.ndim > 1 else rng.uniform(0.5, 1, leaf.shape)
-        return jnp.asarray(values, leaf.dtype)
-
-    graph, state = nnx.split(nnx.eval_shape(make))
-    return nnx.merge(graph, jax.tree.map(draw, state))
-
-
 # A U-Net of depth 2 sees 9 voxels to each side: two convolutions on the fine grid, two on the coarse, two on the fine,
 # and one voxel where the coarse grid begins one earlier. Tile edges and their zero padding are out of its sight.
 SIGHT = 9
@@ -88,7 +72,7 @@ def trained_pyramid(levels: int, *, width: int = 2, depth: int = 2, norm: str = 
             rngs=nnx.Rngs(0),
         )
 
-    return inference_model(*nnx.split(drawn(make, seed=3), nnx.Param, ...))
+    return inference_model(*nnx.split(with_random_weights(make, seed=3), nnx.Param, ...))
 
 
 def unseen_border(tile: int, border: int) -> Blend:

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from autocontext_jax import processes
-from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig

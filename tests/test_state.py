@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig, dice_loss

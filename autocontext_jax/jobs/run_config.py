@@ -11,7 +11,7 @@ from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import InvalidField, UserError, require
 from autocontext_jax.inference.predictor import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
-from autocontext_jax.models.network import NetworkConfig
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import OptimizerConfig

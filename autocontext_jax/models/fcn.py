@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.models import layers
-from autocontext_jax.models.network import NetworkConfig, analysis_path, convolution_block, deconvolution_block
+from autocontext_jax.models.blocks import NetworkConfig, analysis_path, convolution_block, deconvolution_block
+from autocontext_jax.models.convolution import Convolution
+from autocontext_jax.models.resizing import depth_to_space, max_pool
 
 
 class FCN(nnx.Module):
-    """Down through `depth` resolutions with two 3^3 convolutions each, up again with one deconvolution each.
+    """An analysis path of `depth` resolutions as in the U-Net, and a synthesis path without shortcut connections.
 
-    What is lost in pooling stays lost: against it the U-Net shows what shortcuts are worth.
+    Each resolution of the synthesis path has one deconvolution and one 3^3 convolution. Detail that pooling removes is
+    lost: compared with this network the U-Net shows the benefit of its shortcuts.
     """
 
     def __init__(self, inputs: int, classes: int, config: NetworkConfig, *, rngs: nnx.Rngs):
@@ -24,15 +26,13 @@ class FCN(nnx.Module):
             synthesis.append(nnx.List([up, convolution_block(channels, outputs, config, rngs)]))
             channels = outputs
         self.synthesis = nnx.List(synthesis)
-        self.head = layers.Convolution(
-            channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs
-        )
+        self.head = Convolution(channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
         for resolution, (first, second) in enumerate(self.analysis):
-            x = second(first(layers.max_pool(x, self.spatial_dims) if resolution else x))
+            x = second(first(max_pool(x, self.spatial_dims) if resolution else x))
         for up, convolution in self.synthesis:
-            x = convolution(layers.from_blocks(up(x)))
+            x = convolution(depth_to_space(up(x)))
         return self.head(x).astype(jnp.float32)

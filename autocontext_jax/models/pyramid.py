@@ -1,30 +1,31 @@
-"""The auto-context pyramid: a network a level, each seeing the maps of the level before (Roth et al., section 2.2)."""
+"""The auto-context pyramid: one network per level, which sees the coarser level's maps (Roth et al., section 2.2)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.errors import require
-from autocontext_jax.models import layers
+from autocontext_jax.models.resizing import upsample_by_two
 
 CONTEXTS = ("softmax", "onehot", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class PyramidConfig:
-    """What the pyramid adds to its networks.
+    """How the pyramid connects its networks.
 
     Attributes:
       levels: S.
       classes: K, background first.
       context: what the next level sees of this level's prediction: its `softmax` maps, `onehot` maps, or `none`.
-      stop_gradient: True keeps a level's loss from training the levels before it.
-      window: HU that map to -1 and 1; beyond, intensities are clipped.
-      spatial_dims: 3, or 2 for images that are seen slice by slice: D below is then any number of slices, the same at
-        every level.
+      stop_gradient: whether the gradient stops between levels, so that a level's loss trains that level alone.
+      window: HU that are mapped to -1 and 1; intensities outside are clipped.
+      spatial_dims: number of spatial dimensions: 3, or 2 for images that are processed slice by slice. In 2D the size D
+        below is any number of slices, the same at every level.
     """
 
     levels: int = 2
@@ -43,10 +44,13 @@ class PyramidConfig:
 class Pyramid(nnx.Module):
     """S networks, coarsest first.
 
+    The state of a pyramid is its parameters and running averages. Random keys in the networks, such as those of
+    `nnx.Dropout`, are removed from it: they must be set with `reseed` before a call that uses them.
+
     Args:
-      config: see there.
+      config: how the networks are connected.
       network: makes one level's network from its number of input channels and the random keys.
-      rngs: keys for the parameters.
+      rngs: random keys for the parameters.
     """
 
     def __init__(self, config: PyramidConfig, network: Callable[[int, nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
@@ -55,6 +59,21 @@ class Pyramid(nnx.Module):
         self.networks = nnx.List(
             [network(1 if level == 0 else 1 + context_channels, rngs) for level in range(config.levels)]
         )
+        for stream in _random_streams(self):
+            stream.shape = stream.key.shape
+            del stream.key, stream.count
+
+    def reseed(self, key: jax.Array) -> None:
+        """Sets the keys of all random streams in the networks, each to a key of its own.
+
+        Args:
+          key: a typed key, such as `jax.random.key(0)`. The same key gives the same random numbers again.
+        """
+        for number, stream in enumerate(_random_streams(self)):
+            own = jax.random.fold_in(key, number)
+            # The stream of a module that `nnx.vmap` made has a key for each of its copies.
+            stream.key = nnx.RngKey(jax.random.split(own, stream.shape) if stream.shape else own, tag=stream.tag)
+            stream.count = nnx.RngCount(jnp.zeros(stream.shape, jnp.uint32), tag=stream.tag)
 
     def __call__(self, images: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Logits of every level of a batch of pyramid patches, differentiable end to end.
@@ -91,18 +110,23 @@ class Pyramid(nnx.Module):
                 maps = jax.nn.one_hot(jnp.argmax(maps, axis=-1), self.config.classes)
             if self.config.stop_gradient:
                 maps = jax.lax.stop_gradient(maps)
-            maps = layers.upsample_by_two(maps.astype(jnp.float32), self.config.spatial_dims)
+            maps = upsample_by_two(maps.astype(jnp.float32), self.config.spatial_dims)
             x = jnp.concatenate([x, maps], axis=-1)
         return self.networks[level - 1](x)
+
+
+def _random_streams(model: nnx.Module) -> list[Any]:
+    """Every `nnx.RngStream` in the networks; in a pyramid they have an attribute `shape` besides their own."""
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
 
 
 def context_of(logits: jax.Array, spatial_dims: int = 3) -> jax.Array:
     """Softmax maps over the next level's patch with a halo of one voxel: [B, N, N, N, K] -> [B, (N/2 + 2)^3, K].
 
-    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). In 2D D stays.
+    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). In 2D the size D stays.
     """
     edge = logits.shape[2]
     inner = slice(edge // 4 - 1, 3 * edge // 4 + 1)
-    # The depth last: where it is split over devices, they exchange the less.
+    # The depth is cropped last: if it is split over devices, they then exchange less.
     maps = jax.nn.softmax(logits[:, :, inner, inner])
     return maps[:, inner] if spatial_dims == 3 else maps

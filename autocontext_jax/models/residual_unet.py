@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.models import layers
-from autocontext_jax.models.network import NetworkConfig, convolution_block, deconvolution_block
+from autocontext_jax.models.blocks import NetworkConfig, convolution_block, deconvolution_block
+from autocontext_jax.models.convolution import Convolution
+from autocontext_jax.models.resizing import depth_to_space, max_pool
 
 
 class ResidualUnit(nnx.Module):
-    """A 3^3 convolution to the unit's channels, and two more whose result is added to it.
+    """A 3^3 convolution to the unit's channels, and two more whose result is added to that of the first.
 
     The sum is not normalised: signal and gradient pass from unit to unit (He et al., 2016, "Identity mappings").
     """
@@ -17,7 +18,7 @@ class ResidualUnit(nnx.Module):
     def __init__(self, inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs):
         self.enter = convolution_block(inputs, outputs, config, rngs)
         self.inner = convolution_block(outputs, outputs, config, rngs)
-        self.outer = layers.Convolution(outputs, outputs, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
+        self.outer = Convolution(outputs, outputs, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> [B, D, H, W, outputs]."""
@@ -26,10 +27,10 @@ class ResidualUnit(nnx.Module):
 
 
 class ResidualUNet(nnx.Module):
-    """A residual unit a resolution on the way down and up; what shortcuts bring is added, not concatenated.
+    """A residual unit for each resolution of the analysis and synthesis paths; shortcuts are added, not concatenated.
 
-    With width 32 and depth 4: units of 32, 64, 128 and 256 channels down; up from each a deconvolution that keeps its
-    channels, a convolution to half of them, the sum with the shortcut, a unit.
+    With width 32 and depth 4: units of 32, 64, 128 and 256 channels in the analysis path. Each step of the synthesis
+    path is a deconvolution that keeps its channels, a convolution to half of them, the sum with the shortcut, a unit.
     """
 
     def __init__(self, inputs: int, classes: int, config: NetworkConfig, *, rngs: nnx.Rngs):
@@ -46,18 +47,16 @@ class ResidualUNet(nnx.Module):
             channels = outputs // 2
         self.analysis = nnx.List(analysis)
         self.synthesis = nnx.List(synthesis)
-        self.head = layers.Convolution(
-            channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs
-        )
+        self.head = Convolution(channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
         shortcuts: list[jax.Array] = []
         for down in self.analysis:
-            x = down(layers.max_pool(x, self.spatial_dims) if shortcuts else x)
+            x = down(max_pool(x, self.spatial_dims) if shortcuts else x)
             shortcuts.append(x)
         shortcuts.pop()
         for up, narrow, unit in self.synthesis:
-            x = unit(narrow(layers.from_blocks(up(x))) + shortcuts.pop())
+            x = unit(narrow(depth_to_space(up(x))) + shortcuts.pop())
         return self.head(x).astype(jnp.float32)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.models import layers
-from autocontext_jax.models.network import NetworkConfig, analysis_path, convolution_block, deconvolution_block
+from autocontext_jax.models.blocks import NetworkConfig, analysis_path, convolution_block, deconvolution_block
+from autocontext_jax.models.convolution import Convolution
+from autocontext_jax.models.resizing import depth_to_space, max_pool
 
 
 class UNet(nnx.Module):
@@ -27,18 +28,16 @@ class UNet(nnx.Module):
             synthesis.append(nnx.List([up, first, second]))
             channels = outputs
         self.synthesis = nnx.List(synthesis)
-        self.head = layers.Convolution(
-            channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs
-        )
+        self.head = Convolution(channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
         shortcuts: list[jax.Array] = []
         for first, second in self.analysis:
-            x = second(first(layers.max_pool(x, self.spatial_dims) if shortcuts else x))
+            x = second(first(max_pool(x, self.spatial_dims) if shortcuts else x))
             shortcuts.append(x)
         shortcuts.pop()
         for up, first, second in self.synthesis:
-            x = second(first(jnp.concatenate([layers.from_blocks(up(x)), shortcuts.pop()], axis=-1)))
+            x = second(first(jnp.concatenate([depth_to_space(up(x)), shortcuts.pop()], axis=-1)))
         return self.head(x).astype(jnp.float32)

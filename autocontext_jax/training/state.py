@@ -10,8 +10,7 @@ from flax import nnx, struct
 
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
-from autocontext_jax.training.dice import overlap_counts
-from autocontext_jax.training.losses import LossConfig, total_loss
+from autocontext_jax.training.losses import LossConfig, overlap_counts, total_loss
 
 
 @struct.dataclass
@@ -69,15 +68,15 @@ def create_state(
     Args:
       model: the pyramid.
       optimizer: of the parameters that learn.
-      learning: numbers (from 0) of the model's networks that do; None means all. In the graph the others normalise by
-        their running averages.
+      learning: numbers (from 0) of the model's networks that do; None means all. In the graph the others compute what
+        they compute at inference: they normalise with their running averages, without dropout.
     """
     graph, params, statistics = _split(model)
-    if learning is not None and jax.tree.leaves(statistics):
+    if learning is not None:
         model = nnx.merge(graph, params, statistics, copy=True)
         for number, network in enumerate(model.networks):
             if number not in learning:
-                model.networks[number] = nnx.view(network, use_running_average=True)
+                model.networks[number] = _inference_view(network)
         graph, _, _ = _split(model)
     learned, _ = _learned(params, learning)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(learned))
@@ -95,7 +94,8 @@ def make_train_step(
     """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
 
     A step whose loss or gradients are not finite changes nothing but the step's number. Layers look at the mesh that
-    is set (`jax.set_mesh`), which must be the batch's where several devices share it.
+    is set (`jax.set_mesh`), which must be the batch's where several devices share it. Random numbers in the networks,
+    such as dropout's, are a function of `state.step` alone: a resumed run repeats them.
 
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
     ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
@@ -107,6 +107,7 @@ def make_train_step(
 
         def objective(learned):
             model = nnx.merge(graph, nnx.merge_state(learned, frozen), state.batch_stats, copy=True)
+            model.reseed(jax.random.fold_in(jax.random.key(0), state.step))
             logits = model(batch.images)
             total, losses = total_loss(logits, batch.labels, loss)
             _, _, statistics = _split(model)
@@ -134,7 +135,7 @@ def make_train_step(
 def make_validation_step(
     graph: nnx.GraphDef, loss: LossConfig, sharding: Any = None, *, deterministic: bool = False
 ) -> Callable[[TrainState, Batch], tuple[Metrics, tuple[jax.Array, ...]]]:
-    """Forward pass with the running averages; the state stays as it is.
+    """Forward pass with the running averages and without dropout; the state stays as it is.
 
     Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8.
     `sharding` is that of both; `deterministic` is that of `compiler_options`.
@@ -151,15 +152,19 @@ def make_validation_step(
 
 
 def inference_model(graph: nnx.GraphDef, params: Any, statistics: Any) -> Pyramid:
-    """The pyramid with its running averages in place of batch statistics."""
-    model = nnx.merge(graph, params, statistics, copy=True)
-    has_statistics = bool(jax.tree.leaves(statistics))
-    return nnx.view(model, use_running_average=True) if has_statistics else model
+    """The pyramid with its running averages in place of batch statistics, and without dropout."""
+    return _inference_view(nnx.merge(graph, params, statistics, copy=True))
+
+
+def _inference_view(module: Any) -> Any:
+    """The module with `use_running_average` and `deterministic` set, wherever it or a part of it has them."""
+    return nnx.view(module, use_running_average=True, deterministic=True, raise_if_not_found=False)
 
 
 def _split(model: Pyramid) -> tuple[nnx.GraphDef, Any, Any]:
-    """Static graph, parameters, and all other state: the normalisation's running averages."""
-    graph, params, statistics = nnx.split(model, nnx.Param, ...)  # type: ignore[misc] # its stub hides their number
+    """Static graph, parameters, and running averages of the normalisation; without keys that `reseed` has set."""
+    # mypy: the stub hides how many parts there are.
+    graph, params, _, statistics = nnx.split(model, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
     return graph, params, statistics
 
 

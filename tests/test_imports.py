@@ -1,4 +1,4 @@
-"""The house's direction: who may import whom."""
+"""The order of the package's files: who may import whom."""
 
 import ast
 import graphlib
@@ -14,9 +14,8 @@ ORDER = [
     "data/headers", "data/scans",
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/preparation",
     "data/sampling", "data/augmentation", "data/augment", "data/loader",
-    "models/onednn", "models/layers",
-    "models/network", "models/unet", "models/residual_unet", "models/fcn", "models/backbones",
-    "models/pyramid",
+    "models/xla_ffi", "models/onednn", "models/convolution", "models/normalization", "models/resizing",
+    "models/blocks", "models/unet", "models/residual_unet", "models/fcn", "models/backbones", "models/pyramid",
     "training/*",
     "inference/tiling", "inference/masks", "inference/context", "inference/predictor",
     "evaluation/*",

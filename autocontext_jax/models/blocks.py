@@ -1,11 +1,12 @@
-"""What every backbone is built from: its size and numerics, and layers with their normalisation and ReLU."""
+"""What every backbone is built from: its size and numerics, and blocks of layer, normalisation and ReLU."""
 
 import dataclasses
 
 import jax
 from flax import nnx
 
-from autocontext_jax.models import layers
+from autocontext_jax.models.convolution import Convolution, Deconvolution
+from autocontext_jax.models.normalization import BatchNormReLU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +15,12 @@ class NetworkConfig:
 
     Attributes:
       base_channels: of the first convolution; 32 in the paper.
-      depth: resolution levels inside the network; 4 in the paper. A patch edge must divide by 2^(depth - 1).
-      norm: `batch` or `none`; without it the 3^3 convolutions have a bias.
+      depth: number of resolutions inside the network; 4 in the paper. A patch edge must be a multiple of 2^(depth - 1).
+      norm: `batch` or `none`; without normalisation the 3^3 convolutions have a bias.
       momentum: of the running averages that inference uses.
       dtype: compute type of activations; parameters, statistics, softmax and loss stay float32. Accelerators multiply
         `float32` in a shorter type unless JAX_DEFAULT_MATMUL_PRECISION is `highest`: TF32 on GPUs, bfloat16 on TPUs.
-      spatial_dims: 3, or 2 for flat kernels: 3^2 where 3^3 is written, 2^2 where 2^3 is.
+      spatial_dims: number of spatial dimensions: 3, or 2 with kernels of 3^2 and 2^2 instead of 3^3 and 2^3.
     """
 
     base_channels: int = 32
@@ -31,12 +32,12 @@ class NetworkConfig:
 
     @property
     def divisor(self) -> int:
-        """What a patch or tile edge must be a multiple of."""
+        """The edge of a patch or tile must be a multiple of this."""
         return 2 ** (self.depth - 1)
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Of every resolution's result on the way down: 64, 128, 256, 512 in the paper."""
+        """Channels of each resolution's result in the analysis path: 64, 128, 256, 512 in the paper."""
         return tuple(self.base_channels * 2 ** (resolution + 1) for resolution in range(self.depth))
 
 
@@ -46,29 +47,27 @@ class Block(nnx.Module):
     def __init__(self, layer: nnx.Module, channels: int, config: NetworkConfig):
         self.layer = layer
         batch = config.norm == "batch"
-        self.norm = layers.BatchNormReLU(channels, momentum=config.momentum) if batch else None
+        self.norm = BatchNormReLU(channels, momentum=config.momentum) if batch else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, D, H, W, C] -> what the layer gives."""
+        """[B, D, H, W, C] -> the layer's result, normalised."""
         x = self.layer(x)
         return jax.nn.relu(x) if self.norm is None else self.norm(x)
 
 
 def convolution_block(inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
     """A 3^3 convolution, normalisation and ReLU."""
-    layer = layers.Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=config.norm == "none", rngs=rngs)
+    layer = Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=config.norm == "none", rngs=rngs)
     return Block(layer, outputs, config)
 
 
 def deconvolution_block(channels: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
-    """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU, for `layers.from_blocks`."""
-    return Block(
-        layers.Deconvolution(channels, channels, spatial_dims=config.spatial_dims, rngs=rngs), channels, config
-    )
+    """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU; `depth_to_space` must follow."""
+    return Block(Deconvolution(channels, channels, spatial_dims=config.spatial_dims, rngs=rngs), channels, config)
 
 
 def analysis_path(inputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> nnx.List:
-    """The U-Net's way down: for each resolution two 3^3 convolutions, the second to twice the first's channels."""
+    """The U-Net's analysis path: for each resolution two 3^3 convolutions, the second with twice as many outputs."""
     path = []
     for outputs in config.channels:
         first = convolution_block(inputs, outputs // 2, config, rngs)
