@@ -1,20 +1,31 @@
-"""The roofline's reading of compiled programs, on programs small enough to count by hand."""
+"""What compiled programs need: counts of programs small enough to count by hand, and of the real ones."""
 
-import argparse
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import roofline
-import targets
+from common import make_pyramid
 from jax import lax
 
 from autocontext_jax.models import convolution
+from autocontext_jax.planning import compiled, devices, hlo_text
+from autocontext_jax.planning.costs import (
+    COLLECTIVE,
+    DATA,
+    ELEMENTWISE,
+    FILTER,
+    FORWARD,
+    LAYOUT,
+    PRODUCT,
+    instruction_costs,
+    roofline_seconds,
+)
 
 GPU = """HloModule jit_step, is_scheduled=true
 
@@ -41,16 +52,16 @@ ENTRY %main (a: bf16[1,8,8,8,4], k: bf16[6,3,3,3,4], x: bf16[4,10], b: f32[10]) 
 
 
 def test_bytes_flops_and_kinds_of_a_program_by_hand():
-    costs = {cost.instruction.name: cost for cost in hlo.costs(hlo.parse(GPU))}
+    costs = {cost.instruction.name: cost for cost in instruction_costs(hlo_text.parse(GPU))}
     assert list(costs) == ["conv", "turned", "fusion"]
     voxels, taps = 8**3, 27
-    assert costs["conv"].kind == hlo.FORWARD
+    assert costs["conv"].kind == FORWARD
     assert costs["conv"].bytes == 2 * (voxels * 4 + 6 * taps * 4 + voxels * 6)
     assert costs["conv"].flops == 2 * voxels * 6 * taps * 4
     assert costs["conv"].dtype == "bf16"
-    assert (costs["turned"].kind, costs["turned"].bytes) == (hlo.LAYOUT, 2 * 40 * 2)
+    assert (costs["turned"].kind, costs["turned"].bytes) == (LAYOUT, 2 * 40 * 2)
     # Of %x only the slice is read.
-    assert (costs["fusion"].kind, costs["fusion"].bytes) == (hlo.ELEMENTWISE, 20 * 2 + 10 * 4 + 20 * 2)
+    assert (costs["fusion"].kind, costs["fusion"].bytes) == (ELEMENTWISE, 20 * 2 + 10 * 4 + 20 * 2)
 
 
 def test_a_compiled_program_has_the_flops_of_its_convolution_and_names_its_source():
@@ -59,9 +70,9 @@ def test_a_compiled_program_has_the_flops_of_its_convolution_and_names_its_sourc
         return jnp.sum(y * y)
 
     shapes = jax.ShapeDtypeStruct((1, 6, 6, 6, 2), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 3, 2), jnp.float32)
-    module = hlo.parse(jax.jit(function).lower(*shapes).compile().as_text())
-    costs = hlo.costs(module)
-    convolutions = [cost for cost in costs if cost.kind == hlo.FORWARD]
+    module = hlo_text.parse(jax.jit(function).lower(*shapes).compile().as_text())
+    costs = instruction_costs(module)
+    convolutions = [cost for cost in costs if cost.kind == FORWARD]
     assert sum(cost.flops for cost in costs) == 2 * 6**3 * 27 * 2 * 3
     assert len(convolutions) == 1
     assert Path(module.source(convolutions[0].origin)[0][0]).name == Path(__file__).name
@@ -83,17 +94,17 @@ ENTRY %main (x: bf16[2,8,8,8,4], g: bf16[2,8,8,8,6], k: bf16[6,3,3,3,4]) -> (bf1
 
 
 def test_backward_convolutions_and_collectives_by_hand():
-    costs = {cost.instruction.name: cost for cost in hlo.costs(hlo.parse(BACKWARD))}
+    costs = {cost.instruction.name: cost for cost in instruction_costs(hlo_text.parse(BACKWARD))}
     assert {name: cost.kind for name, cost in costs.items()} == {
-        "data": hlo.DATA,
-        "filter": hlo.FILTER,
-        "sent": hlo.COLLECTIVE,
+        "data": DATA,
+        "filter": FILTER,
+        "sent": COLLECTIVE,
     }
     assert costs["data"].flops == costs["filter"].flops == 2 * (2 * 8**3) * 6 * 27 * 4
     kernel = 6 * 27 * 4 * 2
     assert (costs["sent"].bytes, costs["sent"].link_bytes) == (2 * kernel, kernel)
-    h100, _ = targets.parse("h100")
-    assert roofline.roofline_seconds(costs["sent"], h100, 8) == 2 * 7 / 8 * kernel / h100.link
+    h100, _ = devices.accelerator_and_count("h100")
+    assert roofline_seconds(costs["sent"], h100, 8) == 2 * 7 / 8 * kernel / h100.link
 
 
 TPU = """HloModule jit_step, is_scheduled=true
@@ -121,44 +132,34 @@ ENTRY %main (a: f32[3,130], u: f32[1,8], x: bf16[5,5,5,16,1,1,1], k: bf16[2,2,2,
 
 
 def test_a_tpus_tiles_vector_memory_and_matrix_products_by_hand():
-    costs = {cost.instruction.name: cost for cost in hlo.costs(hlo.parse(TPU))}
+    costs = {cost.instruction.name: cost for cost in instruction_costs(hlo_text.parse(TPU))}
     assert list(costs) == ["near", "sent", "conv", "written"]
     # Tiles of 8 x 128 values pad 3 x 130 to 8 x 256; what is written to vector memory is not the main memory's.
-    assert (costs["near"].kind, costs["near"].bytes) == (hlo.LAYOUT, 8 * 256 * 4)
+    assert (costs["near"].kind, costs["near"].bytes) == (LAYOUT, 8 * 256 * 4)
     # What another memory sends passes the link all the same.
     assert (costs["sent"].bytes, costs["sent"].link_bytes) == (0, 8 * 256 * 4)
     # A deconvolution written as a convolution that slides along no axis.
-    assert (costs["conv"].kind, costs["conv"].flops) == (hlo.PRODUCT, 2 * 5**3 * 8 * 6 * 16)
+    assert (costs["conv"].kind, costs["conv"].flops) == (PRODUCT, 2 * 5**3 * 8 * 6 * 16)
     # An update in place reads and writes what it updates: one tile each way.
-    assert (costs["written"].kind, costs["written"].bytes) == (hlo.LAYOUT, 2 * 8 * 128 * 4)
+    assert (costs["written"].kind, costs["written"].bytes) == (LAYOUT, 2 * 8 * 128 * 4)
 
 
 @pytest.mark.parametrize("program", ["train", "predict"])
 def test_the_real_programs_are_read_to_the_end(program, monkeypatch):
     monkeypatch.setattr(convolution, "onednn_type", lambda dtype: None)  # foreign calls have no FLOPs to read
-    flags = argparse.Namespace(
-        program=program,
-        width=2,
-        edge=16,
-        batch=1,
-        space=1,
-        levels=2,
-        classes=3,
-        dtype="float32",
-        level=None,
-        plane=32,
-        xla=[],
-    )
-    lower = {"train": roofline.lower_train_step, "predict": roofline.lower_add_tile}[program]
-    lowered, elsewhere = lower(flags, np.array(jax.devices("cpu")[:1]))
-    compiled = lowered.compile()
-    module = hlo.parse(compiled.as_text())
-    costs = hlo.costs(module)
-    assert sum(cost.bytes for cost in costs) > 0
-    assert any("unet.py" in roofline.where(module, cost) for cost in costs)
+    make_model = functools.partial(make_pyramid, levels=2, classes=3, width=2)
+    programs = {
+        "train": compiled.TrainingStep(make_model, patch_size=16, batch_size=1),
+        "predict": compiled.TilePrediction(make_model, tile=16, plane=32),
+    }
+    lowered, elsewhere = programs[program].lower(np.array(jax.devices("cpu")[:1]))
+    module = hlo_text.parse(lowered.compile().as_text())
+    found = instruction_costs(module)
+    assert sum(cost.bytes for cost in found) > 0
+    assert any("unet.py" in roofline.source_lines(module, cost) for cost in found)
     assert (elsewhere > 0) == (program == "predict")  # the coarser level's slabs
-    rows = {row["kind"]: row for row in roofline.table(costs, [1e-6] * len(costs))}
-    assert rows["total"]["kernels"] == len(costs)
+    rows = {row["kind"]: row for row in roofline.table(found, [1e-6] * len(found))}
+    assert rows["total"]["kernels"] == len(found)
     parts = [rows["floor: convolutions and products alone"], rows["around them"]]
     assert rows["total"]["GB"] == pytest.approx(sum(part["GB"] for part in parts))
 
@@ -167,8 +168,8 @@ def test_a_loop_costs_its_trips():
     def function(x):
         return lax.fori_loop(0, 5, lambda i, x: jnp.sin(x) + i, x)
 
-    compiled = jax.jit(function).lower(jax.ShapeDtypeStruct((1024,), jnp.float32)).compile()
-    costs = hlo.costs(hlo.parse(compiled.as_text()))
+    executable = jax.jit(function).lower(jax.ShapeDtypeStruct((1024,), jnp.float32)).compile()
+    costs = instruction_costs(hlo_text.parse(executable.as_text()))
     assert sum(cost.bytes for cost in costs if cost.instruction.opcode == "fusion") >= 5 * 2 * 4096
 
 
@@ -180,18 +181,18 @@ def test_the_largest_that_fits(most):
         tried.append(number)
         return number <= most
 
-    assert roofline.largest(fits, start=3) == most
+    assert compiled.largest(fits, start=3) == most
     assert len(tried) == len(set(tried))
 
 
 def test_roofline_takes_the_longer_of_computing_and_moving():
-    cost = hlo.costs(hlo.parse(GPU))[0]
-    h100, _ = targets.parse("h100")
-    assert roofline.roofline_seconds(cost, h100, 1) == max(cost.flops / h100.peak["bf16"], cost.bytes / h100.bandwidth)
+    cost = instruction_costs(hlo_text.parse(GPU))[0]
+    h100, _ = devices.accelerator_and_count("h100")
+    assert roofline_seconds(cost, h100, 1) == max(cost.flops / h100.peak["bf16"], cost.bytes / h100.bandwidth)
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("h100", ("h100", 1)),
         ("h100x8", ("h100", 8)),
@@ -200,8 +201,8 @@ def test_roofline_takes_the_longer_of_computing_and_moving():
         ("rtx4090x2", ("rtx4090", 2)),
     ],
 )
-def test_names_of_targets(name, wanted):
-    assert targets.split_name(name) == wanted
+def test_names_of_targets(name, expected):
+    assert devices.split_name(name) == expected
 
 
 @pytest.mark.parametrize("name", ["h100x3", "b200", "x8", ""])
@@ -210,11 +211,11 @@ def test_an_unknown_target_ends_in_one_line(name):
     run = subprocess.run([sys.executable, script, "--device", name], capture_output=True, encoding="utf-8")
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
-    assert "wanted one of h100" in line
+    assert "expected one of h100" in line
 
 
 def test_gpu_description_names_the_figures():
-    text = targets.gpu_text("a100")
+    text = devices.gpu_text("a100")
     assert "core_count: 108" in text
     assert f"device_memory_size: {80 * 1024**3}" in text
-    assert np.isclose(targets.ACCELERATORS["a100"].usable, 0.75 * 80 * 1024**3)
+    assert np.isclose(devices.ACCELERATORS["a100"].usable, 0.75 * 80 * 1024**3)

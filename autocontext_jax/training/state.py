@@ -10,7 +10,8 @@ from flax import nnx, struct
 
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
-from autocontext_jax.training.losses import LossConfig, overlap_counts, total_loss
+from autocontext_jax.training.dice import overlap_counts
+from autocontext_jax.training.losses import LossConfig, total_loss
 
 
 @struct.dataclass

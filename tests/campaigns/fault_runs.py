@@ -78,7 +78,7 @@ class UndisturbedRun:
                 found[name] = (workdir / name).read_text(encoding="utf-8").replace(str(workdir), "WORKDIR")
         for line in (workdir / "metrics.jsonl").read_bytes().splitlines():
             row = json.loads(line)
-            found[f"step {row['step']}"] = {key: row[key] for key in row if key != "pairs_per_second"}
+            found[f"step {row['step']}"] = {key: row[key] for key in row if key != "patches_per_second"}
         found["steps"] = (workdir / "metrics.jsonl").read_bytes().count(b"\n")
         if job in ("evaluate", "all"):
             found["evaluation"] = json.loads((workdir / "evaluation.json").read_bytes())

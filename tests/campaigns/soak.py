@@ -100,7 +100,7 @@ def table(looks: Sequence[dict[str, float]], rows: Sequence[dict[str, float]]) -
         low, high = edges[number : number + 2]
         inside = [look for look in looks if low <= look["seconds"] <= high]
         first, last = inside[0]["step"], inside[-1]["step"]
-        speeds = [row["pairs_per_second"] for row in rows if first < row["step"] <= last]
+        speeds = [row["patches_per_second"] for row in rows if first < row["step"] <= last]
         medians = {
             name: float(np.median([look[name] for look in inside]))
             for name in looks[0]
