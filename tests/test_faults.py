@@ -18,7 +18,7 @@ SCRIPT = Path(faults.__file__)
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks, mounts and looks into /proc")
 def test_a_few_faults_are_survived():
     kinds = ["kill_prepare", "kill_train", "kill_evaluate", "read_only_predict", "checkpoint_predict", "store_read",
-             "vanished_prepare", "worker"]  # fmt: skip
+             "config_predict", "vanished_prepare", "worker"]  # fmt: skip
     command = [sys.executable, SCRIPT, "--faults", "9", "--seed", "1", "--kinds", *kinds]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -65,3 +65,13 @@ def test_a_folder_that_a_message_names_is_deleted_inside_the_work_directory_alon
         )
     fault_runs.delete_named_folder(f"error: checkpoint {folder} cannot be read (x): delete that folder", tmp_path)
     assert not folder.exists()
+
+
+def test_kinds_are_spread_evenly():
+    names = list(faults.KINDS)
+    whole = sum(kind.share for kind in faults.KINDS.values())
+    assert {name: faults.evenly(names, whole).count(name) for name in names} == {
+        name: kind.share for name, kind in faults.KINDS.items()
+    }
+    assert sorted(faults.evenly(names, len(names))) == sorted(names)
+    assert len(faults.evenly(names, 7)) == 7

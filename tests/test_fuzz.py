@@ -192,6 +192,16 @@ def test_the_same_seed_makes_the_same_inputs(tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_seeds_are_added_up():
+    first = {"reader": "store", "inputs": 1, "read": 1, "refused with one line": 0, "failed": 0,
+             "kept for new coverage": 1, "slowest ms": 5.0, "ms each": 5.0}  # fmt: skip
+    second = first | {"inputs": 3, "read": 0, "refused with one line": 3, "slowest ms": 2.0, "ms each": 1.0}
+    assert fuzz.total([first, second], "all") == {
+        "reader": "all", "inputs": 4, "read": 1, "refused with one line": 3, "failed": 0,
+        "kept for new coverage": 2, "slowest ms": 5.0, "ms each": 2.0,
+    }  # fmt: skip
+
+
 def test_the_most_voxels_can_be_raised(tmp_path, monkeypatch):
     write_scans(tmp_path, ".nii")
     path = tmp_path / "image.nii"
