@@ -72,6 +72,17 @@ def join_processes(distributed: bool, coordinator: str, count: int, index: int) 
     keep_compiled_programs()
 
 
+def silence_itk() -> None:
+    """Silences ITK's warnings, for the whole process and for good.
+
+    They name neither the file nor what to do; readers check for themselves what ITK warns of. One thread reads while
+    another writes, so neither could switch them on again for itself.
+    """
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+
 def log_plainly() -> None:
     """Shows our own messages on standard error, and those of libraries from warnings up.
 

@@ -31,10 +31,10 @@ import numpy as np
 from common import machine, report
 from tqdm import tqdm
 
-from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.evaluation import metrics
 from autocontext_jax.evaluation.statistics import summarise
+from autocontext_jax.images import scans
 
 ROOT = Path(__file__).parent.parent
 EDGE = 64  # voxels of MONAI's patches

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autocontext_jax import geometry
-from autocontext_jax.data import preparation, scans
+from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
 from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
@@ -26,6 +26,7 @@ from autocontext_jax.data.loader import Loader, LoaderConfig, read_batch
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import pyramid_starts
+from autocontext_jax.images import scans
 from autocontext_jax.models.pyramid import context_of
 from autocontext_jax.models.resizing import upsample_by_two
 

@@ -9,8 +9,8 @@ import pytest
 from fuzz_process import Worker
 from fuzz_readers import READERS, write_scans
 
-from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import scans
 
 INFINITE = struct.pack("<f", float("inf"))
 TINY = struct.pack("<f", 1e-30)

@@ -11,7 +11,7 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
     "errors", "files", "processes", "runtime", "geometry",
-    "data/headers", "data/scans",
+    "images/headers", "images/grid", "images/itk", "images/dicom", "images/scans",
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/preparation",
     "data/sampling", "data/augmentation", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn", "models/convolution", "models/normalization", "models/resizing",
@@ -87,7 +87,11 @@ def test_packages_import_nothing():
 
 @pytest.mark.parametrize(
     ("library", "places"),
-    [("SimpleITK", {"data/scans"}), ("ml_collections", {"jobs/*", "main"}), ("absl", {"runtime", "main"})],
+    [
+        ("SimpleITK", {"runtime", "images/itk", "images/dicom", "images/scans"}),
+        ("ml_collections", {"jobs/*", "main"}),
+        ("absl", {"runtime", "main"}),
+    ],
 )
 def test_a_library_stays_in_its_place(library, places):
     users = {group(name) for name in MODULES if library in outside(name)}

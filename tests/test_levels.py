@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from autocontext_jax.data import preparation, scans
+from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
 from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
@@ -17,6 +17,7 @@ from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.data.store.level_grids import AIR, LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import next_level_start, pyramid_starts
+from autocontext_jax.images import scans
 from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
 from autocontext_jax.inference.tiling import SLICES, pyramid_tiles
 from autocontext_jax.models import convolution

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from autocontext_jax.data import loader, preparation, scans
+from autocontext_jax.data import loader, preparation
 from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.loader import (
@@ -26,6 +26,7 @@ from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import pyramid_starts
+from autocontext_jax.images import scans
 
 LABELS = ("background", "one", "two", "three")
 EDGE = 8

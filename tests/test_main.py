@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from autocontext_jax.data import scans
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.dataset import write_dataset
+from autocontext_jax.images import scans
 from autocontext_jax.jobs.config import read_config
 from autocontext_jax.runtime import keep_compiled_programs
 

@@ -14,9 +14,9 @@ import pytest
 import SimpleITK as sitk
 
 from autocontext_jax import processes, runtime
-from autocontext_jax.data import scans
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import scans
 from autocontext_jax.jobs import train as training
 from autocontext_jax.jobs.config import default_config, from_config_dict, write_config
 from autocontext_jax.jobs.experiment import side_by_side
@@ -34,10 +34,9 @@ from autocontext_jax.training.phases import MODES, Mode, Phase
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly():
     """Compiling is most of this file's time, and nothing here depends on how fast programs are."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

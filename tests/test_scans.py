@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import scans
 
 SIZE = (6, 5, 4)  # D, H, W
 SPACING = (2.5, 0.8, 0.7)

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autocontext_jax.data import preparation, resampling, scans
+from autocontext_jax.data import preparation, resampling
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.store import layout, reader, writer
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import scans
 
 LABELS = ("background", "artery", "portal vein", "pancreas")
 SPACING, ORIGIN = (1.5, 0.75, 0.8125), (-100.0, 30.0, 5.5)  # exact in float32, as headers keep it

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autocontext_jax.data.scans import FORMATS, scan_name
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import is_file
+from autocontext_jax.images.itk import FORMATS
+from autocontext_jax.images.scans import scan_name
 
 
 @dataclasses.dataclass(frozen=True)

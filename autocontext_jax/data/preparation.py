@@ -9,13 +9,13 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
-from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.split import content_checksum
 from autocontext_jax.data.store.layout import FORMAT, read_attributes
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import scans
 
 log = logging.getLogger(__name__)
 

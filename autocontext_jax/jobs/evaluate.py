@@ -16,12 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from autocontext_jax import processes
-from autocontext_jax.data import scans
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.data.split import content_checksum
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.files import writing
+from autocontext_jax.images import scans
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import restore_predictor
 from autocontext_jax.jobs.run_config import RunConfig, as_dict

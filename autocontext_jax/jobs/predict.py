@@ -8,8 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from autocontext_jax import processes
-from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import scans
 from autocontext_jax.jobs.restore import restore_predictor
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import read_split

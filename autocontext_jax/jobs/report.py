@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from autocontext_jax.data import scans
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import page, pictures, surfaces
 from autocontext_jax.evaluation.report import beside_published
+from autocontext_jax.images import scans
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData, read_data
 from autocontext_jax.training.phases import MODES

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from autocontext_jax.data import preparation, scans
+from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.data.split import draw_validation, make_split, read_fold, sides_of
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_json
+from autocontext_jax.images import scans
 from autocontext_jax.jobs import config as configuration
 from autocontext_jax.jobs.run_config import RunConfig, as_dict
 from autocontext_jax.jobs.run_folder import read_split

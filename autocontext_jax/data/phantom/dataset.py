@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from autocontext_jax.data import scans
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.files import write_whole, writing
+from autocontext_jax.images import scans
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Scans and masks in files of the usual formats."""
