@@ -399,7 +399,7 @@ def test_refusals_are_silent_on_standard_error(tmp_path):
     missing = save_series(tmp_path / "missing", voxels_of())
     (missing / "1.2.3_97.dcm").unlink()
     code = (
-        "import sys; from autocontext_jax.data import scans\n"
+        "import sys; from autocontext_jax.images import scans\n"
         "from autocontext_jax.errors import UserError\n"
         "for path in sys.argv[1:]:\n"
         "    try: scans.read_scan(path)\n"
