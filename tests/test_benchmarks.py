@@ -29,7 +29,7 @@ def rows(script: str, flags: str) -> list[dict]:
 
 def test_train_step():
     (row,) = rows("train_step.py", "--width 2 --edge 16 --batch 1 --steps 1 --rounds 1 --data phantoms")
-    assert row.keys() >= {"pairs/s", "GFLOP/s", "peak GB", "compile s", "feed"}
+    assert row.keys() >= {"patches/s", "GFLOP/s", "peak GB", "compile s", "feed"}
 
 
 def test_convolution():
