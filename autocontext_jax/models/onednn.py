@@ -10,25 +10,17 @@ The constants are those of `dnnl_types.h` and `dnnl_common_types.h` (oneDNN 3), 
 
 import ctypes
 import functools
-import logging
 import math
-import os
-import platform
-import sys
 import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_int, c_int64, c_size_t, c_void_p
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from autocontext_jax.models import xla_ffi
+from autocontext_jax.models import onednn_library, xla_ffi
 
-log = logging.getLogger(__name__)
-
-FILE = "libdnnl.so.3"
 ALIGNMENT = 64  # bytes, of each part of the scratch array
 
 # dnnl_data_type_t
@@ -95,11 +87,11 @@ def filter_gradient(x: jax.Array, gradient: jax.Array, size: tuple[int, ...]) ->
 @functools.cache
 def version() -> str | None:
     """The library's version, such as "3.2.0"; None if no oneDNN 3 can be loaded."""
-    if _library() is None:
+    if onednn_library.load() is None:
         return None
     numbers = POINTER(c_int * 3)
-    _library().dnnl_version.restype = numbers
-    return ".".join(str(number) for number in _library().dnnl_version().contents)
+    onednn_library.load().dnnl_version.restype = numbers
+    return ".".join(str(number) for number in onednn_library.load().dnnl_version().contents)
 
 
 # ---- Calls by compiled programs
@@ -141,26 +133,8 @@ _running = threading.Lock()
 # ---- The library
 
 
-@functools.cache
-def _library() -> Any:
-    # Otherwise its threads spin for milliseconds after each call and slow down XLA's.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for place in (str(Path(sys.prefix, "lib", FILE)), FILE):
-        try:
-            library = ctypes.CDLL(place)
-        except OSError as error:
-            reason = error
-            continue
-        library.dnnl_primitive_desc_query_md.restype = c_void_p
-        library.dnnl_memory_desc_get_size.restype = c_size_t
-        return library
-    if platform.machine() == "x86_64" and jax.default_backend() == "cpu":
-        log.warning("oneDNN is missing, convolutions will be several times slower (%s)", reason)
-    return None
-
-
 def _check(function: str, *arguments: Any) -> None:
-    if status := getattr(_library(), function)(*arguments):
+    if status := getattr(onednn_library.load(), function)(*arguments):
         raise RuntimeError(f"{function} of oneDNN {version()} returned status {status}")
 
 
@@ -196,11 +170,11 @@ def _memory_desc(shape: Sequence[int], dtype: str, *, any_layout: bool = False) 
 
 def _query(primitive_desc: c_void_p, query: int) -> c_void_p:
     """A memory descriptor that oneDNN chose."""
-    return c_void_p(_library().dnnl_primitive_desc_query_md(primitive_desc, query, 0))
+    return c_void_p(onednn_library.load().dnnl_primitive_desc_query_md(primitive_desc, query, 0))
 
 
 def _bytes(memory_desc: c_void_p) -> int:
-    return -(-_library().dnnl_memory_desc_get_size(memory_desc) // ALIGNMENT) * ALIGNMENT
+    return -(-onednn_library.load().dnnl_memory_desc_get_size(memory_desc) // ALIGNMENT) * ALIGNMENT
 
 
 class _Argument(ctypes.Structure):
