@@ -207,12 +207,12 @@ def test_the_most_voxels_can_be_raised(tmp_path, monkeypatch):
     path = tmp_path / "image.nii"
     assert scans.read_scan(path).voxels.size == 120
     monkeypatch.setenv("AUTOCONTEXT_MAX_VOXELS", "119")
-    with pytest.raises(UserError, match=r"image\.nii promises 4 × 5 × 6 = 120 voxels: wanted at most 119; .*set"):
+    with pytest.raises(UserError, match=r"image\.nii promises 4 × 5 × 6 = 120 voxels: expected at most 119; .*set"):
         scans.read_grid(path)
     monkeypatch.setenv("AUTOCONTEXT_MAX_VOXELS", "120")
     assert scans.read_scan(path).voxels.size == 120
     monkeypatch.setenv("AUTOCONTEXT_MAX_VOXELS", "1e9")
-    with pytest.raises(UserError, match=r"AUTOCONTEXT_MAX_VOXELS is '1e9': wanted a number of voxels"):
+    with pytest.raises(UserError, match=r"AUTOCONTEXT_MAX_VOXELS is '1e9': expected a number of voxels"):
         scans.read_scan(path)
 
 

@@ -59,7 +59,7 @@ def test_the_centre_lies_in_the_central_block(levels):
 
 
 @pytest.mark.parametrize(
-    ("native", "factors", "wanted"),
+    ("native", "factors", "expected"),
     [
         ((8, 12, 16), (4, 4, 4), (2, 3, 4)),
         ((61, 70, 67), (4, 2, 1), (16, 35, 67)),
@@ -69,9 +69,9 @@ def test_the_centre_lies_in_the_central_block(levels):
         ((7, 7, 7), (0.7, 0.7 + 1e-9, 7.01), (10, 10, 1)),
     ],
 )
-def test_level_shape(native, factors, wanted):
+def test_level_shape(native, factors, expected):
     shape = geometry.level_shape(native, factors)
-    assert shape == wanted
+    assert shape == expected
     for size, factor, voxels in zip(native, factors, shape, strict=True):
         assert factor * voxels >= size - 1e-5 * factor  # the grid covers the scan, and no voxel lies outside
         assert voxels == 1 or factor * (voxels - 1) < size

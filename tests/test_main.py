@@ -230,16 +230,16 @@ def test_programs_in_float32_compute_several_results_in_one_pass(tmp_path, dtype
         import jax
         x = jax.numpy.ones((64, 64))
         print(jax.jit(lambda a, b: (2 * a + b, 3 * a * b)).lower(x, x).compile().as_text().count(" fusion("))"""
-    nowhere = tmp_path / "scan.nii.gz"
+    nowhere = tmp_path / "nowhere"
     arguments = command(
-        "--workdir", tmp_path, "--mode=predict", "--input", nowhere, "--output", tmp_path / "mask.nii.gz"
+        "--workdir", tmp_path, "--mode=prepare", "--config.phantom.training=0", f"--config.data.root={nowhere}"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments[3:], f"--config.model.dtype={dtype}"],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": own},
         capture_output=True, encoding="utf-8", check=True,
     )  # fmt: skip
-    assert f"{nowhere} does not exist" in result.stderr
+    assert f"{nowhere} is not a folder" in result.stderr
     assert int(result.stdout) == passes
 
 
@@ -341,7 +341,11 @@ def test_a_missing_config_file(tmp_path):
         ([], ["--workdir"]),
         (["--workdir", "W", "--config.model.widht=8"], ["widht"]),
         (["--workdir", "W", "--config.model.base_channels=wide"], ["base_channels", "wide"]),
-        (["--workdir", "W", "--config.loader.patch_size=30"], ["loader.patch_size", "30", "multiple of 8"]),
+        (["--workdir", "W", "--config.loader.patch_size=30"], ["loader.patch_size", "30", "multiple of 4"]),
+        (
+            ["--workdir", "W", "--config.loader.patch_size=36"],
+            ["loader.patch_size", "36", "multiple of 8"],
+        ),
         (["--workdir", "W", "--mode", "fly"], ["mode", "fly"]),
         (["--workdir", "W", "--mode", "predict"], ["--input"]),
         (["--workdir", "W", "--mode", "evaluate", *SMALL], ["config.json"]),
@@ -493,14 +497,14 @@ def test_the_package_does_not_need_the_checkout(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "environment", "wanted"),
+    ("backend", "environment", "expected"),
     [
         ("gpu", {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
         ("cpu", {"XDG_CACHE_HOME": "/there"}, None),
         ("gpu", {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
     ],
 )
-def test_compiled_programs_are_kept_on_accelerators(monkeypatch, backend, environment, wanted):
+def test_compiled_programs_are_kept_on_accelerators(monkeypatch, backend, environment, expected):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -508,4 +512,4 @@ def test_compiled_programs_are_kept_on_accelerators(monkeypatch, backend, enviro
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     keep_compiled_programs()
-    assert updates == ({"jax_compilation_cache_dir": wanted} if wanted else {})
+    assert updates == ({"jax_compilation_cache_dir": expected} if expected else {})

@@ -161,7 +161,7 @@ def test_the_optimisers_state_is_split_only_where_wanted(results):
 
 
 def test_more_devices_for_a_patch_than_there_are():
-    with pytest.raises(ValueError, match="space is 64; wanted at most the"):
+    with pytest.raises(ValueError, match="space is 64; expected at most the"):
         make_mesh(4, 64)
 
 

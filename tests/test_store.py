@@ -338,7 +338,7 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
     later = layout.FORMAT + 1
     for module in (layout, reader, preparation, writer):
         monkeypatch.setattr(module, "FORMAT", later)
-    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 2, wanted 3: delete that folder"):
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 2, expected 3: delete that folder"):
         PreparedCase.open(root, case.name)
     assert preparation.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
 

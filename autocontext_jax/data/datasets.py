@@ -61,13 +61,13 @@ def read_dataset(root: str | os.PathLike) -> Dataset:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: wanted a data set in the nnU-Net v2 or the MSD layout")
+        raise UserError(f"{root} is not a folder: expected a data set in the nnU-Net v2 or the MSD layout")
     path = root / "dataset.json"
     if not path.is_file():
-        raise UserError(f"{root} has no dataset.json: wanted a data set in the nnU-Net v2 or the MSD layout")
+        raise UserError(f"{root} has no dataset.json: expected a data set in the nnU-Net v2 or the MSD layout")
     description = read_description(path)
     if not isinstance(description, dict):
-        raise UserError(f"{path} holds a {type(description).__name__}: wanted an object with the data set's keys")
+        raise UserError(f"{path} holds a {type(description).__name__}: expected an object with the data set's keys")
     if "channel_names" in description:
         _one_channel(path, "channel_names", description)
         labels = _labels(path, _get(path, description, "labels", dict))
@@ -91,12 +91,14 @@ def read_dataset(root: str | os.PathLike) -> Dataset:
         )
     names = [case.name for case in (*training, *test)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{root} names the case {twice[0]} more than once: wanted each case once, in training or test")
+        raise UserError(
+            f"{root} names the case {twice[0]} more than once: expected each case once, in training or test"
+        )
     for case in training:
         if case.label is None:
             raise UserError(f"case {case.name}: {case.image} has no label: add it or move it away")
     if not training:
-        raise UserError(f"{root} has no training case: wanted images in imagesTr and their labels in labelsTr")
+        raise UserError(f"{root} has no training case: expected images in imagesTr and their labels in labelsTr")
     return Dataset(root, labels, training, test)
 
 
@@ -111,16 +113,16 @@ def read_description(path: Path) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text: wanted JSON in UTF-8") from None
+        raise UserError(f"{path} is not text: expected JSON in UTF-8") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        raise UserError(f"{path} holds what no data set needs ({error}): wanted plain JSON") from None
+        raise UserError(f"{path} holds what no data set needs ({error}): expected plain JSON") from None
 
 
 def _get(path: Path, description: Mapping[str, Any], key: str, kind: type) -> Any:
     if key not in description:
         raise UserError(f'{path} lacks the key "{key}": found {", ".join(description) or "none"}')
     if not isinstance(value := description[key], kind):
-        raise UserError(f'{path}: "{key}" is a {type(value).__name__}: wanted a {kind.__name__}')
+        raise UserError(f'{path}: "{key}" is a {type(value).__name__}: expected a {kind.__name__}')
     return value
 
 
@@ -128,7 +130,7 @@ def _one_channel(path: Path, key: str, description: Mapping[str, Any]) -> None:
     channels = _get(path, description, key, dict)
     if len(channels) != 1:
         found = ", ".join(map(str, channels.values())) or "none"
-        raise UserError(f'{path}: "{key}" has {len(channels)} channels ({found}): wanted one, the CT')
+        raise UserError(f'{path}: "{key}" has {len(channels)} channels ({found}): expected one, the CT')
 
 
 def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -136,27 +138,29 @@ def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for name, value in values.items():
         if isinstance(value, list):
-            raise UserError(f'{path}: label "{name}" is the region {value}: wanted one value a label; regions overlap')
+            raise UserError(
+                f'{path}: label "{name}" is the region {value}: expected one value a label; regions overlap'
+            )
         if name == "ignore":
-            raise UserError(f'{path}: label "ignore" ({value}) is not supported: wanted every voxel labelled')
+            raise UserError(f'{path}: label "ignore" ({value}) is not supported: expected every voxel labelled')
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
-            raise UserError(f'{path}: label "{name}" has the value {value!r}: wanted a whole number from 0')
+            raise UserError(f'{path}: label "{name}" has the value {value!r}: expected a whole number from 0')
         names[int(value)] = name
     if sorted(names) != list(range(len(values))) or not 2 <= len(values) <= 256:
         found = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise UserError(f"{path}: labels are {found or 'none'}: wanted the values 0, 1, 2, ... once each, up to 255")
+        raise UserError(f"{path}: labels are {found or 'none'}: expected the values 0, 1, 2, ... once each, up to 255")
     if names[0].lower() != "background":
-        raise UserError(f'{path}: label 0 is "{names[0]}": wanted "background"')
+        raise UserError(f'{path}: label 0 is "{names[0]}": expected "background"')
     return ("background", *(names[value] for value in range(1, len(names))))
 
 
 def _nnunet_cases(root: Path, ending: str) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Pairs imagesTr/<case>_0000<ending> with labelsTr/<case><ending>, and the same of Ts."""
     if ending not in FORMATS:
-        raise UserError(f'{root / "dataset.json"}: "file_ending" is "{ending}": wanted one of {", ".join(FORMATS)}')
+        raise UserError(f'{root / "dataset.json"}: "file_ending" is "{ending}": expected one of {", ".join(FORMATS)}')
     for folder in ("imagesTr", "labelsTr"):
         if not (root / folder).is_dir():
-            raise UserError(f"{root} has no folder {folder}: wanted the training cases' images and labels there")
+            raise UserError(f"{root} has no folder {folder}: expected the training cases' images and labels there")
     training = _nnunet_pairs(root / "imagesTr", root / "labelsTr", ending)
     return training, _nnunet_pairs(root / "imagesTs", root / "labelsTs", ending)
 
@@ -166,14 +170,14 @@ def _nnunet_pairs(images: Path, labels: Path, ending: str) -> tuple[Case, ...]:
     for path in _visible(images, ending):
         name, _, channel = path.name.removesuffix(ending).rpartition("_")
         if not name or not re.fullmatch(r"\d{4}", channel):
-            raise UserError(f"{path} is not named as nnU-Net's images: wanted <case>_0000{ending}")
+            raise UserError(f"{path} is not named as nnU-Net's images: expected <case>_0000{ending}")
         if channel != "0000":
-            raise UserError(f"case {name}: {path} is a further channel: wanted one, the CT (_0000)")
+            raise UserError(f"case {name}: {path} is a further channel: expected one, the CT (_0000)")
         found[name] = path
     truth = {path.name.removesuffix(ending): path for path in _visible(labels, ending)}
     if orphans := sorted(truth.keys() - found.keys()):
         raise UserError(
-            f"case {orphans[0]}: {truth[orphans[0]]} has no image: wanted {images / orphans[0]}_0000{ending}, or no "
+            f"case {orphans[0]}: {truth[orphans[0]]} has no image: expected {images / orphans[0]}_0000{ending}, or no "
             "label"
         )
     return tuple(Case(name, found[name], truth.get(name)) for name in sorted(found))
@@ -212,5 +216,5 @@ def _inside(root: Path, relative: Any) -> Path:
     """A path of dataset.json, kept inside the folder; by its words, so that imagesTr may be a link to another disk."""
     path = os.path.normpath(str(relative))
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        raise UserError(f'{root / "dataset.json"} names "{relative}": wanted a path inside {root}')
+        raise UserError(f'{root / "dataset.json"} names "{relative}": expected a path inside {root}')
     return root / path

@@ -116,7 +116,7 @@ def check_nifti_header(path: Path) -> int:
         flat = not abs(np.linalg.det(matrix[:, :3] / axes)) > 1e-3
     used = np.concatenate([header["sizes"], *[header["quaternion"]] * by_quaternion, *[matrix.ravel()] * by_matrix])
     if not (np.abs(used) < 1e9).all() or (by_matrix and (flat or not axes.min() > 1e-6)):
-        raise UserError(f"{path} does not say where its voxels lie: wanted a finite qform and sform; export it again")
+        raise UserError(f"{path} does not say where its voxels lie: expected a finite qform and sform; export it again")
     return path.stat().st_size
 
 
@@ -129,9 +129,9 @@ def unpacked(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
         yield file
 
 
-def _bad_line(path: Path, number: int, line: bytes, wanted: str) -> UserError:
+def _bad_line(path: Path, number: int, line: bytes, expected: str) -> UserError:
     found = line[:100].decode("latin-1")
-    return UserError(f"{path}, line {number} is {found!r}: wanted {wanted}; it is damaged: copy or export it again")
+    return UserError(f"{path}, line {number} is {found!r}: expected {expected}; it is damaged: copy or export it again")
 
 
 _LONG = (

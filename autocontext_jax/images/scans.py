@@ -84,10 +84,10 @@ def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, 
     image = _read_image(path)
     grid = grid_of(path, image)
     for what, tolerance in TOLERANCES.items():
-        found, wanted = getattr(grid, f"canonical_{what}"), getattr(like, f"canonical_{what}")
-        if not np.allclose(found, wanted, rtol=0.0, atol=tolerance):
+        found, expected = getattr(grid, f"canonical_{what}"), getattr(like, f"canonical_{what}")
+        if not np.allclose(found, expected, rtol=0.0, atol=tolerance):
             raise UserError(
-                f"case {case}: the label's {what} (z, y, x) is {numbers(found)}, the image's is {numbers(wanted)}: "
+                f"case {case}: the label's {what} (z, y, x) is {numbers(found)}, the image's is {numbers(expected)}: "
                 f"{path} must lie on its image's grid; resample it with nearest neighbours or correct its header"
             )
 
@@ -98,7 +98,7 @@ def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, 
         values, counts = np.unique(plane, return_counts=True)
         strange = ~np.isin(values, list(labels))
         strangers.update(dict(zip(values[strange].tolist(), counts[strange].tolist(), strict=True)))
-        if not strangers:  # else the cast could overflow, and the array is not wanted any more
+        if not strangers:  # otherwise the cast could overflow, and the array is not needed any more
             np.copyto(target, plane, casting="unsafe")
     if strangers:
         found = ", ".join(f"{value:g} ({count} voxels)" for value, count in strangers.most_common(8))
@@ -213,7 +213,7 @@ def _read_header(path: Path) -> sitk.ImageFileReader:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a scan file or a folder with a DICOM series")
     if not (suffix := suffix_of(path)):
-        raise UserError(f"{path} is not a scan by its name: wanted {', '.join(FORMATS)} or a folder of DICOM slices")
+        raise UserError(f"{path} is not a scan by its name: expected {', '.join(FORMATS)} or a folder of DICOM slices")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): copy or export it again")
     if suffix == ".nii.gz" and path.with_suffix("").exists():  # ITK would read that one's voxels under this one's name
@@ -229,10 +229,10 @@ def _read_header(path: Path) -> sitk.ImageFileReader:
     if not (bits := re.match(r"(\d+)-bit (?:un)?(?:signed integer|float)", kind)):
         raise UserError(f"{path} holds voxels of the kind {kind}: expected integers or floats; export it again")
     check_size(path, reader.GetSize())
-    wanted = math.prod(reader.GetSize()) * int(bits[1]) // 8
-    if wanted > held * _DEFLATE:
+    expected = math.prod(reader.GetSize()) * int(bits[1]) // 8
+    if expected > held * _DEFLATE:
         raise UserError(
-            f"{path} has {held} bytes and promises {wanted}, more than any packing gets into so few: it is truncated "
+            f"{path} has {held} bytes and promises {expected}, more than any packing gets into so few: it is truncated "
             "or its header damaged; copy or export it again"
         )
     return reader
@@ -244,7 +244,7 @@ def _check_nifti(path: Path, header: sitk.ImageFileReader) -> None:
     if not 0 <= place <= 2**31:  # also if it is no number
         raise UserError(f"{path} has its voxels at byte {place:g}: expected a place behind its header; export it again")
     start = math.ceil(place)
-    wanted = start + math.prod(header.GetSize()) * int(header.GetMetaData("bitpix")) // 8
+    expected = start + math.prod(header.GetSize()) * int(header.GetMetaData("bitpix")) // 8
     kind = {"16": "f4", "64": "f8"}.get(header.GetMetaData("datatype"))
     strange = 0
     with headers.unpacked(path) as file:
@@ -253,11 +253,11 @@ def _check_nifti(path: Path, header: sitk.ImageFileReader) -> None:
         found = len(head)
         while chunk := file.read(1 << 20):  # to the very end, where the checksum is
             if kind:
-                count = min(len(chunk), max(wanted - found, 0)) // int(kind[1])
+                count = min(len(chunk), max(expected - found, 0)) // int(kind[1])
                 strange += int(np.count_nonzero(~np.isfinite(np.frombuffer(chunk, order + kind, count))))
             found += len(chunk)
-    if found < wanted:
-        raise UserError(f"{path} holds {found} of its {wanted} bytes: it is truncated; copy or export it again")
+    if found < expected:
+        raise UserError(f"{path} holds {found} of its {expected} bytes: it is truncated; copy or export it again")
     if strange:
         raise not_finite(path, strange)
 

@@ -43,7 +43,7 @@ def make_mesh(batch: int, space: int = 1) -> Mesh:
       ValueError: fewer devices than `space`.
     """
     if space > jax.device_count():
-        raise ValueError(f"space is {space}; wanted at most the {jax.device_count()} devices that there are")
+        raise ValueError(f"space is {space}; expected at most the {jax.device_count()} devices that there are")
     data = math.gcd(batch, jax.device_count() // space)
     shape, axes = (data, space), ("data", "space")
     return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * space])
@@ -60,7 +60,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(mesh: Mesh, state: Any, *, split_optimizer: bool = False) -> Any:
-    """Of each leaf of a `TrainState`: copies, but of the optimiser's state a share a device of `data` if wanted.
+    """Where each leaf of a `TrainState` lies: a copy on every device; of the optimiser's state, on request, a share each.
 
     With the shares XLA reduces each gradient to the device that updates its share of the parameters, and gathers these
     (the first stage of Rajbhandari et al., ZeRO, 2020).

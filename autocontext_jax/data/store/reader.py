@@ -88,7 +88,7 @@ class PreparedCase:
         if not ours:
             raise UserError(f"{case_path(root, name)} is missing, incomplete or damaged: {REMEDY}")
         if ours.get("format") != FORMAT:
-            raise UserError(f"{case_path(root, name)} has the format {ours.get('format')}, wanted {FORMAT}: {REMEDY}")
+            raise UserError(f"{case_path(root, name)} has the format {ours.get('format')}, expected {FORMAT}: {REMEDY}")
         try:
             labels, offsets = tuple(ours["labels"]), tuple(map(operator.index, ours["foreground_offsets"]))
             factors = tuple(_three(float, row) for row in ours["factors"])
@@ -160,13 +160,13 @@ class PreparedCase:
                 for name in names
             ]
             arrays = {name: array.result() for name, array in zip(names, opening, strict=True)}
-            wanted: dict[str, tuple[tuple[int, ...], str]] = {"foreground/": (self.foreground_offsets[-1:], "uint32")}
+            expected: dict[str, tuple[tuple[int, ...], str]] = {"foreground/": (self.foreground_offsets[-1:], "uint32")}
             for level, shape in zip(levels, self.shapes, strict=True):
-                wanted |= {level: (shape, "int16"), f"labels/organs/{level}": (shape, "uint8")}
-            for name, (size, dtype) in wanted.items():  # what an array says of itself carries no checksum
+                expected |= {level: (shape, "int16"), f"labels/organs/{level}": (shape, "uint8")}
+            for name, (size, dtype) in expected.items():  # what an array says of itself carries no checksum
                 found = arrays[name]
                 if (found.shape, found.dtype.name) != (size, dtype):
-                    raise ValueError(f"{name}zarr.json has {found.shape} {found.dtype.name}, wanted {size} {dtype}")
+                    raise ValueError(f"{name}zarr.json has {found.shape} {found.dtype.name}, expected {size} {dtype}")
                 # A piece is decoded at once: it takes its memory whatever the file holds.
                 layout = found.chunk_layout
                 piece, file = ([n or 0 for n in part.shape or ()] for part in (layout.read_chunk, layout.write_chunk))
