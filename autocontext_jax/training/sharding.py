@@ -60,7 +60,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(mesh: Mesh, state: Any, *, split_optimizer: bool = False) -> Any:
-    """Where each leaf of a `TrainState` lies: a copy on every device; of the optimiser's state, on request, a share each.
+    """Where each leaf of a `TrainState` lies: a copy on every device, or of the optimiser's state a share on each.
 
     With the shares XLA reduces each gradient to the device that updates its share of the parameters, and gathers these
     (the first stage of Rajbhandari et al., ZeRO, 2020).
