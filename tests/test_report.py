@@ -3,15 +3,12 @@
 import csv
 import json
 import math
-from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from autocontext_jax.evaluation import metrics, pictures, report
-from autocontext_jax.jobs.evaluate import held_out_are
 from autocontext_jax.jobs.experiment import side_by_side
 
 CLASSES = ("artery", "vein")
@@ -67,23 +64,6 @@ scans. Dice, Jaccard and surface Dice count a missed class as 0. Missed by Level
 def test_table():
     result = report.evaluation(CASES, CLASSES, cases_are="2 test cases", tolerance=1.5, pairs=[("level_2", "level_1")])
     assert report.table(result) == TABLE
-
-
-@pytest.mark.parametrize(
-    ("labelled", "number", "checkpoint", "sentence"),
-    [
-        (True, 6, "best", "6 test cases"),
-        (True, 1, "best", "1 test case"),
-        (False, 5, "best", "5 validation cases, which also chose the checkpoint: scores are optimistic"),
-        (False, 1, "best", "1 validation case, which also chose the checkpoint: scores are optimistic"),
-        (False, 5, "latest", "5 validation cases"),
-    ],
-)
-def test_the_scored_cases_in_words(labelled, number, checkpoint, sentence):
-    config = ConfigDict({"predict": {"checkpoint": checkpoint}})
-    case = SimpleNamespace(label="label.nii.gz" if labelled else None)
-    data = SimpleNamespace(dataset=SimpleNamespace(test=[SimpleNamespace(label=None), case]), validation=[])
-    assert held_out_are(config, data, number) == sentence
 
 
 def test_written_files(tmp_path):

@@ -204,6 +204,8 @@ def test_the_table_says_which_cases_were_scored(root, tmp_path):
     cases, cases_are = open_data(small(root), tmp_path / "other").scored(best=True)
     assert len(cases) == 1
     assert cases_are(1) == "1 validation case, which also chose the checkpoint: scores are optimistic"
+    _, cases_are = open_data(small(root), tmp_path / "other").scored(best=False)
+    assert cases_are(2) == "2 validation cases"
 
 
 def test_masks_of_different_evaluations_are_never_mixed(root, trained):
