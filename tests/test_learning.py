@@ -55,9 +55,9 @@ def learn(folder: Path, *, learning_rate: float) -> dict:
 
 
 def test_a_trained_pyramid_finds_liver_and_spleen_in_scans_that_it_has_not_seen(tmp_path):
-    """With a learning rate of (almost) 0 both Dice are below 0.1."""
+    """With a learning rate of 1e-9 the Dice of both classes is below 0.12 at both levels."""
     evaluation = learn(tmp_path, learning_rate=5e-3)
     assert evaluation["cases_are"] == "2 test cases"
-    for level, lowest in (("level_1", 0.5), ("level_2", 0.7)):
+    for level, lowest in (("level_1", 0.5), ("level_2", 0.55)):
         found = {name: evaluation["summary"][level][name]["dice"]["min"] for name in CLASSES[1:]}
         assert all(dice > lowest for dice in found.values()), (level, found)
