@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def evaluate_run(config: RunConfig, workdir: Path, data: RunData) -> bool:
             "scan that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
     numbers = np.arange(len(data.classes), dtype=np.uint8)
-    return _score(config, workdir, data.classes, cases, workdir, numbers=numbers, cases_are=cases_are)
+    with _alone(workdir):
+        return _score(config, workdir, data.classes, cases, workdir, numbers=numbers, cases_are=cases_are)
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
@@ -92,7 +93,20 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path) -> bool:
         return f"{counted(number, 'labelled case')} of {dataset.root.resolve().name}"
 
     folder = workdir / f"on_{dataset.root.resolve().name}"
-    return _score(config, workdir, classes, cases, folder, numbers=numbers, cases_are=cases_are)
+    with _alone(workdir):
+        return _score(config, workdir, classes, cases, folder, numbers=numbers, cases_are=cases_are)
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Lets one evaluation of a run be made at a time; its processes agree on whether they may.
+
+    Raises:
+      UserError: another one is being made.
+    """
+    with contextlib.ExitStack() as held:
+        processes.first_does(lambda: held.enter_context(locked(workdir, "evaluation")))
+        yield
 
 
 def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
@@ -124,20 +138,6 @@ def _score(
       numbers: see `label_mapping`.
       cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
-    with locked(workdir, "evaluation") if processes.is_first() else contextlib.nullcontext():
-        return _score_locked(config, workdir, classes, cases, folder, numbers=numbers, cases_are=cases_are)
-
-
-def _score_locked(
-    config: RunConfig,
-    workdir: Path,
-    classes: Sequence[str],
-    cases: Sequence[Case],
-    folder: Path,
-    *,
-    numbers: np.ndarray,
-    cases_are: Callable[[int], str],
-) -> bool:
     predictor, step = restore_predictor(config, workdir, classes)
     annotated = [classes[number] for number in sorted(set(numbers.tolist()) - {0})]
     levels = config.model_levels()
