@@ -283,5 +283,8 @@ def test_inference_takes_the_runs_own_keys_but_those_it_may_change(tmp_path):
     config = configuration.for_inference(given, saved, tmp_path)
     assert (config.predict.tile, config.evaluate.tolerance, config.data.root) == (64, 3.0, "moved")
     assert (config.loss, config.optimizer, config.loader) == (saved.loss, saved.optimizer, saved.loader)
+    # A config file given again without --config.data.root does not take the run's data set away.
+    at = changed(data__root="/data", augmentation__flip=True)
+    assert configuration.for_inference(changed(), at, tmp_path).data.root == "/data"
     with pytest.raises(UserError, match=r"model\.base_channels \(the run has 32, given is 8\).*leave --config out"):
         configuration.for_inference(changed(model__base_channels=8), saved, tmp_path)

@@ -17,7 +17,6 @@ import numpy as np
 from autocontext_jax.data.datasets import Case, Dataset, read_description
 from autocontext_jax.errors import UserError
 
-SIDES = ("training", "validation", "test", "unused")
 FORMAT = 1  # of split.json
 
 

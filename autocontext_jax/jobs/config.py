@@ -33,7 +33,6 @@ def default_config() -> ConfigDict:
 
 def to_config_dict(config: RunConfig) -> ConfigDict:
     """The configuration as config files and flags change it."""
-    # Of floats that are whole numbers flags would otherwise refuse 0.5.
     return ConfigDict(as_dict(config)).lock()
 
 
@@ -96,7 +95,8 @@ def for_inference(given: RunConfig, saved: RunConfig, workdir: Path) -> RunConfi
         )
     values = as_dict(saved)
     for key, value in flat_keys(as_dict(given)).items():
-        if key.startswith(INFERENCE):
+        # A config file that names no data set does not take the run's own away.
+        if key.startswith(INFERENCE) and (key, value) != ("data.root", ""):
             _set(values, key, value)
     return from_dict(values)
 

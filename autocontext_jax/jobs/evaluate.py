@@ -23,7 +23,7 @@ from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.files import writing
 from autocontext_jax.images import scans
 from autocontext_jax.jobs.lock import locked
-from autocontext_jax.jobs.restore import restore_predictor
+from autocontext_jax.jobs.restore import chosen_step, restore_predictor
 from autocontext_jax.jobs.run_config import RunConfig, as_dict
 from autocontext_jax.jobs.run_folder import RunData, counted, read_data, read_split
 from autocontext_jax.jobs.stages import in_stages
@@ -71,9 +71,8 @@ def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
     path = workdir / "evaluation.json"
     if not path.exists():
         return False
-    _, step = restore_predictor(config, workdir, data.classes)
     cases, _ = data.scored()
-    return json.loads(path.read_bytes()).get("settings") == _settings(config, step, cases)
+    return json.loads(path.read_bytes()).get("settings") == _settings(config, chosen_step(config, workdir), cases)
 
 
 def _evaluate_elsewhere(config: RunConfig, workdir: Path) -> bool:

@@ -49,6 +49,27 @@ def restore_predictor(config: RunConfig, workdir: Path, classes: Sequence[str]) 
     return processes.agree(lambda: _restore_predictor(config, workdir, classes))
 
 
+def chosen_step(config: RunConfig, workdir: Path) -> int:
+    """The step of the checkpoint that `predict.checkpoint` chooses. Nothing in the run folder is changed.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+
+    def choose() -> int:
+        with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
+            return _chosen_step(config, workdir, checkpoints)
+
+    return processes.agree(choose)
+
+
+def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> int:
+    step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
+    if step is None:
+        raise UserError(f"run folder {workdir} has no checkpoint: train there first (--mode train)")
+    return step
+
+
 def _restore_predictor(config: RunConfig, workdir: Path, classes: Sequence[str]) -> tuple[Predictor, int]:
     space, devices = config.predict.space, jax.local_device_count()
     if space > devices:
@@ -69,9 +90,7 @@ def _restore_weights(config: RunConfig, workdir: Path, like: Any) -> tuple[int, 
     """The chosen step and its weights; chosen again where a run that trains meanwhile has removed that checkpoint."""
     while True:
         with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
-            step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
-            if step is None:
-                raise UserError(f"run folder {workdir} has no checkpoint: train there first (--mode train)")
+            step = _chosen_step(config, workdir, checkpoints)
             try:
                 return step, checkpoints.restore_weights(step, *like)
             except UserError:
