@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     try:
         _parse(argv)
         # Worker processes import this module again; this is slow to import, and they do not need it.
-        from autocontext_jax.jobs.config import from_config_dict
+        from autocontext_jax.jobs.config_files import from_config_dict
 
         config = from_config_dict(CONFIG.value)
         runtime.set_up(training=MODE.value in ("all", "train"), dtype=config.model.dtype)

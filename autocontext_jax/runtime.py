@@ -108,18 +108,23 @@ def _show_unraisable(what: "sys.UnraisableHookArgs") -> None:
 
 
 def available_cpus() -> int:
-    """Processors that this process may use: by its affinity, and by the quota of its control group (containers)."""
+    """Processors that this process may use: by its affinity, and by the quotas of its control groups (containers)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = []
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     quotas = []
-    with contextlib.suppress(OSError, ValueError):
-        limit, of = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        quotas.append(float(limit) / float(of))  # a ValueError if the limit is "max"
-    with contextlib.suppress(OSError, ValueError):
-        folder = Path("/sys/fs/cgroup/cpu")
-        quota, period = (
-            float((folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
-        )
-        quotas.append(quota / period)
+    for group in groups:  # lines "NUMBER:CONTROLLERS:PATH"; version 2 of control groups names no controllers
+        _, controllers, path = group.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup", "cpu" if controllers else "")
+        # A container may see its own group at the root, under a path that does not exist there.
+        for folder in {root, *(root / parent for parent in [Path(path[1:]), *Path(path[1:]).parents])}:
+            with contextlib.suppress(OSError, ValueError):  # a ValueError if the quota is "max"
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+                quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+                quotas.append(float(quota) / float(period))
     return max(1, min([count, *(math.ceil(quota) for quota in quotas if quota > 0)]))
 
 
@@ -173,6 +178,14 @@ def keep_freed_memory() -> None:
         # A threshold of -1 means never to trim.
         for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
             mallopt(setting, value)
+
+
+def let_openmp_threads_sleep() -> None:
+    """Lets oneDNN's threads sleep between its calls; must be called before its OpenMP runtime is loaded.
+
+    Otherwise they spin for milliseconds after each call and slow down XLA's. A value of the user's own stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def compile_for_absent_devices() -> None:

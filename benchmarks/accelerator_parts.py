@@ -26,7 +26,7 @@ from kernel_times import Profile, profiled
 from roofline import source_lines
 from training_program import TrainingProgram, in_turn
 
-from autocontext_jax.data.augmentation import SpatialRanges
+from autocontext_jax.data.augmentation_ranges import SpatialRanges
 from autocontext_jax.data.loader import Loader, LoaderConfig
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom

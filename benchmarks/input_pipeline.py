@@ -33,7 +33,7 @@ import numpy as np
 from common import machine, median_ratio, prepared_cases, report, side_by_side
 
 from autocontext_jax.data.augment import make_augment
-from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.loader import Loader, LoaderConfig, case_margins, host_batches, largest_margins, read_batch
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.store.reader import PreparedCase

@@ -31,7 +31,7 @@ import numpy as np
 from common import machine, median_ratio, prepared_cases, report
 from training_program import Calls, compile_training_step, in_turn
 
-from autocontext_jax.data.augmentation import SpatialRanges
+from autocontext_jax.data.augmentation_ranges import SpatialRanges
 from autocontext_jax.data.loader import Loader, LoaderConfig
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.runtime import compiler_options, disable_asynchronous_dispatch, fuse_results, keep_freed_memory

@@ -8,7 +8,7 @@ took several days; it fits one accelerator of 16 GB or more. The authors report 
 and 83.2 % at level 1 on 37 of their 377 scans, which are not public.
 """
 
-from autocontext_jax.jobs.config import default_config
+from autocontext_jax.jobs.config_files import default_config
 
 
 def get_config():

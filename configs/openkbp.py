@@ -7,7 +7,7 @@ The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest le
 six test scans was then 0.76. Contours differ from scan to scan in where cord and esophagus end.
 """
 
-from autocontext_jax.jobs.config import default_config
+from autocontext_jax.jobs.config_files import default_config
 
 
 def get_config():

@@ -3,7 +3,7 @@
 python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/quickstart
 """
 
-from autocontext_jax.jobs.config import default_config
+from autocontext_jax.jobs.config_files import default_config
 
 
 def get_config():

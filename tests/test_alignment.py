@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from autocontext_jax import geometry
 from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
-from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.loader import Loader, LoaderConfig, read_batch
 from autocontext_jax.data.store.level_grids import LevelGrids

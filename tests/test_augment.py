@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from autocontext_jax.data import augment
 from autocontext_jax.data.augment import make_augment
-from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 
 EDGE, LEVELS = 8, 2
 SPACING = (2.5, 0.8, 0.7)
@@ -90,8 +90,8 @@ def test_resampling_is_scipys():
     index = position.astype(np.float64) + centre[:, None, None, None]
     assert (index < 0).any()  # some beyond the crop: its border goes on
     moved, nearest = jax.jit(augment._resample)(image, label, list(position))
-    wanted = map_coordinates(image.astype(np.float64), index, order=1, mode="nearest")
-    np.testing.assert_allclose(moved, wanted, atol=0.1)  # float32 positions, steps of 4000 HU
+    expected = map_coordinates(image.astype(np.float64), index, order=1, mode="nearest")
+    np.testing.assert_allclose(moved, expected, atol=0.1)  # float32 positions, steps of 4000 HU
     inside = np.clip(np.rint(index), 0, np.array(image.shape)[:, None, None, None] - 1).astype(int)
     np.testing.assert_array_equal(nearest, label[tuple(inside)])
 
@@ -129,8 +129,8 @@ def test_a_batch_is_its_field_resampled(plain):
             index = positions(number, scale) / scale + middle
             assert (index >= 0).all()
             assert (index <= 2 * middle).all()
-            wanted = map_coordinates(image.astype(np.float64), index, order=1)
-            np.testing.assert_allclose(image_out[level][sample], wanted, atol=0.2)  # float32, steps of 4000 HU
+            expected = map_coordinates(image.astype(np.float64), index, order=1)
+            np.testing.assert_allclose(image_out[level][sample], expected, atol=0.2)  # float32, steps of 4000 HU
             tie = (np.abs(index % 1 - 0.5) < 1e-4).any(axis=0)
             nearest = label[tuple(np.rint(index).astype(int))]
             np.testing.assert_array_equal(label_out[level][sample][~tie], nearest[~tie])

@@ -63,5 +63,5 @@ def test_accuracy_at_times_line():
     """Its jobs are those of test_main; four more processes would take a minute and a half."""
     cases = {name: {"liver": {"dice": dice}, "vein": {"dice": 0.5}} for name, dice in (("a", 0.7), ("b", 0.9))}
     found = accuracy_at_time.line(summarise(cases, ["liver", "vein"]), seconds=90, steps=7)
-    wanted = {"used": 1.5, "steps": 7, "mean Dice": 0.65, "std over scans": 0.05, "liver": 0.8, "vein": 0.5}
-    assert found == pytest.approx(wanted)
+    expected = {"used": 1.5, "steps": 7, "mean Dice": 0.65, "std over scans": 0.05, "liver": 0.8, "vein": 0.5}
+    assert found == pytest.approx(expected)

@@ -9,10 +9,10 @@ import jax
 import pytest
 from flax import nnx
 
-from autocontext_jax.data.augmentation import AugmentationConfig, IntensityRanges, SpatialRanges
+from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs import config as configuration
-from autocontext_jax.jobs.config import default_config, from_config_dict, to_config_dict
+from autocontext_jax.jobs import config_files as configuration
+from autocontext_jax.jobs.config_files import default_config, from_config_dict, to_config_dict
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig, as_dict, flat_keys, from_dict
 

@@ -109,7 +109,7 @@ def test_inference_and_validation_drop_nothing(made, batch):
 
 def test_a_frozen_level_drops_nothing(batch):
     """The second phase trains on the maps that inference will give."""
-    graph, state = create_state(new_pyramid(), STANDING_STILL, learning=[1])
+    graph, state = create_state(new_pyramid(), STANDING_STILL, learning=[2])
     expected = inference_model(graph, state.params, state.batch_stats)(batch.images)
     logits = []
     for seed in range(2):

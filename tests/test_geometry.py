@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from autocontext_jax import geometry
 from autocontext_jax.data import augment
-from autocontext_jax.data.augmentation import SpatialRanges, crop_margins, rotation_matrix
+from autocontext_jax.data.augmentation_ranges import SpatialRanges, crop_margins, rotation_matrix
 
 LEVELS = (1, 2, 3)
 CENTRES = [*itertools.product((-7, -6, 0, 33), (-1, 20, 21), (5, 6, 7, 8)), (1000, -1000, 123)]

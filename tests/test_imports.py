@@ -13,7 +13,7 @@ ORDER = [
     "errors", "files", "processes", "runtime", "geometry",
     "images/headers", "images/grid", "images/itk", "images/dicom", "images/scans",
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/preparation",
-    "data/sampling", "data/augmentation", "data/augment", "data/loader",
+    "data/sampling", "data/augmentation_ranges", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn_library", "models/onednn", "models/convolution",
     "models/normalization", "models/resizing",
     "models/blocks", "models/unet", "models/residual_unet", "models/fcn", "models/backbones", "models/pyramid",

@@ -8,7 +8,7 @@ import numpy as np
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.images import scans
-from autocontext_jax.jobs.config import default_config, from_config_dict
+from autocontext_jax.jobs.config_files import default_config, from_config_dict
 from autocontext_jax.jobs.run import run
 
 SIZE, SPACING = (40, 40, 40), (8.0, 8.0, 8.0)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
-from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.loader import read_batch
 from autocontext_jax.data.phantom.anatomy import ORGANS
@@ -57,7 +57,7 @@ def at_inference(model: Pyramid) -> Pyramid:
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_every_ladder_trains_and_predicts(levels, spatial_dims):
+def test_any_levels_train_and_predicts(levels, spatial_dims):
     optimizer = optax.adam(1e-2)
     graph, state = create_state(pyramid(levels, spatial_dims, depth=1), optimizer)
     before = jax.tree.map(np.array, state.params)
@@ -93,8 +93,8 @@ def test_a_flat_convolution_is_a_deep_one_with_zeros_around(onednn, monkeypatch)
         jax.clear_caches()
     value, pullback = jax.vjp(lambda x, w: convolution.convolution(x, w), x, kernel)
     deep = np.pad(kernel, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-    wanted, deep_pullback = jax.vjp(convolution.direct_convolution, x, deep)
-    np.testing.assert_allclose(value, wanted, atol=1e-4)
+    expected, deep_pullback = jax.vjp(convolution.direct_convolution, x, deep)
+    np.testing.assert_allclose(value, expected, atol=1e-4)
     (x_gradient, gradient), (wanted_x, wanted_deep) = pullback(cotangent), deep_pullback(cotangent)
     np.testing.assert_allclose(x_gradient, wanted_x, atol=1e-4)
     np.testing.assert_allclose(gradient, wanted_deep[:, 1:2], atol=1e-4)
@@ -205,9 +205,9 @@ def test_one_tile_of_slices_is_the_model_itself():
     logits = model.level(1, crop(small, start, (SLICES, 32, 32), AIR)[None], None)
     y, x = (slice(-1 - s, 17 - s) for s in start[1:])
     maps = jax.nn.softmax(logits)[:, :, y, x]
-    wanted = np.asarray(model.level(2, scan[None], maps)[0])
+    expected = np.asarray(model.level(2, scan[None], maps)[0])
     mask = predictor.masks(scan, FLAT)[2]
-    best = np.sort(wanted, axis=-1)
+    best = np.sort(expected, axis=-1)
     sure = best[..., -1] - best[..., -2] > 0.02  # the context crosses in half precision
     assert sure.mean() > 0.5
-    np.testing.assert_array_equal(mask[sure], wanted.argmax(-1)[sure])
+    np.testing.assert_array_equal(mask[sure], expected.argmax(-1)[sure])

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autocontext_jax.data import loader, preparation
-from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges
+from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.loader import (
     Loader,

@@ -93,8 +93,8 @@ def test_under_the_logarithm_an_absent_class_is_left_alone():
 
 
 def test_dice_loss_at_its_ends():
-    for case, wanted in [("perfect", -1), ("all wrong", 0), ("absent and not predicted", -1), ("one class", -1)]:
-        assert float(dice_loss(*CASES[case])) == pytest.approx(wanted, abs=1e-6)
+    for case, expected in [("perfect", -1), ("all wrong", 0), ("absent and not predicted", -1), ("one class", -1)]:
+        assert float(dice_loss(*CASES[case])) == pytest.approx(expected, abs=1e-6)
 
 
 def test_dice_loss_does_not_depend_on_the_batchs_layout():
@@ -123,8 +123,8 @@ def test_dice_loss_has_finite_gradients(case):
 @pytest.mark.parametrize("case", ["random", "absent class", "perfect", "all wrong"])
 def test_cross_entropy_equals_the_formula(case):
     logits, labels = CASES[case]
-    wanted = -np.take_along_axis(special.log_softmax(logits.astype(float), axis=-1), labels[..., None], -1).mean()
-    assert float(cross_entropy_loss(logits, labels)) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    expected = -np.take_along_axis(special.log_softmax(logits.astype(float), axis=-1), labels[..., None], -1).mean()
+    assert float(cross_entropy_loss(logits, labels)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_total_loss_weighs_terms_and_levels():
@@ -146,8 +146,8 @@ def test_total_loss_weighs_terms_and_levels():
 
     total, _ = total_loss(logits, labels, LossConfig(log_dice=0.25, per_sample=True, background=False))
     options = {"per_sample": True, "background": False}
-    wanted = sum(soft_dice(*pair, **options) + 0.25 * soft_dice(*pair, **options, logarithm=True) for pair in pairs)
-    assert float(total) == pytest.approx(wanted, rel=1e-5)
+    expected = sum(soft_dice(*pair, **options) + 0.25 * soft_dice(*pair, **options, logarithm=True) for pair in pairs)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
 def test_total_loss_refuses_levels_that_do_not_match():

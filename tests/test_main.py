@@ -20,7 +20,7 @@ import SimpleITK as sitk
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.images import scans
-from autocontext_jax.jobs.config import read_config
+from autocontext_jax.jobs.config_files import read_config
 from autocontext_jax.runtime import keep_compiled_programs
 
 ROOT = Path(__file__).parent.parent

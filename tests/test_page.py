@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from autocontext_jax.evaluation import page, pictures, published, report, surfaces
+from autocontext_jax.evaluation import page, pictures, published, report, surface_meshes
 
 CLASSES = ("artery", "liver")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,7 +23,7 @@ def ball(radius: float, shape: tuple[int, int, int] = (24, 32, 40)) -> np.ndarra
     return np.sqrt(sum(along**2 for along in places)) <= radius
 
 
-def volume(surface: surfaces.Surface) -> float:
+def volume(surface: surface_meshes.Surface) -> float:
     """mL inside, by the divergence theorem."""
     a, b, c = (surface.vertices[surface.faces[:, corner]].astype(float) for corner in range(3))
     return abs(float(np.sum(a * np.cross(b, c)))) / 6 / 1000
@@ -31,11 +31,11 @@ def volume(surface: surfaces.Surface) -> float:
 
 @pytest.mark.parametrize("largest", [72, 11])
 def test_a_surface_lies_where_its_class_does(largest, monkeypatch):
-    monkeypatch.setattr(surfaces, "LARGEST", largest)
+    monkeypatch.setattr(surface_meshes, "LARGEST", largest)
     mask = np.zeros((24, 32, 40), np.uint8)
     mask[ball(9)] = 2
     spacing = (2.0, 1.0, 1.5)
-    found = surfaces.class_surfaces(mask, CLASSES, spacing)
+    found = surface_meshes.class_surfaces(mask, CLASSES, spacing)
     assert list(found) == ["liver"]
     surface = found["liver"]
     assert volume(surface) == pytest.approx((mask == 2).sum() * np.prod(spacing) / 1000, rel=0.12)
@@ -48,16 +48,16 @@ def test_a_surface_lies_where_its_class_does(largest, monkeypatch):
 
 
 def test_a_thin_vessel_keeps_its_surface(monkeypatch):
-    monkeypatch.setattr(surfaces, "LARGEST", 10)
+    monkeypatch.setattr(surface_meshes, "LARGEST", 10)
     mask = np.zeros((60, 8, 8), np.uint8)
     mask[:, 4, 4] = 1
-    assert np.ptp(surfaces.class_surfaces(mask, CLASSES, (1, 1, 1))["artery"].vertices[:, 0]) > 50
+    assert np.ptp(surface_meshes.class_surfaces(mask, CLASSES, (1, 1, 1))["artery"].vertices[:, 0]) > 50
 
 
 def test_surfaces_as_a_picture(tmp_path):
     mask = ball(9).astype(np.uint8)
-    one = surfaces.class_surfaces(mask, CLASSES, (1, 1, 1))
-    surfaces.figure(tmp_path / "one.png", {"truth": one, "nothing": {}}, CLASSES, title="case")
+    one = surface_meshes.class_surfaces(mask, CLASSES, (1, 1, 1))
+    surface_meshes.figure(tmp_path / "one.png", {"truth": one, "nothing": {}}, CLASSES, title="case")
     left, right = np.split(matplotlib.image.imread(tmp_path / "one.png")[60:, :, :3], 2, axis=1)
     painted = [np.mean(np.ptp(half, axis=-1) > 0.2) for half in (left, right)]
     assert painted[0] > 0.05
@@ -121,7 +121,9 @@ def test_box_plots(tmp_path):
 def written(tmp_path) -> Path:
     mask = ball(9).astype(np.uint8)
     mask[:8] *= 2
-    columns = {name: surfaces.class_surfaces(mask, CLASSES, (1, 1, 1)) for name in ("truth", "level 1", "level 2")}
+    columns = {
+        name: surface_meshes.class_surfaces(mask, CLASSES, (1, 1, 1)) for name in ("truth", "level 1", "level 2")
+    }
     picture = tmp_path / "slices.png"
     pictures.figure(picture, np.zeros(mask.shape, np.int16), {"truth": mask}, CLASSES, (1, 1, 1))
     rows = [{"step": step, "loss": 1 / step, "validation_dice_level_1": 0.1 * step} for step in (1, 2, 3)]

@@ -112,11 +112,11 @@ def test_slabs_leave_no_seam(monkeypatch, patients):
 
 
 def test_write_dataset(tmp_path, monkeypatch):
-    root, wanted = tmp_path / "phantom", {"size": (24, 28, 28), "spacing": (10.0, 12.0, 13.0), "seed": 4}
+    root, expected = tmp_path / "phantom", {"size": (24, 28, 28), "spacing": (10.0, 12.0, 13.0), "seed": 4}
     left = root / "imagesTr" / "phantom_007_0000.nii.gz"  # by an interrupted run for more cases
     left.parent.mkdir(parents=True)
     left.touch()
-    dataset.write_dataset(root, training=2, test=1, **wanted)
+    dataset.write_dataset(root, training=2, test=1, **expected)
     assert sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()) == [
         "dataset.json",
         "imagesTr/phantom_000_0000.nii.gz",
@@ -132,13 +132,13 @@ def test_write_dataset(tmp_path, monkeypatch):
 
     stored = sitk.ReadImage(root / "labelsTs" / "phantom_002.nii.gz")
     assert stored.GetSpacing() == (13.0, 12.0, 10.0)
-    _, label = painting.make_phantom(np.random.default_rng([4, 2]), size=wanted["size"], spacing=wanted["spacing"])
+    _, label = painting.make_phantom(np.random.default_rng([4, 2]), size=expected["size"], spacing=expected["spacing"])
     np.testing.assert_array_equal(sitk.GetArrayFromImage(stored), label)
 
     monkeypatch.setattr(dataset, "make_phantom", None)  # from here on nothing may be made anew
-    dataset.write_dataset(root, training=2, test=1, **wanted)
+    dataset.write_dataset(root, training=2, test=1, **expected)
     with pytest.raises(UserError, match=r"dataset\.json.*another folder"):
-        dataset.write_dataset(root, training=3, test=1, **wanted)
+        dataset.write_dataset(root, training=3, test=1, **expected)
 
 
 def test_look_alikes_look_like_organs_and_are_none():

@@ -13,7 +13,7 @@ from flax import nnx
 
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.config import check_same_run, default_config, from_config_dict, read_config
+from autocontext_jax.jobs.config_files import check_same_run, default_config, from_config_dict, read_config
 from autocontext_jax.jobs.evaluate import evaluate
 from autocontext_jax.jobs.predict import predict
 from autocontext_jax.jobs.prepare import prepare

@@ -62,10 +62,10 @@ def test_label_is_the_majority_and_ties_go_to_the_larger(size, factors):
     labels = np.random.default_rng(1).integers(0, classes, size, np.uint8)
     areas = area_per_class(labels, factors, classes)
     # The last class within rounding of the largest area.
-    wanted = classes - 1 - np.argmax(areas[..., ::-1] >= areas.max(-1, keepdims=True) - 1e-9, -1)
+    expected = classes - 1 - np.argmax(areas[..., ::-1] >= areas.max(-1, keepdims=True) - 1e-9, -1)
     level = resampling.downsample_label(labels, factors, classes)
     assert level.dtype == np.uint8
-    np.testing.assert_array_equal(level, wanted)
+    np.testing.assert_array_equal(level, expected)
 
 
 def test_background_never_wins_a_tie():

@@ -18,7 +18,7 @@ from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.jobs import train as training
-from autocontext_jax.jobs.config import default_config, from_config_dict, write_config
+from autocontext_jax.jobs.config_files import default_config, from_config_dict, write_config
 from autocontext_jax.jobs.experiment import side_by_side
 from autocontext_jax.jobs.predict import predict
 from autocontext_jax.jobs.prepare import prepare
@@ -322,13 +322,34 @@ def test_one_processes_mistake_is_every_processes(monkeypatch):
     assert processes.agree(lambda: "fine") == "fine"
 
 
-@pytest.mark.parametrize(("quota", "count"), [("50000 100000", 1), ("max 100000", 3), ("250000 100000", 3)])
-def test_workers_are_as_many_as_the_container_allows(monkeypatch, quota, count):
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "max 100000\n"}, 3),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3),
+        ({"/proc/self/cgroup": "0::/job/step\n", "/sys/fs/cgroup/job/cpu.max": "200000 100000\n"}, 2),
+        ({"/proc/self/cgroup": "0::/job/step\n", "/sys/fs/cgroup/job/step/cpu.max": "90000 100000\n"}, 1),
+        ({"/proc/self/cgroup": "0::/outside\n", "/sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        (
+            {
+                "/proc/self/cgroup": "5:memory:/job\n4:cpu,cpuacct:/job\n0::/\n",
+                "/sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "200000\n",
+                "/sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        ({}, 3),
+    ],
+)
+def test_workers_are_as_many_as_the_container_allows(monkeypatch, files, count):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
 
     def read(path, encoding):
-        if path.name == "cpu.max":
-            return quota
+        if str(path) in files:
+            return files[str(path)]
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", read)

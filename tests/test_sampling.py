@@ -97,8 +97,8 @@ def test_every_draw_takes_two_numbers(centre):
         rng = np.random.default_rng(3)
         draw_entry(offsets, rng, sampling=centre)
         after.append(rng.random())
-    wanted = np.random.default_rng(3).random(3)[2]
-    assert after == [wanted] * 3
+    expected = np.random.default_rng(3).random(3)[2]
+    assert after == [expected] * 3
 
 
 @pytest.mark.parametrize("centre", SAMPLING)

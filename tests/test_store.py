@@ -16,7 +16,8 @@ import pytest
 
 from autocontext_jax.data import preparation, resampling
 from autocontext_jax.data.datasets import Case
-from autocontext_jax.data.store import layout, reader, writer
+from autocontext_jax.data.store import format as store_format
+from autocontext_jax.data.store import reader, writer
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
@@ -42,7 +43,7 @@ def write_case(folder: Path, name: str = "case 1", seed: int = 0, organs: bool =
     return case
 
 
-def wanted_levels(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
+def expected_levels(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
     """Image and label of each level, coarsest first, straight from the files."""
     scan = scans.read_scan(case.image)
     label = scans.read_label(case.label, labels=range(len(LABELS)), like=scan.grid, case=case.name)
@@ -87,12 +88,12 @@ def test_others_read_what_was_written(prepared):
     group = zarr.open_group(f"{root}/{case.name}.ome.zarr", mode="r")
     image = models.open_ome_zarr(group)
     assert type(image) is models.v05.Image
-    assert image.labels.label_paths == ["organs"]
-    organs = models.v05.ImageLabel.from_zarr(group["labels/organs"])
-    properties = organs.ome_attributes.image_label.properties
+    assert image.labels.label_paths == ["classes"]
+    masks = models.v05.ImageLabel.from_zarr(group["labels/classes"])
+    properties = masks.ome_attributes.image_label.properties
     assert [(entry.label_value, entry.name) for entry in properties] == list(enumerate(LABELS))[1:]
 
-    for described in (image, organs):
+    for described in (image, masks):
         (multiscale,) = described.ome_attributes.multiscales
         assert [(axis.name, axis.type, axis.unit) for axis in multiscale.axes] == [
             (name, "space", "millimeter") for name in "zyx"
@@ -102,11 +103,11 @@ def test_others_read_what_was_written(prepared):
             scale, translation = dataset.coordinateTransformations
             np.testing.assert_allclose(scale.scale, np.multiply(SPACING, factor))
             np.testing.assert_allclose(translation.translation, np.multiply(SPACING, (factor - 1) / 2))
-    for level, (voxels, label) in enumerate(wanted_levels(case), start=1):
-        for path, wanted in ((f"level_{level}", voxels), (f"labels/organs/level_{level}", label)):
-            assert group[path].dtype == wanted.dtype
+    for level, (voxels, label) in enumerate(expected_levels(case), start=1):
+        for path, expected in ((f"level_{level}", voxels), (f"labels/classes/level_{level}", label)):
+            assert group[path].dtype == expected.dtype
             assert group[path].metadata.dimension_names == ("z", "y", "x")
-            np.testing.assert_array_equal(group[path][:], wanted)
+            np.testing.assert_array_equal(group[path][:], expected)
 
     ours = group.attrs["autocontext_jax"]
     assert ours["native"]["size"] == list(SIZE)
@@ -119,7 +120,7 @@ def test_description(prepared):
     opened = PreparedCase.open(root, case.name)
     assert (opened.name, opened.labels) == (case.name, LABELS)
     assert opened.factors == ((4, 4, 4), (2, 2, 2))
-    assert opened.shapes == tuple(image.shape for image, _ in wanted_levels(case))
+    assert opened.shapes == tuple(image.shape for image, _ in expected_levels(case))
     np.testing.assert_allclose(opened.spacing, np.multiply(SPACING, 2))
 
 
@@ -129,7 +130,7 @@ def test_crops_equal_a_padded_scan(prepared, cache_bytes):
     opened = PreparedCase.open(root, case.name, cache_bytes)
     margin = 60
     size = (17, 8, 33)
-    for level, (image, label) in enumerate(wanted_levels(case), start=1):
+    for level, (image, label) in enumerate(expected_levels(case), start=1):
         padded = np.pad(image, margin, constant_values=-1024), np.pad(label, margin)
         # Along each axis: beyond on either side, across either border, inside, and larger than the scan.
         starts = [(-50, -16, -3, 0, 5, n - 4, n, n + 20) for n in image.shape]
@@ -138,19 +139,21 @@ def test_crops_equal_a_padded_scan(prepared, cache_bytes):
         crops.append(((-10, -10, -10), whole, opened.read(level, (-10, -10, -10), whole)))
         for start, edges, crop in crops:
             box = tuple(slice(margin + first, margin + first + n) for first, n in zip(start, edges, strict=True))
-            for found, wanted in zip(crop.result(), padded, strict=True):
-                assert found.dtype == wanted.dtype
-                np.testing.assert_array_equal(found, wanted[box], err_msg=f"level {level} at {start}")
+            for found, expected in zip(crop.result(), padded, strict=True):
+                assert found.dtype == expected.dtype
+                np.testing.assert_array_equal(found, expected[box], err_msg=f"level {level} at {start}")
 
 
 def test_reads_from_threads_and_after_pickling(prepared):
     case, root = prepared
     opened = PreparedCase.open(root, case.name)
-    wanted, _ = wanted_levels(case)[1]
+    expected, _ = expected_levels(case)[1]
     copy = pickle.loads(pickle.dumps(opened))
     found: list[np.ndarray] = []
     readers = [
-        threading.Thread(target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), wanted.shape).result()[0]))
+        threading.Thread(
+            target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), expected.shape).result()[0])
+        )
         for handle in (opened, copy) * 4
     ]
     for thread in readers:
@@ -158,14 +161,14 @@ def test_reads_from_threads_and_after_pickling(prepared):
     for thread in readers:
         thread.join()
     assert len(found) == 8
-    for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), wanted.shape).result()[0]]:
-        np.testing.assert_array_equal(image, wanted)
+    for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), expected.shape).result()[0]]:
+        np.testing.assert_array_equal(image, expected)
 
 
 def test_foreground_lists_each_class(prepared):
     case, root = prepared
     opened = PreparedCase.open(root, case.name)
-    _, label = wanted_levels(case)[-1]
+    _, label = expected_levels(case)[-1]
     assert len(opened.foreground_offsets) == len(LABELS)
     assert opened.foreground_offsets[0] == 0
     assert opened.foreground_offsets[-1] == np.count_nonzero(label)
@@ -177,7 +180,6 @@ def test_foreground_lists_each_class(prepared):
 def test_second_run_skips(own):
     case, root = own
     before = times(Path(root))
-    assert preparation.is_prepared(case, root, SETTINGS, LABELS)
     assert not preparation.prepare_case(case, root, SETTINGS, LABELS)
     assert not preparation.prepare_case(case, root, LevelGrids((4.0, 2.0)), LABELS)  # the same numbers
     assert times(Path(root)) == before
@@ -196,7 +198,6 @@ def test_a_change_prepares_again(own, tmp_path, change):
         settings = LevelGrids((4, 2), (3.0, 1.5, 1.5))
     else:
         labels = ("background", "vessel", *LABELS[2:])
-    assert not preparation.is_prepared(case, root, settings, labels)
     assert preparation.prepare_case(case, root, settings, labels)
     preparation.prepare_case(case, str(tmp_path / "clean"), settings, labels)
     assert contents(Path(root)) == contents(tmp_path / "clean")
@@ -243,11 +244,10 @@ preparation.prepare_case(case, sys.argv[3], LevelGrids((4, 2)), {LABELS!r})
 def test_killed_while_writing_is_prepared_again(own, tmp_path, arrays):
     case, root = own
     clean = contents(Path(root))
-    changed = write_case(tmp_path, seed=3)  # the same name and files: now the prepared case is out of date
+    write_case(tmp_path, seed=3)  # the same name and files: now the prepared case is out of date
     arguments = [case.name, str(tmp_path / case.name), root, str(arrays)]
     process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=60)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    assert not preparation.is_prepared(changed, root, SETTINGS, LABELS)
     with pytest.raises(UserError, match="incomplete"):
         PreparedCase.open(root, case.name)
 
@@ -274,7 +274,7 @@ def read_all(opened: PreparedCase) -> None:
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "lose"])
-@pytest.mark.parametrize("array", ["level_2", "labels/organs/level_2", "foreground"])
+@pytest.mark.parametrize("array", ["level_2", "labels/classes/level_2", "foreground"])
 def test_damage_is_an_error_not_data(own, array, how):
     case, root = own
     (file,) = (path for path in (Path(root) / f"{case.name}.ome.zarr" / array / "c").rglob("*") if path.is_file())
@@ -335,10 +335,10 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
         PreparedCase.open(f"{root}/nowhere", case.name)
     with pytest.raises(UserError, match=r"gopher.*give a folder"):
         PreparedCase.open("gopher://host", case.name)
-    later = layout.FORMAT + 1
-    for module in (layout, reader, preparation, writer):
+    later = store_format.FORMAT + 1
+    for module in (store_format, reader, preparation, writer):
         monkeypatch.setattr(module, "FORMAT", later)
-    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 2, expected 3: delete that folder"):
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 3, expected 4: delete that folder"):
         PreparedCase.open(root, case.name)
     assert preparation.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
 
@@ -359,10 +359,12 @@ def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
     bad = preparation.prepare_cases(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)
     assert sorted(done) == ["empty", "good", "lost", "unlabelled"]
     assert [case for case, _ in bad] == [empty, unlabelled, lost]
-    for (case, message), wanted in zip(bad, ("none of the 0 labelled voxels", "no label", "lost.nii.gz"), strict=True):
+    for (case, message), expected in zip(
+        bad, ("none of the 0 labelled voxels", "no label", "lost.nii.gz"), strict=True
+    ):
         assert message.startswith(f"case {case.name}: ")
-        assert wanted in message
-    assert preparation.is_prepared(good, root, SETTINGS, LABELS)
+        assert expected in message
+    assert not preparation.prepare_case(good, root, SETTINGS, LABELS)  # it is there
     assert sorted(path.name for path in Path(root).iterdir()) == ["good.ome.zarr"]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, turning_axes
+from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, turning_axes
 from autocontext_jax.geometry import Triple, halving, patch_shape
 from autocontext_jax.runtime import compiler_options
 
@@ -36,8 +36,8 @@ def make_augment(
 
     Args:
       patch_size: N.
-      margins: of each level's crops, `augmentation.crop_margins` of the same ranges; coarsest first. None at a level
-        that that is not trained: it has no place in images and labels.
+      margins: of each level's crops, coarsest first: `augmentation_ranges.crop_margins` of the same ranges. None at a
+        level that is not trained: it has no place in images and labels.
       spatial: None only cuts the margins off.
       intensity: see there.
       spatial_dims: 3 or 2; in 2D a patch is [1, N, N] in place of the [N, N, N] below.
@@ -162,7 +162,7 @@ def spline_weights(positions: np.ndarray, points: int) -> np.ndarray:
 
 
 def _rotation(angles: jax.Array) -> jax.Array:
-    """`geometry.rotation_matrix` of traced angles: about z, then y, then x."""
+    """`augmentation_ranges.rotation_matrix` of traced angles: about z, then y, then x."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     one, zero = jnp.ones(()), jnp.zeros(())
     about_z = jnp.array([[one, zero, zero], [zero, cos[0], -sin[0]], [zero, sin[0], cos[0]]])

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from autocontext_jax.data.augment import Augment, make_augment
-from autocontext_jax.data.augmentation import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_anywhere, draw_entry
 from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.data.store.reader import PreparedCase

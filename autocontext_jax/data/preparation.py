@@ -11,18 +11,13 @@ from collections.abc import Callable, Sequence
 
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.split import content_checksum
-from autocontext_jax.data.store.layout import FORMAT, read_attributes
+from autocontext_jax.data.store.format import FORMAT, read_attributes
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 
 log = logging.getLogger(__name__)
-
-
-def is_prepared(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ...]) -> bool:
-    """Whether the store holds all of this case, made from the same files, grids and classes; as `prepare_case`."""
-    return read_attributes(root, case.name).get("hash") == _digest(case, grids, labels)
 
 
 def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ...]) -> bool:
@@ -38,7 +33,7 @@ def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ..
       True if written, False if it was there.
 
     Raises:
-      UserError: the case has no label; a file cannot be read (see `scans`); no organ reaches the finest level.
+      UserError: the case has no label; a file cannot be read (see `scans`); no labelled voxel reaches the finest level.
     """
     if case.label is None:
         raise UserError(f"case {case.name}: {case.image} has no label: add one or leave the case out of training")

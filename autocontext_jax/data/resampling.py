@@ -112,7 +112,7 @@ def _mean(slab: np.ndarray, weights: _Weights) -> np.ndarray:
 
 
 def _area(mask: np.ndarray, weights: _Weights) -> np.ndarray:
-    """The share of each of the level's voxels that a mask covers, float32; an organ is small: only its box counts."""
+    """The share of each of the level's voxels that a mask covers, float32. Only the mask's bounding box is computed."""
     box, inside = [slice(None)] * 3, list(weights)
     for axis, matrix in enumerate(weights):
         if matrix is not None:

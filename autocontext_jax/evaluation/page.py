@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
 from autocontext_jax.evaluation.pictures import PALETTE
-from autocontext_jax.evaluation.surfaces import Surface
+from autocontext_jax.evaluation.surface_meshes import Surface
 from autocontext_jax.files import write_whole
 
 TEMPLATE = Template("""<!doctype html>

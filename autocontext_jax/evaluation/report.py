@@ -114,7 +114,7 @@ def beside_published(rows: Mapping[str, Mapping[str, float | None]]) -> str:
         for title, row in rows.items()
     }
     for title, scans, dice in TABLE_2:
-        known = {organ: value for organ, value in zip(PUBLISHED, dice, strict=True) if value is not None}
+        known = {name: value for name, value in zip(PUBLISHED, dice, strict=True) if value is not None}
         if known.keys() & set(classes):
             percent[f"{title}, {scans}"] = known
     for title, row in percent.items():

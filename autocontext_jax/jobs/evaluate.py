@@ -26,7 +26,7 @@ from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import chosen_step, restore_predictor
 from autocontext_jax.jobs.run_config import RunConfig, as_dict
 from autocontext_jax.jobs.run_folder import RunData, counted, read_data, read_split
-from autocontext_jax.jobs.stages import in_stages
+from autocontext_jax.jobs.scan_pipeline import in_stages
 
 log = logging.getLogger(__name__)
 

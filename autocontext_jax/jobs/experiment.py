@@ -11,7 +11,7 @@ from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import report
 from autocontext_jax.files import write_json, writing
-from autocontext_jax.jobs.config import write_config
+from autocontext_jax.jobs.config_files import write_config
 from autocontext_jax.jobs.evaluate import evaluate_run, is_evaluated
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.run_config import RunConfig

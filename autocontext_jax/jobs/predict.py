@@ -13,7 +13,7 @@ from autocontext_jax.images import scans
 from autocontext_jax.jobs.restore import restore_predictor
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import read_split
-from autocontext_jax.jobs.stages import in_stages
+from autocontext_jax.jobs.scan_pipeline import in_stages
 
 log = logging.getLogger(__name__)
 

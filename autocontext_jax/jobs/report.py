@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from autocontext_jax.errors import UserError
-from autocontext_jax.evaluation import page, pictures, surfaces
+from autocontext_jax.evaluation import page, pictures, surface_meshes
 from autocontext_jax.evaluation.report import beside_published
 from autocontext_jax.images import scans
 from autocontext_jax.jobs.run_config import RunConfig
@@ -40,7 +40,7 @@ def report(config: RunConfig, workdir: Path) -> None:
     data = read_data(config, workdir)
     for title, case in _best_median_worst(_read(run)).items():
         columns = _surfaces(run, case, data)
-        surfaces.figure(run / "pictures" / f"{case}_surfaces.png", columns, classes, title=title)
+        surface_meshes.figure(run / "pictures" / f"{case}_surfaces.png", columns, classes, title=title)
         shown.append(page.Shown(title, _found(run / "pictures" / f"{case}.png").read_bytes(), columns))
     page.write_page(
         workdir / "report.html", title=workdir.resolve().name, tables=tables, result=result, curves=curves, cases=shown
@@ -59,13 +59,13 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _mean_dice(result: dict[str, Any], run: Path) -> dict[str, dict[str, float | None]]:
-    """Per organ, of every block of an evaluation, and of the run's finest level on other data sets."""
+    """Dice per class, of every block of an evaluation, and of the run's finest level on other data sets."""
     found = dict(result["summary"])
     for path in sorted(run.glob("on_*/evaluation.json")):
         *_, finest = json.loads(path.read_bytes())["summary"].values()
         found[path.parent.name.replace("_", " ", 1)] = finest
     return {
-        name: {organ: summary[organ]["dice"]["avg"] for organ in summary if organ != "mean"}
+        name: {title: summary[title]["dice"]["avg"] for title in summary if title != "mean"}
         for name, summary in found.items()
     }
 
@@ -82,7 +82,7 @@ def _best_median_worst(result: dict[str, Any]) -> dict[str, str]:
     return {f"{place}: {case}, Dice {100 * scored[case]:.1f} %": case for place, case in places.items()}
 
 
-def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surfaces.Surface]]:
+def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surface_meshes.Surface]]:
     """Of the truth and of every level's mask."""
     dataset = data.dataset
     (case,) = [case for case in (*dataset.training, *dataset.test) if case.name == name]
@@ -93,7 +93,7 @@ def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surfac
         files[folder.name.replace("_", " ")] = folder / f"{name}.nii.gz"
     files["finest level"] = run / "predictions" / f"{name}.nii.gz"
     return {
-        column: surfaces.class_surfaces(
+        column: surface_meshes.class_surfaces(
             scans.read_label(path, labels=range(256), like=grid, case=name), dataset.labels[1:], grid.canonical_spacing
         )
         for column, path in files.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.config import for_inference, read_config
+from autocontext_jax.jobs.config_files import for_inference, read_config
 from autocontext_jax.jobs.evaluate import evaluate, evaluate_run
 from autocontext_jax.jobs.experiment import experiment
 from autocontext_jax.jobs.lock import locked

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
-from autocontext_jax.data.augmentation import AugmentationConfig
+from autocontext_jax.data.augmentation_ranges import AugmentationConfig
 from autocontext_jax.data.loader import LoaderConfig
 from autocontext_jax.data.phantom.dataset import PhantomConfig
 from autocontext_jax.data.store.level_grids import LevelGrids

@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.config import read_config, to_config_dict
+from autocontext_jax.jobs.config_files import read_config, to_config_dict
 
 
 def get_config(workdir: str) -> ConfigDict:

@@ -19,7 +19,7 @@ from autocontext_jax.data.loader import Loader
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import pictures
-from autocontext_jax.jobs.config import check_same_run, read_config, write_config
+from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData
@@ -34,7 +34,7 @@ from autocontext_jax.training.state import (
     Metrics,
     TrainState,
     create_state,
-    inference_model,
+    freeze_batch_stats,
     make_train_step,
     make_validation_step,
 )
@@ -134,23 +134,27 @@ def _train_phase(
     # ---- model, optimiser, steps
     classes = len(data.classes)
     levels = config.model_levels()
-    learning = [levels.index(level) for level in phase.learning]
+    learning = [levels.index(level) + 1 for level in phase.learning]  # counted in this model
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     loss = config.phase_loss(phase)
     model = nnx.eval_shape(lambda: make_model(config, classes))
-    graph, _ = create_state(model, optimizer, learning)
-    frozen_graph = nnx.graphdef(inference_model(*nnx.split(model, nnx.Param, ...)))
+    graph, shapes = create_state(model, optimizer, learning)
+    frozen_graph = freeze_batch_stats(graph, shapes.params, shapes.batch_stats)
 
     def create() -> TrainState:
         return create_state(make_model(config, classes), optimizer, learning)[1]
 
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)
-    options: dict[str, Any] = {"deterministic": config.train.deterministic}
-    train_step = make_train_step(graph, optimizer, loss, learning, (placement, everywhere), **options)
-    frozen_step = make_train_step(frozen_graph, optimizer, loss, learning, (placement, everywhere), **options)
+    deterministic = config.train.deterministic
+    train_step, frozen_step = (
+        make_train_step(
+            kind, optimizer, loss, learning, (placement, everywhere), seed=config.seed, deterministic=deterministic
+        )
+        for kind in (graph, frozen_graph)
+    )
     frozen_after = end - round(config.train.frozen_batch_stats * config.train.steps)
-    validation_step = make_validation_step(graph, loss, everywhere, **options)
+    validation_step = make_validation_step(graph, loss, everywhere, deterministic=deterministic)
 
     # ---- restore
     skipped = 0

@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from autocontext_jax.runtime import let_openmp_threads_sleep
+
 log = logging.getLogger(__name__)
 
 ONEDNN, RUNTIME = "libdnnl.so.3", "libgomp.so.1"
@@ -32,8 +34,7 @@ RTLD_DI_LINKMAP = 2  # `dlfcn.h`
 @functools.cache
 def load() -> Any:
     """The library; None if it cannot be loaded: one warning then names what is missing, if it would have been used."""
-    # Otherwise the runtime's threads spin for milliseconds after each call and slow down XLA's.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    let_openmp_threads_sleep()
     try:
         library = _load()
     except OSError as error:

@@ -15,9 +15,9 @@ class LossConfig:
 
     Attributes:
       dice: weight of the Dice loss; 1 in the paper.
-      log_dice: weight of the Dice loss's logarithm; 0 in the paper. An organ that the network has all but given up has
+      log_dice: weight of the Dice loss's logarithm; 0 in the paper. A class that the network has nearly given up has
         hardly a gradient in the Dice itself; here it keeps it, and comes back. Little is enough: by itself, the
-        logarithm makes organs too large.
+        logarithm makes classes too large.
       cross_entropy: weight of the mean voxelwise cross-entropy (nats); 0 in the paper.
       per_sample: False sums overlaps over the batch before dividing, True averages each sample's own Dice.
       background: whether class 0 counts in the Dice loss, as in equation 1.
@@ -54,7 +54,7 @@ def dice_loss(
 
     or, with the logarithm, L = -1/K sum_k ln D_k over the classes that the labels hold: the Dice term of Wong et al.
     (MICCAI 2018) with exponent 1, without their pseudocount of a voxel and the absent classes that it stands for. With
-    these every patch without an organ pushes that organ's maps down, at last below where a patch with it pulls them up.
+    these every patch without a class pushes its maps down, in the end further than a patch with it pulls them up.
 
     Args:
       logits: [B, D, H, W, K], any float type; the softmax runs in float32.

@@ -69,15 +69,15 @@ def create_state(
     Args:
       model: the pyramid.
       optimizer: of the parameters that learn.
-      learning: numbers (from 0) of the model's networks that do; None means all. In the graph the others compute what
+      learning: the model's levels that do, from 1 = its coarsest; None means all. In the graph the others compute what
         they compute at inference: they normalise with their running averages, without dropout.
     """
     graph, params, statistics = _split(model)
     if learning is not None:
         model = nnx.merge(graph, params, statistics, copy=True)
-        for number, network in enumerate(model.networks):
-            if number not in learning:
-                model.networks[number] = _inference_view(network)
+        for level, network in enumerate(model.networks, start=1):
+            if level not in learning:
+                model.networks[level - 1] = _inference_view(network)
         graph, _, _ = _split(model)
     learned, _ = _learned(params, learning)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, statistics, optimizer.init(learned))
@@ -90,13 +90,14 @@ def make_train_step(
     learning: Collection[int] | None = None,
     sharding: Any = None,
     *,
+    seed: int = 0,
     deterministic: bool = False,
 ) -> Any:
     """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
 
     A step whose loss or gradients are not finite changes nothing but the step's number. Layers look at the mesh that
     is set (`jax.set_mesh`), which must be the batch's where several devices share it. Random numbers in the networks,
-    such as dropout's, are a function of `state.step` alone: a resumed run repeats them.
+    such as dropout's, are a function of `seed` and `state.step` alone: a resumed run repeats them.
 
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
     ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
@@ -108,7 +109,7 @@ def make_train_step(
 
         def objective(learned):
             model = nnx.merge(graph, nnx.merge_state(learned, frozen), state.batch_stats, copy=True)
-            model.reseed(jax.random.fold_in(jax.random.key(0), state.step))
+            model.reseed(jax.random.fold_in(jax.random.key(seed), state.step))
             logits = model(batch.images)
             total, losses = total_loss(logits, batch.labels, loss)
             _, _, statistics = _split(model)
@@ -152,6 +153,12 @@ def make_validation_step(
     return jax.jit(step, out_shardings=sharding, compiler_options=options)
 
 
+def freeze_batch_stats(graph: nnx.GraphDef, params: Any, statistics: Any) -> nnx.GraphDef:
+    """The graph of a pyramid that trains on with its running averages in place of batch statistics."""
+    model = nnx.merge(graph, params, statistics, copy=True)
+    return nnx.graphdef(nnx.view(model, use_running_average=True, raise_if_not_found=False))
+
+
 def inference_model(graph: nnx.GraphDef, params: Any, statistics: Any) -> Pyramid:
     """The pyramid with its running averages in place of batch statistics, and without dropout."""
     return _inference_view(nnx.merge(graph, params, statistics, copy=True))
@@ -171,7 +178,8 @@ def _split(model: Pyramid) -> tuple[nnx.GraphDef, Any, Any]:
 
 def _learned(params: Any, learning: Collection[int] | None) -> tuple[Any, Any]:
     """The parameters that learn and those that do not."""
-    learned, frozen = nnx.split_state(params, lambda path, _: learning is None or path[1] in learning, ...)
+    # The path of a parameter begins with "networks" and the network's place, which counts from 0.
+    learned, frozen = nnx.split_state(params, lambda path, _: learning is None or path[1] + 1 in learning, ...)
     return learned, frozen
 
 

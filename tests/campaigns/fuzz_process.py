@@ -151,7 +151,9 @@ class Worker:
         if self._process is None:
             _restore(self._folder, self._valid)
             context = multiprocessing.get_context("forkserver")  # of a process that has no threads yet
-            context.set_forkserver_preload(["autocontext_jax.jobs.config", "autocontext_jax.training.checkpoints"])
+            context.set_forkserver_preload(
+                ["autocontext_jax.jobs.config_files", "autocontext_jax.training.checkpoints"]
+            )
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=work, args=(theirs, self._name, self._folder), daemon=True)
             self._process.start()

@@ -19,7 +19,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_json
 from autocontext_jax.images import scans
-from autocontext_jax.jobs import config as configuration
+from autocontext_jax.jobs import config_files as configuration
 from autocontext_jax.jobs.run_config import RunConfig, as_dict
 from autocontext_jax.jobs.run_folder import read_split
 
@@ -221,7 +221,7 @@ def write_overrides(folder: Path) -> None:
         lines += [f"--config.{key}{'.' * bool(inner)}{inner}={item}" for inner, item in section.items()]
     for start in range(0, len(lines), 5):
         (folder / f"{start:03}.flags").write_text("\n".join(lines[start : start + 5]), encoding="utf-8")
-    (folder / "config.py").write_text("from autocontext_jax.jobs.config import default_config as get_config\n")
+    (folder / "config.py").write_text("from autocontext_jax.jobs.config_files import default_config as get_config\n")
 
 
 def read_overrides(folder: Path) -> None:

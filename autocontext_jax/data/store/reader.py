@@ -1,4 +1,4 @@
-"""Reads crops of a prepared case; the files are described in `layout.py`."""
+"""Reads crops of a prepared case; the files are described in `format.py`."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from autocontext_jax.data.store.layout import (
+from autocontext_jax.data.store.format import (
     CHUNK,
     FORMAT,
     REMEDY,
@@ -129,7 +129,7 @@ class PreparedCase:
             return Crop(self, crops, ())
         inside = tuple(slice(*edges) for edges in (np.stack([first, last], 1) - np.array(start)[:, None]).tolist())
         box = tuple(slice(*edges) for edges in np.stack([first, last], 1).tolist())
-        arrays = self._arrays[f"level_{level}/"], self._arrays[f"labels/organs/level_{level}/"]
+        arrays = self._arrays[f"level_{level}/"], self._arrays[f"labels/classes/level_{level}/"]
         # Chunks are decoded straight into their places: no copy, and no memory that is new to the process each time.
         reads = (ts.array(crop[inside]).write(array[box]) for crop, array in zip(crops, arrays, strict=True))
         return Crop(self, crops, tuple(reads))
@@ -149,7 +149,7 @@ class PreparedCase:
     @functools.cached_property
     def _arrays(self) -> dict[str, Any]:
         levels = [f"level_{level}/" for level in range(1, len(self.shapes) + 1)]
-        names = ["foreground/", *levels, *(f"labels/organs/{level}" for level in levels)]
+        names = ["foreground/", *levels, *(f"labels/classes/{level}" for level in levels)]
         with storage_errors(self.root, self.name, "read"):
             url = case_url(self.root, self.name)
             described = ts.KvStore.open(url).result()
@@ -162,7 +162,7 @@ class PreparedCase:
             arrays = {name: array.result() for name, array in zip(names, opening, strict=True)}
             expected: dict[str, tuple[tuple[int, ...], str]] = {"foreground/": (self.foreground_offsets[-1:], "uint32")}
             for level, shape in zip(levels, self.shapes, strict=True):
-                expected |= {level: (shape, "int16"), f"labels/organs/{level}": (shape, "uint8")}
+                expected |= {level: (shape, "int16"), f"labels/classes/{level}": (shape, "uint8")}
             for name, (size, dtype) in expected.items():  # what an array says of itself carries no checksum
                 found = arrays[name]
                 if (found.shape, found.dtype.name) != (size, dtype):

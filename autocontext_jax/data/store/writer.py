@@ -1,4 +1,4 @@
-"""Writes a prepared case from a scan's voxels and labels; the files are described in `layout.py`."""
+"""Writes a prepared case from a scan's voxels and labels; the files are described in `format.py`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import tensorstore as ts
 
 from autocontext_jax.data import resampling
-from autocontext_jax.data.store.layout import (
+from autocontext_jax.data.store.format import (
     CHUNK,
     FORMAT,
     INDEX_CHUNK,
@@ -55,18 +55,18 @@ def write_case(
       UserError: no labelled voxel is left at the finest level; the store cannot be written.
     """
     factors = grids.level_factors(spacing)
-    organs = [resampling.downsample_label(label, level, len(classes)) for level in factors]
+    masks = [resampling.downsample_label(label, level, len(classes)) for level in factors]
     images = [resampling.downsample_image(voxels, level) for level in factors]
-    foreground = np.flatnonzero(organs[-1])
-    numbers = organs[-1].ravel()[foreground]
+    foreground = np.flatnonzero(masks[-1])
+    numbers = masks[-1].ravel()[foreground]
     if not foreground.size:
         raise UserError(
             f"case {name}: none of the {np.count_nonzero(label)} labelled voxels of its label is left at the "
             f"finest level's {times(spacing, factors[-1])} mm: correct the label or leave the case out"
         )
     arrays = {"foreground/": foreground[np.argsort(numbers, kind="stable")].astype(np.uint32)}
-    for level, (image, organ) in enumerate(zip(images, organs, strict=True), start=1):
-        arrays |= {f"level_{level}/": image, f"labels/organs/level_{level}/": organ}
+    for level, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
+        arrays |= {f"level_{level}/": image, f"labels/classes/level_{level}/": mask}
     properties = [{"label-value": number, "name": title} for number, title in enumerate(classes) if number]
     about = {"image-label": {"version": "0.5", "properties": properties, "source": {"image": "../../"}}}
     native = {"size": voxels.shape, "spacing": spacing, "origin": origin, "direction": direction}
@@ -75,8 +75,8 @@ def write_case(
     ours |= {"shapes": [image.shape for image in images], "foreground_offsets": offsets}
     ours |= {"crc": checksum(ours)}
     groups: dict[str, Any] = {  # in this order: the root's metadata mark a complete case
-        "labels/": {"ome": {"version": "0.5", "labels": ["organs"]}},
-        "labels/organs/": {"ome": _multiscales("organs", "majority", spacing, factors) | about},
+        "labels/": {"ome": {"version": "0.5", "labels": ["classes"]}},
+        "labels/classes/": {"ome": _multiscales("classes", "majority", spacing, factors) | about},
         "": {"ome": _multiscales(name, "mean", spacing, factors), OURS: ours},
     }
     with storage_errors(root, name, "written", "see that the disk has room and the folder lets you write"):

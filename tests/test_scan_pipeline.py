@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from autocontext_jax.errors import UserError
-from autocontext_jax.jobs.stages import in_stages
+from autocontext_jax.jobs.scan_pipeline import in_stages
 
 
 def test_every_item_passes_every_stage_in_order():
