@@ -18,6 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from autocontext_jax.models import onednn_library, xla_ffi
 
@@ -98,10 +101,71 @@ def version() -> str | None:
 
 
 def _call(kind: str, first: jax.Array, second: jax.Array, result: tuple[int, ...]) -> jax.Array:
+    return _operation_p.bind(first, second, kind=kind, result=tuple(result))
+
+
+# An operation as JAX sees it: (first, second) -> result, the arrays in the order of ARGUMENTS. A primitive, because its
+# lowering depends on what the program is for: an exported program runs in other processes, which have no such handlers.
+_operation_p = Primitive("onednn_operation")
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "result"))
+def _run_at_once(first: jax.Array, second: jax.Array, *, kind: str, result: tuple[int, ...]) -> jax.Array:
+    return _operation_p.bind(first, second, kind=kind, result=result)
+
+
+_operation_p.def_impl(_run_at_once)
+_operation_p.def_abstract_eval(lambda first, second, *, kind, result: first.update(shape=result))
+
+
+def _foreign(first: jax.Array, second: jax.Array, *, kind: str, result: tuple[int, ...]) -> jax.Array:
+    """The call of oneDNN."""
     shapes = dict(zip(ARGUMENTS[kind], (first.shape, second.shape, result), strict=True))
     operation = _operation(kind, tuple(shapes["x"]), tuple(shapes["kernel"]), str(first.dtype))
     results = jax.ShapeDtypeStruct(result, first.dtype), jax.ShapeDtypeStruct((operation.scratch_bytes,), jnp.uint8)
     return jax.ffi.ffi_call(_targets()[kind], results)(first, second)[0]
+
+
+def _portable(first: jax.Array, second: jax.Array, *, kind: str, result: tuple[int, ...]) -> jax.Array:
+    """The same function by XLA's own convolution."""
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "ODHWI", "NDHWC"))
+
+    missing = jnp.zeros(result, first.dtype)  # where it is taken does not matter to a linear function
+    if kind == "convolution":
+        return convolve(first, second)
+    if kind == "input_gradient":
+        return jax.vjp(lambda x: convolve(x, second), missing)[1](first)[0]
+    return jax.vjp(lambda kernel: convolve(first, kernel), missing)[1](second)[0]
+
+
+def _lower(context: Any, first: Any, second: Any, *, kind: str, result: tuple[int, ...]) -> Any:
+    exported = context.module_context.lowering_parameters.for_export
+    lower = mlir.lower_fun(_portable if exported else _foreign, multiple_results=False)
+    return lower(context, first, second, kind=kind, result=result)
+
+
+mlir.register_lowering(_operation_p, _lower, platform="cpu")
+
+
+def _batch(arrays: Any, axes: Any, *, kind: str, result: tuple[int, ...]) -> tuple[jax.Array, int]:
+    """`jax.vmap`: batches of images become one batch; where each has a kernel of its own, one operation each."""
+    first, second = arrays
+    if kind != "filter_gradient" and axes[1] is None:
+        stacked = jnp.moveaxis(first, axes[0], 0)
+        count, batch = stacked.shape[:2]
+        flat = _call(kind, stacked.reshape(count * batch, *stacked.shape[2:]), second, (count * batch, *result[1:]))
+        return flat.reshape(count, *result), 0
+    mapped = [array if axis is None else jnp.moveaxis(array, axis, 0)
+              for array, axis in zip(arrays, axes, strict=True)]  # fmt: skip
+    count = next(array.shape[0] for array, axis in zip(mapped, axes, strict=True) if axis is not None)
+    every = [jnp.broadcast_to(array, (count, *array.shape)) if axis is None else array
+             for array, axis in zip(mapped, axes, strict=True)]  # fmt: skip
+    return lax.map(lambda pair: _call(kind, pair[0], pair[1], result), tuple(every)), 0
+
+
+batching.primitive_batchers[_operation_p] = _batch
 
 
 @functools.cache

@@ -4,9 +4,12 @@ XLA passes the addresses of arrays, so nothing is copied. The structures and num
 `xla/ffi/api/c_api.h`, version 0.1, which jaxlib contains.
 """
 
+import atexit
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
@@ -14,6 +17,8 @@ from typing import Any
 import jax
 
 XLA_FFI_EXTENSION_METADATA, XLA_FFI_ERROR_CODE_INTERNAL = 1, 13
+# Seconds without a call after which, at exit, no program is taken to run whose results nobody holds.
+QUIET = 0.5
 # XLA_FFI_DataType of the types that are passed.
 DATA_TYPES = {6: "uint8", 11: "float32", 16: "bfloat16"}
 
@@ -44,6 +49,24 @@ def register(name: str, function: Callable[[Sequence[Buffer], Sequence[Buffer]],
     handler = _Handler(functools.partial(_handle, function))
     _handlers.append(handler)
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    if len(_handlers) == 1:
+        atexit.register(_finish_programs)
+
+
+def _finish_programs() -> None:
+    """Waits for the programs that still run, at exit: a call of Python that is shutting down would never return.
+
+    JAX runs programs asynchronously, so a script can end before its programs do.
+    """
+    if not jax.config.values["jax_cpu_enable_async_dispatch"]:  # see `runtime.disable_asynchronous_dispatch`
+        return
+    for array in jax.live_arrays("cpu"):
+        with contextlib.suppress(Exception):  # the array was deleted, or its program failed
+            array.block_until_ready()
+    # Of programs whose results are gone only the calls can be seen.
+    ended = time.monotonic()
+    while time.monotonic() < max(ended, _last_call) + QUIET:
+        time.sleep(QUIET / 10)
 
 
 def _handle(function: Callable[[Sequence[Buffer], Sequence[Buffer]], None], frame: Any) -> int | None:
@@ -53,12 +76,15 @@ def _handle(function: Callable[[Sequence[Buffer], Sequence[Buffer]], None], fram
         version = frame.extension.contents.metadata.contents.version
         version.major, version.minor = 0, 1
         return None
+    global _last_call
     try:
         function(_buffers(frame.arguments), _buffers(frame.results))
     except BaseException as error:
         # KeyboardInterrupt too: otherwise ctypes prints the error and the program continues with undefined results.
         text = _Error(ctypes.sizeof(_Error), None, repr(error).encode(), XLA_FFI_ERROR_CODE_INTERNAL)
         return frame.api.contents.make_error(ctypes.byref(text))
+    finally:
+        _last_call = time.monotonic()
     return None
 
 
@@ -117,3 +143,5 @@ class _Frame(ctypes.Structure):
 _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
 # XLA keeps only their addresses, so they must not be collected.
 _handlers: list[Any] = []
+# When a function returned to XLA last, seconds of the monotonic clock.
+_last_call = float("-inf")
