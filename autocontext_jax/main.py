@@ -1,11 +1,4 @@
-"""The command line: flags -> one job.
-
-python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/quickstart
-    [--mode all|prepare|train|evaluate|predict|report] [--input SCAN_OR_FOLDER --output PATH] [--config.key=value ...]
-    [--distributed | --coordinator HOST:PORT --processes N --process I]
-
-With --mode evaluate, predict and report --workdir is enough: the run folder knows its configuration.
-"""
+"""The command line: flags -> one job. `autocontext --help` explains it."""
 
 import itertools
 import sys
@@ -17,20 +10,33 @@ from ml_collections import config_flags
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 
+MODES = ["all", "prepare", "train", "evaluate", "predict", "report", "export"]
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", "", "The run folder: checkpoints, logs, predictions, tables.")
-MODE = flags.DEFINE_enum("mode", "all", ["all", "prepare", "train", "evaluate", "predict", "report"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "all", MODES, "What to do, see above.")
+MODEL = flags.DEFINE_string("model", "", "With --mode predict: a model file, or a run folder.")
 INPUT = flags.DEFINE_string("input", "", "With --mode predict: a scan, a DICOM folder or a folder of scans.")
-OUTPUT = flags.DEFINE_string("output", "", "With --mode predict: the mask to write, or a folder for masks.")
+OUTPUT = flags.DEFINE_string(
+    "output", "", "With --mode predict: the mask or a folder for masks. With export: the file."
+)
+NETWORK = flags.DEFINE_multi_string("network", [], "package.module:Name of a network that --model names.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, found through SLURM, Kubernetes, ...")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where --distributed cannot find it.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "With --coordinator: how many there are.")
 PROCESS = flags.DEFINE_integer("process", 0, "With --coordinator: which one this is, from 0.")
 
+OURS = (CONFIG, WORKDIR, MODE, MODEL, INPUT, OUTPUT, NETWORK, DISTRIBUTED, COORDINATOR, PROCESSES, PROCESS)
+
 
 def main(argv: list[str]) -> int:
     """Parses the command line and runs; returns the exit status: 0, 1 (some scans failed) or 2 (the user's mistake)."""
     try:
+        if _asked_for_text(argv):
+            from autocontext_jax.jobs import help
+
+            help.show(argv, {flag.name: flags.FLAGS[flag.name].help for flag in OURS})
+            return 0
         _parse(argv)
         # Worker processes import this module again; this is slow to import, and they do not need it.
         from autocontext_jax.jobs.config_files import from_config_dict
@@ -38,17 +44,36 @@ def main(argv: list[str]) -> int:
         config = from_config_dict(CONFIG.value)
         runtime.set_up(training=MODE.value in ("all", "train"), dtype=config.model.dtype)
         runtime.join_processes(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        from autocontext_jax.jobs.run import run
+        from autocontext_jax.jobs.extensions import Extensions, import_object
+        from autocontext_jax.jobs.run import Paths, run
 
+        model = Path(MODEL.value).expanduser() if MODEL.value else None
         workdir = Path(WORKDIR.value).expanduser()
-        return 0 if run(MODE.value, config, workdir, Path(INPUT.value), Path(OUTPUT.value)) else 1
+        paths = Paths(
+            workdir=model if model is not None and model.is_dir() else workdir,
+            model=model if model is not None and not model.is_dir() else None,
+            source=Path(INPUT.value),
+            target=Path(OUTPUT.value) if OUTPUT.value else None,
+        )
+        networks = {path.rpartition(":")[2]: import_object(path, "--network") for path in NETWORK.value}
+        return 0 if run(MODE.value, config, paths, Extensions(networks)) else 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def command() -> None:
+    """The command `autocontext`."""
+    sys.exit(main(sys.argv))
+
+
+def _asked_for_text(argv: list[str]) -> bool:
+    """Whether a flag asks for nothing but a text; so does a command line without flags."""
+    return len(argv) == 1 or not {"--help", "-h", "-help", "--help-keys", "--version"}.isdisjoint(argv)
+
+
 def _parse(argv: list[str]) -> None:
-    """Reads the flags; without --config, the modes that only look at a run take its own configuration.
+    """Reads the flags; without --config, the modes that only use a model take its own configuration.
 
     Raises:
       UserError: a flag, or the config file.
@@ -63,8 +88,13 @@ def _parse(argv: list[str]) -> None:
         rest = flags.FLAGS(argv)[1:]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; expected only --flags")
-        if not WORKDIR.value or CONFIG.value is None:
-            raise UserError("expected --workdir FOLDER, and --config FILE unless the run in that folder is only used")
+        if MODEL.value and (MODE.value != "predict" or WORKDIR.value or files):
+            raise UserError("--model is given; expected it with --mode predict, and without --workdir and --config")
+        if not (WORKDIR.value or MODEL.value) or CONFIG.value is None:
+            raise UserError(
+                "expected --workdir FOLDER, and --config FILE unless the run in that folder is only used; or --mode "
+                "predict with --model FILE. --help explains all flags"
+            )
         if MODE.value == "predict" and not (INPUT.value and OUTPUT.value):
             raise UserError("--mode predict requires --input SCAN_OR_FOLDER and --output PATH")
         CONFIG.value.to_dict()  # a file that could not be loaded says so only when it is used
@@ -74,17 +104,17 @@ def _parse(argv: list[str]) -> None:
 
 
 def _with_saved_config(argv: list[str]) -> list[str]:
-    """Adds the run folder's own configuration as --config, for the modes that only use a run."""
-    from autocontext_jax.jobs import saved_config
+    """Adds the configuration of the run folder or model file as --config, for the modes that only use a model."""
+    from autocontext_jax.jobs import run, saved_config
 
     flags.FLAGS([argv[0], *(argument for argument in argv[1:] if not argument.startswith("--config."))])
-    workdir, mode = WORKDIR.value, MODE.value
+    place, mode = MODEL.value or WORKDIR.value, MODE.value
     flags.FLAGS.unparse_flags()
-    if not workdir or mode not in ("evaluate", "predict", "report"):
+    if not place or mode not in run.USES:
         return argv
-    saved_config.get_config(workdir)  # one line if it cannot be read
-    return [argv[0], f"--config={saved_config.__file__}:{workdir}", *argv[1:]]
+    saved_config.get_config(place)  # one line if it cannot be read
+    return [argv[0], f"--config={saved_config.__file__}:{place}", *argv[1:]]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command()

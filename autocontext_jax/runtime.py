@@ -10,6 +10,8 @@ import math
 import os
 import platform
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import logging as absl_logging
@@ -51,6 +53,17 @@ def set_up(*, training: bool, dtype: str) -> None:
     disable_asynchronous_dispatch()
 
 
+def set_up_library(*, dtype: str) -> None:
+    """What the Python functions set, in a process that belongs to somebody else.
+
+    Args:
+      dtype: of the network's computations.
+    """
+    quieten_libraries()
+    if dtype == "float32":
+        fuse_results()
+
+
 def join_processes(distributed: bool, coordinator: str, count: int, index: int) -> None:
     """Makes this process one of several where the flags say so; then keeps compiled programs.
 
@@ -84,21 +97,25 @@ def silence_itk() -> None:
 
 
 def log_plainly() -> None:
-    """Shows our own messages on standard error, and those of libraries from warnings up.
-
-    Without this orbax logs every stage of every save.
-    """
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    # Errors in orbax's threads, such as a full disk, are logged with a traceback and raised again where we handle them.
-    # It also warns of every checkpoint directory that is opened for reading only, which is meant.
-    absl_logging.get_absl_logger().addFilter(
-        lambda record: record.exc_info is None and "directory is read only" not in record.getMessage()
-    )
-    sys.unraisablehook = _show_unraisable
+    """Shows our own messages on standard error, and those of libraries from warnings up."""
+    quieten_libraries()
     ours = logging.getLogger("autocontext_jax")
     ours.setLevel(logging.INFO)
     ours.propagate = False
     ours.addHandler(logging.StreamHandler(sys.stderr))
+
+
+def quieten_libraries() -> None:
+    """Shows messages of libraries from warnings up. Without this orbax logs every stage of every save."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    # Errors in orbax's threads, such as a full disk, are logged with a traceback and raised again where we handle them.
+    # It also warns of every checkpoint directory that is opened for reading only, which is meant.
+    absl_logging.get_absl_logger().addFilter(_is_news)
+    sys.unraisablehook = _show_unraisable
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.exc_info is None and "directory is read only" not in record.getMessage()
 
 
 def _show_unraisable(what: "sys.UnraisableHookArgs") -> None:
@@ -126,6 +143,22 @@ def available_cpus() -> int:
                 quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
                 quotas.append(float(quota) / float(period))
     return max(1, min([count, *(math.ceil(quota) for quota in quotas if quota > 0)]))
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """For starting processes with `multiprocessing`: they have one thread for BLAS, and do not run the user's script.
+
+    Each of several workers would otherwise take threads for all processors. And Python imports the main script anew in
+    each process that it starts: a script that trains without `if __name__ == "__main__":` would train there again.
+    Workers need nothing from it.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    script, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def keep_compiled_programs() -> None:

@@ -33,7 +33,8 @@ from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.data.store.writer import write_case
-from autocontext_jax.inference.predictor import Predictor, PredictorConfig
+from autocontext_jax.inference.predictor import Predictor
+from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.planning import hlo_text
 from autocontext_jax.planning.compiled import needed_bytes
 from autocontext_jax.planning.costs import KINDS, instruction_costs, roofline_seconds

@@ -30,7 +30,8 @@ import numpy as np
 from common import machine, make_pyramid, median_ratio, peak_gb, report
 from flax import nnx
 
-from autocontext_jax.inference.predictor import Predictor, PredictorConfig
+from autocontext_jax.inference.predictor import Predictor
+from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.runtime import fuse_results
 from autocontext_jax.training.state import inference_model

@@ -14,7 +14,8 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.jobs import config_files as configuration
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, to_config_dict
 from autocontext_jax.jobs.restore import make_model
-from autocontext_jax.jobs.run_config import RunConfig, as_dict, flat_keys, from_dict
+from autocontext_jax.jobs.run_config import RunConfig, config_from_dict
+from autocontext_jax.sections import as_dict, flat_keys
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -42,7 +43,7 @@ def test_there_is_a_quickstart():
 def test_the_typed_tree_survives_the_way_through_a_config_dict_and_json():
     config = changed(augmentation__flip_pairs=("a=b",), levels__finest_spacing=(2.5, 1, 1), seed=3)
     assert from_config_dict(to_config_dict(config)) == config
-    assert from_dict(json.loads(json.dumps(as_dict(config)))) == config
+    assert config_from_dict(json.loads(json.dumps(as_dict(config)))) == config
     assert config.levels.finest_spacing == (2.5, 1.0, 1.0)
 
 

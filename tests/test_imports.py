@@ -10,8 +10,8 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
-    "errors", "files", "processes", "runtime", "geometry",
-    "images/headers", "images/grid", "images/itk", "images/dicom", "images/scans",
+    "errors", "sections", "files", "processes", "runtime", "geometry",
+    "images/headers", "images/grid", "images/in_memory", "images/itk", "images/dicom", "images/scans",
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/preparation",
     "data/sampling", "data/augmentation_ranges", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn_library", "models/onednn", "models/convolution",
@@ -19,9 +19,11 @@ ORDER = [
     "models/blocks", "models/unet", "models/residual_unet", "models/fcn", "models/backbones", "models/pyramid",
     "training/*",
     "inference/tiling", "inference/masks", "inference/context", "inference/predictor",
+    "inference/model_file", "inference/model_card", "inference/model",
     "evaluation/*",
     "planning/*",
     "jobs/*",
+    "api",
     "main",
 ]  # fmt: skip
 

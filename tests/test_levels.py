@@ -18,8 +18,8 @@ from autocontext_jax.data.store.level_grids import AIR, LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import next_level_start, pyramid_starts
 from autocontext_jax.images import scans
-from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
-from autocontext_jax.inference.tiling import SLICES, pyramid_tiles
+from autocontext_jax.inference.predictor import Predictor, crop
+from autocontext_jax.inference.tiling import SLICES, PredictorConfig, pyramid_tiles
 from autocontext_jax.models import convolution
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.fcn import FCN

@@ -19,8 +19,8 @@ from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.geometry import level_shape
 from autocontext_jax.inference import context as context_module
 from autocontext_jax.inference import predictor as predictor_module
-from autocontext_jax.inference.predictor import Predictor, PredictorConfig, crop
-from autocontext_jax.inference.tiling import Blend, pyramid_tiles
+from autocontext_jax.inference.predictor import Predictor, crop
+from autocontext_jax.inference.tiling import Blend, PredictorConfig, pyramid_tiles
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet

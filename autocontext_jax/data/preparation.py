@@ -16,6 +16,7 @@ from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
+from autocontext_jax.runtime import starting_workers
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +86,11 @@ def prepare_cases(
     Raises:
       UserError: the system ended a process.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the new processes: workers x cores threads would thrash
     bad = {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
-        running = {pool.submit(prepare_case, case, root, grids, labels): case for case in cases}
+        with starting_workers():
+            running = {pool.submit(prepare_case, case, root, grids, labels): case for case in cases}
         try:
             for done in concurrent.futures.as_completed(running):
                 try:

@@ -5,12 +5,15 @@ it is in only one of the masks, its Dice, Jaccard index and surface Dice are 0 a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage, spatial
 
 Box = tuple[slice, ...]
+# A metric from outside the package: of the voxels of a class in prediction and truth, [D, H, W] bool each, one of which
+# may be empty, and the spacing in mm, (z, y, x); a number. Infinity counts the class as missed.
+Metric = Callable[[np.ndarray, np.ndarray, tuple[float, float, float]], float]
 
 
 def scores(
@@ -20,6 +23,7 @@ def scores(
     spacing: tuple[float, float, float],
     *,
     tolerance: float,
+    extra: Mapping[str, Metric] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Every metric of every class.
 
@@ -33,6 +37,7 @@ def scores(
       classes: names without the background.
       spacing: mm, (z, y, x).
       tolerance: mm, of the surface Dice.
+      extra: further metrics by name.
 
     Returns:
       {class: {metric: value}}. Let P and T be the voxels of the class in prediction and truth, and d(p, T) the distance
@@ -65,6 +70,8 @@ def scores(
             "false_positives": predicted - both if union else math.nan,
             "false_negatives": true - both if union else math.nan,
         }
+        for metric, function in (extra or {}).items():
+            result[name][metric] = float(function(prediction == k, truth == k, spacing)) if union else math.nan
     return result
 
 

@@ -22,6 +22,12 @@ PALETTE = np.array(
 )  # fmt: skip
 
 
+def class_color(value: int) -> tuple[int, int, int]:
+    """(red, green, blue), 0 to 255, of a class in all pictures, from its number: 1, 2, ..."""
+    red, green, blue = (int(part) for part in PALETTE[(value - 1) % len(PALETTE)])
+    return red, green, blue
+
+
 def overlay(image: np.ndarray, mask: np.ndarray, *, window: tuple[float, float] = (-160.0, 240.0)) -> np.ndarray:
     """A slice in grey values under its mask: outlines in opaque colour, areas in faint colour.
 

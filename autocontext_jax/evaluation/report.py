@@ -37,6 +37,7 @@ def evaluation(
     cases_are: str,
     tolerance: float,
     pairs: Iterable[tuple[str, str]] = (),
+    extra_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The result of an evaluation, as `write` stores it.
 
@@ -48,10 +49,11 @@ def evaluation(
         "6 test cases" or "5 validation cases, which also chose the checkpoint: scores are optimistic".
       tolerance: mm, of the surface Dice.
       pairs: the blocks to compare, (a, b).
+      extra_metrics: names of metrics from outside the package, which the last table shows too.
 
     Returns:
       A dictionary with
-        classes, cases_are, tolerance, cases: as given;
+        classes, cases_are, tolerance, cases, extra_metrics: as given;
         summary: {block: `statistics.summarise` of its cases};
         comparisons: `statistics.compare` of the pairs.
     """
@@ -60,6 +62,7 @@ def evaluation(
         "classes": list(classes),
         "cases_are": cases_are,
         "tolerance": tolerance,
+        "extra_metrics": list(extra_metrics),
         "cases": cases,
         "summary": {block: summarise(scores, classes) for block, scores in blocks.items()},
         "comparisons": compare(blocks, pairs, classes),
@@ -87,11 +90,12 @@ def table(result: Mapping[str, Any]) -> str:
             cells = [_difference(comparison[column]) for column in columns]
             lines.append(f"| {' − '.join(map(_title, pair.split(' - ')))} | {' | '.join(cells)} |")
         lines.append("")
-    names = [name.format(tolerance=result["tolerance"]) for name in OTHER_METRICS.values()]
+    captions = OTHER_METRICS | {name: name for name in result["extra_metrics"]}
+    names = [name.format(tolerance=result["tolerance"]) for name in captions.values()]
     lines += [f"| Mean over classes, avg ± std | {' | '.join(names)} |"]
-    lines += [f"| --- |{' ---: |' * len(OTHER_METRICS)}"]
+    lines += [f"| --- |{' ---: |' * len(captions)}"]
     for block, summary in result["summary"].items():
-        cells = [_cell(metric, summary["mean"][metric]) for metric in OTHER_METRICS]
+        cells = [_cell(metric, summary["mean"][metric]) for metric in captions]
         lines.append(f"| {_title(block)} | {' | '.join(cells)} |")
     if missed := _missed_by_block(result):
         lines += ["", " ".join([MISSED, *missed])]
@@ -170,6 +174,11 @@ def write(result: Mapping[str, Any], workdir: Path) -> None:
         write_whole(workdir / name, text)
 
 
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `evaluation.json`: None in the place of NaN, "inf" of an infinite distance."""
+    return json.loads((folder / "evaluation.json").read_bytes())
+
+
 def read_cases(path: Path) -> dict[str, dict[str, Any]]:
     """The scored cases of an `evaluation.json`, in the form that `evaluation` takes."""
     return _from_json(json.loads(path.read_bytes())["cases"])
@@ -182,7 +191,7 @@ def _title(block: str) -> str:
 
 def _cell(metric: str, statistics: Mapping[str, float]) -> str:
     """Average ± std, and for a distance the number of scans that the average leaves out."""
-    number = _percent if "(%)" in OTHER_METRICS[metric] else "{:.2f}".format
+    number = _percent if "(%)" in OTHER_METRICS.get(metric, "") else "{:.2f}".format
     text = f"{number(statistics['avg'])} ± {number(statistics['std'])}" if math.isfinite(statistics["avg"]) else "–"
     if metric in DISTANCES and statistics["missed"]:
         text += f" ({statistics['missed']} of {statistics['cases']} missed)"

@@ -59,8 +59,9 @@ class Grid:
         return stored.transpose(self._axes)[tuple(slice(None, None, step) for step in self._steps)]
 
     def from_canonical(self, voxels: np.ndarray) -> np.ndarray:
-        """Canonical [D, H, W] -> a view of it as the file stores it, [k, j, i]."""
-        return voxels[tuple(slice(None, None, step) for step in self._steps)].transpose(np.argsort(self._axes))
+        """Canonical [D, H, W, ...] -> a view of it as the file stores it, [k, j, i, ...]."""
+        flipped = voxels[tuple(slice(None, None, step) for step in self._steps)]
+        return flipped.transpose(*np.argsort(self._axes), *range(3, voxels.ndim))
 
     @property
     def _axes(self) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.images import headers
 from autocontext_jax.images.dicom import read_series, series_of
 from autocontext_jax.images.grid import Grid, Scan
+from autocontext_jax.images.in_memory import as_image
 from autocontext_jax.images.itk import (
     FORMATS,
     UNREADABLE,
@@ -59,7 +60,30 @@ def read_scan(path: str | os.PathLike) -> Scan:
         series, or one with slices missing, unreadable, unevenly spaced or sheared (a tilted gantry).
     """
     path = Path(path)
-    image = _read_image(path)
+    return _scan_of(path, _read_image(path))
+
+
+def scan_of_image(image: sitk.Image) -> Scan:
+    """A scan that is in memory; as `read_scan`.
+
+    Raises:
+      UserError: as `read_scan`, of the image.
+    """
+    name = Path("the given image")
+    check_kind(name, image.GetSize(), image.GetNumberOfComponentsPerPixel())
+    kind = image.GetPixelIDTypeAsString()
+    if "complex" in kind or "label" in kind:
+        raise UserError(f"{name} holds voxels of the kind {kind}: expected integers or floats")
+    check_size(name, image.GetSize())
+    return _scan_of(name, image)
+
+
+def array_of_image(image: sitk.Image) -> np.ndarray:
+    """The voxels of an image, [k, j, i] or [k, j, i, C]."""
+    return sitk.GetArrayFromImage(image)
+
+
+def _scan_of(path: Path, image: sitk.Image) -> Scan:
     grid = grid_of(path, image)
     voxels = _as_int16(path, grid.to_canonical(sitk.GetArrayViewFromImage(image)))
     return Scan(voxels, grid.canonical_spacing, grid.canonical_origin, grid.canonical_direction, grid)
@@ -120,12 +144,19 @@ def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    if voxels.shape != grid.canonical_size:
-        raise ValueError(f"a mask of shape {voxels.shape} for a grid of {grid.canonical_size}")
-    image = sitk.GetImageFromArray(grid.from_canonical(voxels))
-    image.SetSpacing(grid.spacing)
-    image.SetOrigin(grid.origin)
-    image.SetDirection(grid.direction)
+    write_image(path, as_image(voxels, grid))
+
+
+def write_image(path: str | os.PathLike, image: sitk.Image) -> None:
+    """Writes an image, compressed, whole or not at all.
+
+    Args:
+      path: any of `FORMATS` but .mhd, which needs two files.
+      image: to be written.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     _write(Path(path), image)
 
 

@@ -27,10 +27,21 @@ class MaskWriter:
       factor: the scan's voxels per voxel of the level along (z, y, x).
       axes: the tiles of the level, which determine where its maps start and end.
       plane: size in voxels of the square that the program is compiled for; at least H and W.
+      classes: K, to keep the maps on the scan's grid too, see `maps`; 0 not to.
     """
 
-    def __init__(self, native: Triple, level: Triple, factor: tuple[float, float, float], axes: LevelTiles, plane: int):
+    def __init__(
+        self,
+        native: Triple,
+        level: Triple,
+        factor: tuple[float, float, float],
+        axes: LevelTiles,
+        plane: int,
+        *,
+        classes: int = 0,
+    ):
         self._mask = np.zeros(native, np.uint8)
+        self._maps = np.zeros((*native, classes), np.float32)
         (self._z_low, self._z_weight), *in_plane = (
             native_lookup(n, f, size) for n, f, size in zip(native, factor, level, strict=True)
         )
@@ -40,7 +51,8 @@ class MaskWriter:
         self._high = axes[0].high
         self._next_plane = 0  # of the scan, the first that has not been computed
         self._last_of_previous: jax.Array | None = None  # the last plane of the chunk before
-        self._pending: list[tuple[int, int, jax.Array]] = []  # first plane, end, masks that the device computes
+        # First plane, end, masks and, if they are kept, maps that the device computes.
+        self._pending: list[tuple[int, int, jax.Array, jax.Array | None]] = []
 
     def record(self, chunks: Iterator[tuple[int, jax.Array]]) -> Iterator[tuple[int, jax.Array]]:
         """Yields the chunks of a level unchanged and adds each to the mask on the way."""
@@ -69,9 +81,10 @@ class MaskWriter:
             last = min(first + GROUP, end)
             z_low = _padded(self._z_low[first:last] - z, GROUP)
             z_weight = _padded(self._z_weight[first:last], GROUP)
-            planes = native_masks(before, chunk, z_low, z_weight, *self._in_plane)
+            place = (before, chunk, z_low, z_weight, *self._in_plane)
+            planes, maps = native_masks(*place), native_maps(*place) if self._maps.size else None
             planes.copy_to_host_async()
-            started.append((first, last, planes))
+            started.append((first, last, planes, maps))
         self._next_plane = max(self._next_plane, end)
         self._collect()
         self._pending = started
@@ -81,21 +94,40 @@ class MaskWriter:
         self._collect()
         return self._mask
 
+    def maps(self) -> np.ndarray:
+        """The softmax maps on the scan's grid, [D, H, W, K] float32. Call it after all chunks have been added."""
+        self._collect()
+        return self._maps
+
     def _collect(self) -> None:
         """Waits for the pending planes and writes them into the mask."""
         _, height, width = self._mask.shape
-        for first, last, planes in self._pending:
+        for first, last, planes, maps in self._pending:
             self._mask[first:last] = np.asarray(planes)[: last - first, :height, :width]
+            if maps is not None:
+                self._maps[first:last] = np.asarray(maps)[: last - first, :height, :width]
         self._pending = []
 
 
 @jax.jit
-def native_masks(before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weight) -> jax.Array:
-    """Interpolates maps linearly to voxels of the scan and returns the class with the largest value.
+def native_masks(*place: jax.Array) -> jax.Array:
+    """The class with the largest value of `native_maps`, [GROUP, plane, plane] uint8."""
+    return _plane_by_plane(lambda maps: jnp.argmax(maps, axis=-1).astype(jnp.uint8), *place)
+
+
+@jax.jit
+def native_maps(*place: jax.Array) -> jax.Array:
+    """Maps interpolated linearly to voxels of the scan, [GROUP, plane, plane, K] float32; see `_plane_by_plane`."""
+    return _plane_by_plane(lambda maps: maps.astype(jnp.float32), *place)
+
+
+def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weight) -> jax.Array:
+    """Interpolates maps linearly to voxels of the scan, a plane at a time.
 
     The indices and weights are those of `tiling.native_lookup` along each axis.
 
     Args:
+      finish: what becomes of the maps of a plane, [plane, plane, K].
       before: [1, canvas height, canvas width, K], the plane of maps before `chunk`.
       chunk: [n, canvas height, canvas width, K], maps.
       z_low: [GROUP] int32, planes of `chunk`; -1 stands for `before`.
@@ -106,7 +138,7 @@ def native_masks(before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weigh
       x_weight: [plane] float32.
 
     Returns:
-      [GROUP, plane, plane] uint8.
+      For each of the planes what `finish` made of it, stacked.
     """
 
     def between(maps, low, weight, axis):
@@ -119,7 +151,7 @@ def native_masks(before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weigh
         here = jnp.where(low < 0, before[0], chunk[jnp.maximum(low, 0)])
         maps = here + weight * (chunk[jnp.minimum(low + 1, chunk.shape[0] - 1)] - here)
         maps = between(between(maps, y_low, y_weight, 0), x_low, x_weight, 1)
-        return jnp.argmax(maps, axis=-1).astype(jnp.uint8)
+        return finish(maps)
 
     return lax.map(one_plane, (z_low, z_weight))
 

@@ -29,7 +29,6 @@ writer waits for the results of a chunk after the work of the next chunk has bee
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -44,40 +43,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store.level_grids import AIR
-from autocontext_jax.errors import require
 from autocontext_jax.geometry import Triple, level_shape
 from autocontext_jax.inference.context import Chunks, ContextWindow, context_size, cut_window
-from autocontext_jax.inference.masks import MaskWriter, native_masks
-from autocontext_jax.inference.tiling import SLICES, Blend, LevelTiles, gaussian, largest_extents, pyramid_tiles
+from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks
+from autocontext_jax.inference.tiling import (
+    SLICES,
+    Blend,
+    LevelTiles,
+    PredictorConfig,
+    crop,
+    gaussian,
+    largest_extents,
+    pyramid_tiles,
+)
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictorConfig:
-    """How scans are divided into tiles.
-
-    Attributes:
-      tile: T, edge length of a tile in voxels, the same at every level. It can differ from the training patch. Larger
-        tiles are faster, as long as they fit the device's memory. In 2D a tile consists of `tiling.SLICES` squares.
-      overlap: fraction of a tile that the next tile covers again.
-      plane: height and width in voxels of the largest scan that the programs are compiled for. A larger scan makes
-        them compile again; smaller scans do not.
-      space: number of devices of this process that share each tile, split along its depth, which must be a multiple of
-        `space` times the network's divisor. This splits the activations, which take most of the memory. Every device
-        has a copy of the maps that pass from level to level.
-    """
-
-    tile: int = 96
-    overlap: float = 0.5
-    plane: int = 512
-    space: int = 1
-
-    def __post_init__(self):
-        for name, largest in (("tile", 4096), ("plane", 2**16)):
-            require(1 <= getattr(self, name) <= largest, self, name, f"a number from 1 to {largest}")
-        require(0 <= self.overlap < 1, self, "overlap", "a fraction in [0, 1)")
-        require(self.space >= 1, self, "space", "at least 1")
 
 
 class Predictor:
@@ -149,7 +129,33 @@ class Predictor:
         Returns:
           {level: mask}, each mask [D, H, W] uint8 on the scan's grid.
         """
-        requested = levels or (self._levels,)
+        writers = self._predict(voxels, factors, levels or (self._levels,), progress)
+        return {level: writer.mask() for level, writer in writers.items()}
+
+    def mask_and_maps(
+        self,
+        voxels: np.ndarray,
+        factors: tuple[tuple[float, float, float], ...],
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predicts one scan at the finest level; arguments as `masks`.
+
+        Returns:
+          The mask [D, H, W] uint8 and the softmax maps [D, H, W, K] float32, on the scan's grid.
+        """
+        writer = self._predict(voxels, factors, (self._levels,), progress, keep_maps=True)[self._levels]
+        return writer.mask(), writer.maps()
+
+    def _predict(
+        self,
+        voxels: np.ndarray,
+        factors: tuple[tuple[float, float, float], ...],
+        requested: tuple[int, ...],
+        progress: Callable[[int, int], None],
+        *,
+        keep_maps: bool = False,
+    ) -> dict[int, MaskWriter]:
         # Tiles follow from the finest grid alone: coarser grids have half its voxels, so that contexts nest exactly.
         finest = level_shape(_shape(voxels), factors[-1])
         plan = pyramid_tiles(
@@ -176,18 +182,21 @@ class Predictor:
                 )
             chunks = self._chunks(level, image, axes, context, advance)
             if level in requested:
-                writers[level] = MaskWriter(_shape(voxels), _shape(image), factor, axes, self._plane)
+                writers[level] = MaskWriter(
+                    _shape(voxels), _shape(image), factor, axes, self._plane,
+                    classes=self._classes if keep_maps else 0,
+                )  # fmt: skip
                 chunks = writers[level].record(chunks)
             streams.append(chunks)
         # Running the finest level's generator drives the others. Afterwards each coarser level is run to its end, for
         # the part of its mask that no context needed.
         for chunks in reversed(streams):
             collections.deque(chunks, maxlen=0)
-        return {level: writer.mask() for level, writer in writers.items()}
+        return writers
 
     def compilations(self) -> int:
         """Number of programs compiled so far; it should stay the same from the second scan on."""
-        jitted: list[Any] = [*self._add_tile, self._clear, native_masks]
+        jitted: list[Any] = [*self._add_tile, self._clear, native_masks, native_maps]
         return sum(program._cache_size() for program in jitted)
 
     def _grow_canvas(self, shape: Triple, factors: tuple[float, float, float]) -> None:
@@ -321,23 +330,6 @@ def _weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
     classes = range(logits.shape[-1])
     powers = jnp.exp(logits - functools.reduce(jnp.maximum, (logits[..., k] for k in classes))[..., None])
     return powers * (weights / functools.reduce(operator.add, (powers[..., k] for k in classes)))[..., None]
-
-
-def crop(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], fill: int) -> np.ndarray:
-    """Copies a region out of a volume.
-
-    Args:
-      volume: any number of axes.
-      start: first voxel of the region; may be negative.
-      size: shape of the region.
-      fill: value where the region extends beyond the volume.
-    """
-    out = np.full(size, fill, volume.dtype)
-    source = tuple(slice(max(0, s), max(0, s + n)) for s, n in zip(start, size, strict=True))
-    inside = volume[source]
-    target = tuple(slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, inside.shape, strict=True))
-    out[target] = inside
-    return out
 
 
 def _shape(volume: np.ndarray) -> Triple:

@@ -13,10 +13,38 @@ import dataclasses
 
 import numpy as np
 
+from autocontext_jax.errors import require
 from autocontext_jax.geometry import Triple
 
 # Slices of a tile if the network is 2D. It predicts each slice by itself, so these tiles need no overlap along z.
 SLICES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorConfig:
+    """How scans are divided into tiles.
+
+    Attributes:
+      tile: T, edge length of a tile in voxels, the same at every level. It can differ from the training patch. Larger
+        tiles are faster, as long as they fit the device's memory. In 2D a tile consists of `SLICES` squares.
+      overlap: fraction of a tile that the next tile covers again.
+      plane: height and width in voxels of the largest scan that the programs are compiled for. A larger scan makes
+        them compile again; smaller scans do not.
+      space: number of devices of this process that share each tile, split along its depth, which must be a multiple of
+        `space` times the network's divisor. This splits the activations, which take most of the memory. Every device
+        has a copy of the maps that pass from level to level.
+    """
+
+    tile: int = 96
+    overlap: float = 0.5
+    plane: int = 512
+    space: int = 1
+
+    def __post_init__(self):
+        for name, largest in (("tile", 4096), ("plane", 2**16)):
+            require(1 <= getattr(self, name) <= largest, self, name, f"a number from 1 to {largest}")
+        require(0 <= self.overlap < 1, self, "overlap", "a fraction in [0, 1)")
+        require(self.space >= 1, self, "space", "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,3 +203,20 @@ def native_lookup(native: int, factor: float, level: int) -> tuple[np.ndarray, n
     position = np.clip((np.arange(native) + 0.5) / factor - 0.5, 0, level - 1)
     low = np.minimum(np.floor(position), max(0, level - 2)).astype(np.int32)
     return low, (position - low).astype(np.float32)
+
+
+def crop(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], fill: int) -> np.ndarray:
+    """Copies a region out of a volume.
+
+    Args:
+      volume: any number of axes.
+      start: first voxel of the region; may be negative.
+      size: shape of the region.
+      fill: value where the region extends beyond the volume.
+    """
+    out = np.full(size, fill, volume.dtype)
+    source = tuple(slice(max(0, s), max(0, s + n)) for s, n in zip(start, size, strict=True))
+    inside = volume[source]
+    target = tuple(slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, inside.shape, strict=True))
+    out[target] = inside
+    return out

@@ -10,18 +10,19 @@ from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import read_json, write_json
-from autocontext_jax.jobs.run_config import RunConfig, as_dict, flat_keys, from_dict
+from autocontext_jax.jobs.run_config import RunConfig, config_from_dict
+from autocontext_jax.sections import as_dict, flat_keys
 
-FORMAT = 1  # of config.json
+FORMAT = 2  # of config.json
 
 # Keys that a later start of a run may change: they change neither the parameters' shapes nor the sequence of batches.
 CHANGEABLE = (
     "data.root", "data.prepared", "data.workers", "data.cache_mib", "data.new_cases", "loader.threads",
     "loader.prefetch", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "train.non_finite",
-    "train.deterministic", "predict.", "evaluate.", "experiment", "mesh.",
+    "train.deterministic", "predict.", "evaluate.", "export.", "experiment", "mesh.",
 )  # fmt: skip
 # Keys that prediction and evaluation take from the command line; the others are the run's own.
-INFERENCE = ("predict.", "evaluate.", "data.root", "data.workers")
+INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.workers")
 # Keys that prediction and evaluation depend on: a config file that contradicts the run in one of them is refused.
 MODEL = ("levels.", "model.", "pyramid.")
 
@@ -40,9 +41,9 @@ def from_config_dict(config: ConfigDict) -> RunConfig:
     """The typed configuration.
 
     Raises:
-      UserError: see `run_config.from_dict`.
+      UserError: see `sections.from_dict`.
     """
-    return from_dict(config.to_dict())
+    return config_from_dict(config.to_dict())
 
 
 def write_config(config: RunConfig, workdir: Path) -> None:
@@ -61,7 +62,7 @@ def read_config(workdir: Path) -> RunConfig | None:
         return None
     saved = read_json(path, FORMAT)
     try:
-        return from_dict(saved.get("config"))  # type: ignore[arg-type] # whatever it is, it is checked
+        return config_from_dict(saved.get("config"))
     except UserError as error:
         raise UserError(f"{path}: {error}: choose another --workdir, or bring the file back") from None
 
@@ -98,7 +99,7 @@ def for_inference(given: RunConfig, saved: RunConfig, workdir: Path) -> RunConfi
         # A config file that names no data set does not take the run's own away.
         if key.startswith(INFERENCE) and (key, value) != ("data.root", ""):
             _set(values, key, value)
-    return from_dict(values)
+    return config_from_dict(values)
 
 
 def _differences(config: RunConfig, saved: RunConfig, counts: Any) -> list[str]:

@@ -17,23 +17,25 @@ from tqdm import tqdm
 
 from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
-from autocontext_jax.data.split import content_checksum
+from autocontext_jax.data.split import Split, content_checksum
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.files import writing
 from autocontext_jax.images import scans
+from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.lock import locked
-from autocontext_jax.jobs.restore import chosen_step, restore_predictor
-from autocontext_jax.jobs.run_config import RunConfig, as_dict
-from autocontext_jax.jobs.run_folder import RunData, counted, read_data, read_split
+from autocontext_jax.jobs.restore import chosen_step, restore_model
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import RunData, counted, known_split, read_data
 from autocontext_jax.jobs.scan_pipeline import in_stages
+from autocontext_jax.sections import as_dict
 
 log = logging.getLogger(__name__)
 
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its label
 
 
-def evaluate(config: RunConfig, workdir: Path) -> bool:
+def evaluate(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """Scores the run's test cases, or the data set `evaluate.root`.
 
     Writes predictions, pictures, `evaluation.json`, `table.csv` and `table.md`, and prints the last. What an earlier
@@ -46,12 +48,12 @@ def evaluate(config: RunConfig, workdir: Path) -> bool:
       UserError: nothing to evaluate, no checkpoint, cases that are lost.
     """
     if config.evaluate.root:
-        return _evaluate_elsewhere(config, workdir)
+        return _evaluate_elsewhere(config, workdir, extensions)
     data = processes.agree(lambda: read_data(config, workdir))
-    return evaluate_run(config, workdir, data)
+    return evaluate_run(config, workdir, data, extensions)
 
 
-def evaluate_run(config: RunConfig, workdir: Path, data: RunData) -> bool:
+def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions) -> bool:
     """`evaluate` of a run's own cases: its labelled test cases; without any, its validation cases."""
     cases, cases_are = data.scored(best=config.predict.checkpoint == "best")
     if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:
@@ -63,7 +65,7 @@ def evaluate_run(config: RunConfig, workdir: Path, data: RunData) -> bool:
         )
     numbers = np.arange(len(data.classes), dtype=np.uint8)
     with _alone(workdir):
-        return _score(config, workdir, data.classes, cases, workdir, numbers=numbers, cases_are=cases_are)
+        return _score(config, workdir, data.split, extensions, cases, workdir, numbers=numbers, cases_are=cases_are)
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
@@ -75,17 +77,15 @@ def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
     return json.loads(path.read_bytes()).get("settings") == _settings(config, chosen_step(config, workdir), cases)
 
 
-def _evaluate_elsewhere(config: RunConfig, workdir: Path) -> bool:
+def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """Scores all labelled cases of `evaluate.root`, into a folder of its name in the run folder."""
 
-    def read() -> tuple[Dataset, tuple[str, ...], np.ndarray]:
-        split = read_split(workdir)
-        if split is None:
-            raise UserError(f"run folder {workdir} has no split.json: train there first (--mode train)")
+    def read() -> tuple[Dataset, Split, np.ndarray]:
+        split = known_split(workdir)
         dataset = read_dataset(Path(config.evaluate.root).expanduser())
-        return dataset, split.classes, label_mapping(dataset, split.classes, config.evaluate.label_mapping)
+        return dataset, split, label_mapping(dataset, split.classes, config.evaluate.label_mapping)
 
-    dataset, classes, numbers = processes.agree(read)
+    dataset, split, numbers = processes.agree(read)
     cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
 
     def cases_are(number: int) -> str:
@@ -93,7 +93,7 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path) -> bool:
 
     folder = workdir / f"on_{dataset.root.resolve().name}"
     with _alone(workdir):
-        return _score(config, workdir, classes, cases, folder, numbers=numbers, cases_are=cases_are)
+        return _score(config, workdir, split, extensions, cases, folder, numbers=numbers, cases_are=cases_are)
 
 
 @contextlib.contextmanager
@@ -113,13 +113,15 @@ def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, 
     predict = {key: value for key, value in as_dict(config.predict).items() if key not in ("plane", "space")}
     evaluated = {case.name: case.checksum or content_checksum(case) for case in cases}
     settings = {"step": step, "predict": predict, "tolerance": config.evaluate.tolerance, "cases": evaluated}
+    settings["metrics"] = config.evaluate.metrics
     return json.loads(json.dumps(settings))
 
 
 def _score(
     config: RunConfig,
     workdir: Path,
-    classes: Sequence[str],
+    split: Split,
+    extensions: Extensions,
     cases: Sequence[Case],
     folder: Path,
     *,
@@ -131,13 +133,15 @@ def _score(
     Args:
       config: of the run.
       workdir: the run folder.
-      classes: [K] the checkpoint's names.
+      split: the run's, whose classes are the checkpoint's.
+      extensions: the network and metrics from outside the package.
       cases: labelled.
       folder: where all is written.
       numbers: see `label_mapping`.
       cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
-    predictor, step = restore_predictor(config, workdir, classes)
+    model, step = restore_model(config, workdir, split, extensions)
+    classes, extra = split.classes, extensions.extra_metrics(config)
     annotated = [classes[number] for number in sorted(set(numbers.tolist()) - {0})]
     levels = config.model_levels()
     tolerance = config.evaluate.tolerance
@@ -151,8 +155,7 @@ def _score(
 
     def masks_of(case: Case, labelled: Labelled) -> tuple[Labelled, dict[int, np.ndarray]]:
         scan, _ = labelled
-        every = tuple(range(1, len(levels) + 1))
-        made = predictor.masks(scan.voxels, config.model_factors(scan.spacing), levels=every)
+        made = model.level_masks(scan)
         return labelled, {level: made[number] for number, level in enumerate(levels, start=1)}
 
     def score(case: Case, made: tuple[Labelled, dict[int, np.ndarray]]) -> dict:
@@ -165,7 +168,7 @@ def _score(
         pictures.figure(path, scan.voxels, columns, classes[1:], scan.spacing, title=case.name)
         scored = {}
         for level, mask in masks.items():
-            every = metrics.scores(mask, truth, classes[1:], scan.spacing, tolerance=tolerance)
+            every = metrics.scores(mask, truth, classes[1:], scan.spacing, tolerance=tolerance, extra=extra)
             scored[f"level_{level}"] = {name: every[name] for name in annotated}
         return scored
 
@@ -190,8 +193,9 @@ def _score(
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
         result = report.evaluation(
-            results, annotated, cases_are=cases_are(len(results)), tolerance=tolerance, pairs=pairs
-        )
+            results, annotated, cases_are=cases_are(len(results)), tolerance=tolerance, pairs=pairs,
+            extra_metrics=list(extra),
+        )  # fmt: skip
         report.write(result | {"settings": _settings(config, step, cases)}, folder)
         print(report.table(result))
 

@@ -13,6 +13,7 @@ from autocontext_jax.evaluation import report
 from autocontext_jax.files import write_json, writing
 from autocontext_jax.jobs.config_files import write_config
 from autocontext_jax.jobs.evaluate import evaluate_run, is_evaluated
+from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.train import train
@@ -21,7 +22,7 @@ from autocontext_jax.training.phases import MODES
 log = logging.getLogger(__name__)
 
 
-def experiment(config: RunConfig, workdir: Path) -> bool:
+def experiment(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """Trains and evaluates every mode of `config.experiment` in a folder of its own, then writes the table of all.
 
     Each folder is a whole run, as `train.mode` alone would make it, and goes on where it stopped. All have the same
@@ -51,10 +52,10 @@ def experiment(config: RunConfig, workdir: Path) -> bool:
             write_json(folder / "split.json", data.split.to_json())
 
         processes.first_does(begin)
-        if not train(run, folder, data):
+        if not train(run, folder, data, extensions):
             return True  # a signal ended it; what was done is saved
         if not is_evaluated(run, folder, data):
-            good &= evaluate_run(run, folder, data)
+            good &= evaluate_run(run, folder, data, extensions)
         if not (folder / "evaluation.json").exists():
             return False  # no scan could be scored; each has been named
         cases[mode] = report.read_cases(folder / "evaluation.json")
@@ -65,6 +66,7 @@ def experiment(config: RunConfig, workdir: Path) -> bool:
         data.classes[1:],
         cases_are=cases_are(len(shared)),
         tolerance=config.evaluate.tolerance,
+        extra_metrics=list(extensions.extra_metrics(config)),
     )
 
     def write() -> None:
@@ -76,7 +78,13 @@ def experiment(config: RunConfig, workdir: Path) -> bool:
 
 
 def side_by_side(
-    cases: dict[str, dict[str, Any]], levels: int, classes: Sequence[str], *, cases_are: str, tolerance: float
+    cases: dict[str, dict[str, Any]],
+    levels: int,
+    classes: Sequence[str],
+    *,
+    cases_are: str,
+    tolerance: float,
+    extra_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The blocks of Table 1, each compared with every other, over the cases that all modes scored.
 
@@ -86,6 +94,7 @@ def side_by_side(
       classes: in the order of the labels.
       cases_are: see `report.evaluation`.
       tolerance: of the surface Dice, mm.
+      extra_metrics: see `report.evaluation`.
 
     Returns:
       `report.evaluation` of them.
@@ -100,7 +109,9 @@ def side_by_side(
         case: {title: cases[mode][case][level] for title, (mode, level) in blocks.items()} for case in sorted(shared)
     }
     pairs = [(b, a) for a, b in itertools.combinations(blocks, 2)]
-    return report.evaluation(merged, classes, cases_are=cases_are, tolerance=tolerance, pairs=pairs)
+    return report.evaluation(
+        merged, classes, cases_are=cases_are, tolerance=tolerance, pairs=pairs, extra_metrics=extra_metrics
+    )
 
 
 def _run(config: RunConfig, mode: str, root: str, store: str) -> RunConfig:

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,7 @@ from tqdm import tqdm
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
-from autocontext_jax.jobs.restore import restore_predictor
-from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import read_split
+from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs.scan_pipeline import in_stages
 
 log = logging.getLogger(__name__)
@@ -20,12 +19,11 @@ log = logging.getLogger(__name__)
 Job = tuple[Path, Path]  # a scan and where its mask goes
 
 
-def predict(config: RunConfig, workdir: Path, source: Path, target: Path) -> bool:
+def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
     """Writes the finest level's mask of one scan, a DICOM folder or each scan of a folder.
 
     Args:
-      config: the run's own, see `config.for_inference`.
-      workdir: the run folder; nothing in it is changed.
+      load: gives the model, once it is known that the masks can be written.
       source: a scan or a folder.
       target: for one scan a file to write, or a folder; for a folder of scans a folder, where each mask is named as its
         scan. Missing folders are made.
@@ -34,7 +32,7 @@ def predict(config: RunConfig, workdir: Path, source: Path, target: Path) -> boo
       False if scans of a folder could not be predicted: they are named at the end, the others are done.
 
     Raises:
-      UserError: as `scans` and `restore` say.
+      UserError: as `scans` and `load` say.
     """
     inputs = scans.find_scans(source)
     many = source.is_dir() and inputs != [source]
@@ -50,10 +48,7 @@ def predict(config: RunConfig, workdir: Path, source: Path, target: Path) -> boo
     if overwritten:
         raise UserError(f"--output {target} would overwrite the input {overwritten.pop()}: choose another folder")
 
-    split = processes.agree(lambda: read_split(workdir))
-    if split is None:
-        raise UserError(f"run folder {workdir} has no split.json: train there first (--mode train)")
-    predictor, _ = restore_predictor(config, workdir, split.classes)
+    model = load()
     bad: list[str] = []
 
     def read(job: Job) -> scans.Scan:
@@ -65,8 +60,7 @@ def predict(config: RunConfig, workdir: Path, source: Path, target: Path) -> boo
         return scan
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
-        factors = config.model_factors(scan.spacing)
-        return predictor.masks(scan.voxels, factors, progress=show_tiles)[len(factors)], scan.grid
+        return model.mask(scan, show_tiles), scan.grid
 
     def write(job: Job, made: tuple[np.ndarray, scans.Grid]) -> None:
         _, output = job
@@ -88,7 +82,7 @@ def predict(config: RunConfig, workdir: Path, source: Path, target: Path) -> boo
             bad.append(str(outcome))
     bad = [message for found in processes.gather(bad) for message in found]
     if not many and processes.is_first():
-        print(f"{outputs[0]}: {', '.join(split.classes[1:])} = 1 to {len(split.classes) - 1}")
+        print(f"{outputs[0]}: {', '.join(f'{name} = {value}' for name, value in list(model.classes.items())[1:])}")
     for message in bad:
         log.error("%s", message)
     if bad:

@@ -1,9 +1,8 @@
-"""From a configuration to its model, and from a run folder to a trained predictor."""
+"""From a configuration to its model, and from a run folder to a trained model."""
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ import jax
 from flax import nnx
 
 from autocontext_jax import processes
+from autocontext_jax.data.split import Split
 from autocontext_jax.errors import UserError
-from autocontext_jax.inference.predictor import Predictor
+from autocontext_jax.inference.model import Model
+from autocontext_jax.jobs.describe import describe
+from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.models.backbones import BACKBONES
-from autocontext_jax.models.pyramid import Pyramid
+from autocontext_jax.models.pyramid import Pyramid, make_pyramid
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.sharding import make_mesh, replicated
 from autocontext_jax.training.state import inference_model
@@ -23,30 +24,32 @@ from autocontext_jax.training.state import inference_model
 log = logging.getLogger(__name__)
 
 
-def make_model(config: RunConfig, classes: int) -> Pyramid:
-    """The pyramid with fresh parameters drawn from `config.seed`; `classes` is K."""
-    spatial_dims, backbone = config.levels.spatial_dims, BACKBONES[config.model.backbone]
-    network = dataclasses.replace(config.model, spatial_dims=spatial_dims)
-    pyramid = dataclasses.replace(
-        config.pyramid, levels=len(config.model_levels()), classes=classes, spatial_dims=spatial_dims
-    )
-    return Pyramid(
-        pyramid, lambda inputs, rngs: backbone(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(config.seed)
+def make_model(config: RunConfig, classes: int, network: Any) -> Pyramid:
+    """The pyramid with fresh parameters drawn from `config.seed`; `classes` is K, `network` its networks' class."""
+    spatial_dims = config.levels.spatial_dims
+    return make_pyramid(
+        network,
+        dataclasses.replace(config.model, spatial_dims=spatial_dims),
+        dataclasses.replace(
+            config.pyramid, levels=len(config.model_levels()), classes=classes, spatial_dims=spatial_dims
+        ),
+        seed=config.seed,
     )
 
 
-def restore_predictor(config: RunConfig, workdir: Path, classes: Sequence[str]) -> tuple[Predictor, int]:
-    """The trained predictor of a run folder, and the step of its checkpoint. Nothing in the folder is changed.
+def restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
+    """The trained model of a run folder, and the step of its checkpoint. Nothing in the folder is changed.
 
     Args:
-      config: the run's own, see `config.for_inference`.
+      config: the run's own, see `config_files.for_inference`.
       workdir: the run folder.
-      classes: [K] names, background first.
+      split: the run's.
+      extensions: networks from outside the package.
 
     Raises:
       UserError: there is no checkpoint, it is damaged, or there are too few devices.
     """
-    return processes.agree(lambda: _restore_predictor(config, workdir, classes))
+    return processes.agree(lambda: _restore_model(config, workdir, split, extensions))
 
 
 def chosen_step(config: RunConfig, workdir: Path) -> int:
@@ -70,20 +73,21 @@ def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> 
     return step
 
 
-def _restore_predictor(config: RunConfig, workdir: Path, classes: Sequence[str]) -> tuple[Predictor, int]:
+def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
     space, devices = config.predict.space, jax.local_device_count()
     if space > devices:
         raise UserError(f"config key predict.space is {space}; expected at most the {devices} devices of this process")
-    graph, *like = nnx.split(nnx.eval_shape(lambda: make_model(config, len(classes))), nnx.Param, ...)
+    network = extensions.network(config)
+    pyramid = nnx.eval_shape(lambda: make_model(config, len(split.classes), network))
+    graph, *like = nnx.split(pyramid, nnx.Param, ...)
     # Restored to every device, whatever mesh it was trained on; each process then works on its own first one.
     everywhere = replicated(make_mesh(jax.device_count() if jax.process_count() > 1 else 1))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), like)
     step, weights = _restore_weights(config, workdir, like)
     weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
-    model = inference_model(graph, *weights)
-    flip_classes = config.augmentation.flip_classes(classes) if config.predict.flip else ()
-    return Predictor(model, config.predict, align=config.model.divisor, mirror_classes=flip_classes), step
+    description = describe(config, workdir, split, step, network.__name__)
+    return Model(description, inference_model(graph, *weights), config.predict), step
 
 
 def _restore_weights(config: RunConfig, workdir: Path, like: Any) -> tuple[int, Any]:

@@ -4,30 +4,57 @@ import contextlib
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
+from autocontext_jax.inference.model import Model, load_file
 from autocontext_jax.jobs.config_files import for_inference, read_config
 from autocontext_jax.jobs.evaluate import evaluate, evaluate_run
 from autocontext_jax.jobs.experiment import experiment
+from autocontext_jax.jobs.export import export
+from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.predict import predict
 from autocontext_jax.jobs.prepare import prepare
+from autocontext_jax.jobs.restore import restore_model
 from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import known_split
+from autocontext_jax.jobs.saved_config import config_of_model
 from autocontext_jax.jobs.train import train
+from autocontext_jax.sections import as_dict, flat_keys
 
 log = logging.getLogger(__name__)
 
+# The modes that only use a run, which knows its own configuration.
+USES = ("evaluate", "predict", "report", "export")
 
-def run(mode: str, config: RunConfig, workdir: Path, source: Path, target: Path) -> bool:
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """The files and folders that a job is given.
+
+    Attributes:
+      workdir: the run folder.
+      model: a model file in its place, for `predict`.
+      source: what `predict` reads.
+      target: what `predict` and `export` write.
+    """
+
+    workdir: Path
+    model: Path | None = None
+    source: Path = Path()
+    target: Path | None = None
+
+
+def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> bool:
     """Runs the job that a mode names.
 
     Args:
-      mode: `all`, `prepare`, `train`, `evaluate`, `predict` or `report`.
+      mode: `all`, `prepare`, `train`, `evaluate`, `predict`, `report` or `export`.
       config: as config file and flags give it.
-      workdir: the run folder.
-      source: what `predict` reads.
-      target: what `predict` writes.
+      paths: where it works.
+      extensions: networks, losses and metrics from outside the package.
 
     Returns:
       False if some of many scans failed.
@@ -35,11 +62,10 @@ def run(mode: str, config: RunConfig, workdir: Path, source: Path, target: Path)
     Raises:
       UserError: the user's mistake.
     """
-    if mode in ("evaluate", "predict", "report"):
-        saved = processes.agree(lambda: read_config(workdir))
-        if saved is None:
-            raise UserError(f"--workdir {workdir} has no config.json: train there first (--mode train)")
-        return _use(mode, for_inference(config, saved, workdir), workdir, source, target)
+    if mode in USES:
+        return _use(mode, config, paths, extensions)
+    extensions.network(config), extensions.extra_losses(config), extensions.extra_metrics(config)  # refused at once
+    workdir = paths.workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,7 +73,35 @@ def run(mode: str, config: RunConfig, workdir: Path, source: Path, target: Path)
     config = _with_absolute_paths(config)  # a later job may be started from another folder
     with contextlib.ExitStack() as held:
         processes.first_does(lambda: held.enter_context(locked(workdir)))
-        return _make(mode, config, workdir)
+        return _make(mode, config, workdir, extensions)
+
+
+def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
+    """The model of a run folder or of a model file.
+
+    Args:
+      config: of the run and of what inference changes; of a model file only the section `predict`.
+      paths: where it is.
+      extensions: networks from outside the package.
+
+    Raises:
+      UserError: the user's mistake.
+    """
+    if paths.model is not None:
+        path = paths.model
+        options = {name: value for name, value in as_dict(config.predict).items() if name != "checkpoint"}
+        return processes.agree(lambda: _from_file(path, config, extensions, options))
+    workdir = paths.workdir
+    config = for_inference(config, _saved(workdir), workdir)
+    split = processes.agree(lambda: known_split(workdir))
+    return restore_model(config, workdir, split, extensions)[0]
+
+
+def _from_file(path: Path, config: RunConfig, extensions: Extensions, options: dict[str, Any]) -> Model:
+    own, given = (flat_keys(as_dict(each)) for each in (config_of_model(path), config))
+    if other := [key for key in own if given[key] != own[key] and not key.startswith("predict.")]:
+        raise UserError(f"config key {other[0]} is given with --model {path}; expected only keys of predict.")
+    return load_file(path, extensions.networks, options)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -58,29 +112,42 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data)
 
 
-def _make(mode: str, config: RunConfig, workdir: Path) -> bool:
+def _make(mode: str, config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """The modes that make a run, or go on with it."""
     if mode == "all" and config.experiment:
-        return experiment(config, workdir)
+        return experiment(config, workdir, extensions)
     data = prepare(config, workdir)
     if mode == "prepare":
         return True
-    if not train(config, workdir, data) or mode == "train":
+    if not train(config, workdir, data, extensions) or mode == "train":
         return True  # perhaps ended by a signal; what was done is saved
     scored, _ = data.scored()
     if not scored:
         log.warning("every case was trained on: nothing is left to evaluate")
         return True
-    return evaluate_run(config, workdir, data)
+    return evaluate_run(config, workdir, data, extensions)
 
 
-def _use(mode: str, config: RunConfig, workdir: Path, source: Path, target: Path) -> bool:
+def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> bool:
     """The modes that only use a run."""
     if mode == "predict":
-        return predict(config, workdir, source, target)
+        assert paths.target is not None
+        return predict(lambda: load(config, paths, extensions), paths.source, paths.target)
+    workdir = paths.workdir
+    config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":
-        return evaluate(config, workdir)
+        return evaluate(config, workdir, extensions)
+    if mode == "export":
+        export(config, workdir, paths.target, extensions)
+        return True
     from autocontext_jax.jobs.report import report  # needs plotly and others that nothing else does
 
     processes.first_does(lambda: report(config, workdir))
     return True
+
+
+def _saved(workdir: Path) -> RunConfig:
+    saved = processes.agree(lambda: read_config(workdir))
+    if saved is None:
+        raise UserError(f"--workdir {workdir} has no config.json: train there first (--mode train)")
+    return saved

@@ -1,24 +1,21 @@
 """The typed configuration of a run: a tree of frozen sections, each of which validates itself where it is defined."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig
 from autocontext_jax.data.loader import LoaderConfig
 from autocontext_jax.data.phantom.dataset import PhantomConfig
 from autocontext_jax.data.store.level_grids import LevelGrids
-from autocontext_jax.errors import InvalidField, UserError, require
-from autocontext_jax.inference.predictor import PredictorConfig
-from autocontext_jax.models.backbones import BACKBONES
+from autocontext_jax.errors import UserError, require
+from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
+from autocontext_jax.sections import from_dict
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import OptimizerConfig
 from autocontext_jax.training.phases import MODES, Phase, phases
 from autocontext_jax.training.sharding import MeshConfig
-
-LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +55,11 @@ class ModelConfig(NetworkConfig):
     """The network of every level.
 
     Attributes:
-      backbone: `unet` (the paper), `residual_unet` or `fcn`.
+      backbone: `unet` (the paper), `residual_unet` or `fcn`; or a network from outside the package, by the name under
+        which it is passed to the Python functions, or as `package.module:Name`.
     """
 
     backbone: str = "unet"
-
-    def __post_init__(self):
-        require(1 <= self.base_channels <= 4096, self, "base_channels", "a number from 1 to 4096")
-        require(1 <= self.depth <= 10, self, "depth", "a number from 1 to 10")
-        require(self.norm in ("batch", "none"), self, "norm", "one of batch, none")
-        require(0 <= self.momentum < 1, self, "momentum", "a fraction in [0, 1)")
-        require(self.dtype in ("float32", "bfloat16"), self, "dtype", "one of float32, bfloat16")
-        require(self.backbone in BACKBONES, self, "backbone", f"one of {', '.join(BACKBONES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +127,33 @@ class EvaluateConfig:
       tolerance: mm; surfaces that lie no farther apart count as one in the surface Dice.
       root: another data set, all of whose labelled cases are scored, with --mode evaluate.
       label_mapping: what its classes are called here where the names differ: ("aorta=artery", ...).
+      metrics: further metrics from outside the package: names under which they are passed to the Python functions, or
+        `package.module:name`.
     """
 
     tolerance: float = 2.0
     root: str = ""
     label_mapping: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(self.tolerance >= 0, self, "tolerance", "0 mm or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What a model file says beside what the run knows.
+
+    Attributes:
+      license: under which the weights may be used, such as "CC-BY-4.0".
+      codes: of classes in a terminology, ("liver=SCT:10200004:Liver", ...).
+    """
+
+    license: str = ""
+    codes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require(all("=" in code for code in self.codes), self, "codes", "texts of the form CLASS=SCHEME:VALUE:MEANING")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +181,7 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
 
     def __post_init__(self):
         require(self.seed >= 0, self, "seed", "0 or more")
@@ -227,94 +237,10 @@ class RunConfig:
         return dataclasses.replace(self.loss, level_weights=learning)
 
 
-# Fields of the sections' classes that no key sets, because another key or the data set says them.
-DERIVED: dict[type, tuple[str, ...]] = {
-    ModelConfig: ("spatial_dims",),
-    PyramidConfig: ("levels", "classes", "spatial_dims"),
-}
-
-
-def keys(kind: type) -> dict[str, Any]:
-    """The fields of a section, or of the whole tree, that a configuration may set, with their types."""
-    hints = get_type_hints(kind)
-    return {
-        field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name not in DERIVED.get(kind, ())
-    }
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A section or the whole tree as nested dictionaries; tuples stay tuples."""
-    values = {name: getattr(config, name) for name in keys(type(config))}
-    return {name: as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
-
-
-def from_dict(values: dict[str, Any]) -> RunConfig:
+def config_from_dict(values: Any) -> RunConfig:
     """The typed tree of nested dictionaries, such as a ConfigDict or config.json gives them.
 
     Raises:
-      UserError: a key is unknown or missing, or its value is of a wrong type or cannot be: names the key, the value
-        found and the value expected.
+      UserError: see `sections.from_dict`.
     """
-    return _section(RunConfig, values, "")
-
-
-def flat_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted keys, such as "loader.batch_size"."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _section(kind: Any, values: Any, prefix: str) -> Any:
-    expected = keys(kind)
-    if not isinstance(values, dict):
-        raise UserError(
-            f"config key {prefix.rstrip('.')} is {values!r}; expected a section with the keys {', '.join(expected)}"
-        )
-    if unknown := [name for name in values if name not in expected]:
-        raise UserError(f"config key {prefix}{unknown[0]} is unknown; expected one of {', '.join(expected)}")
-    if missing := [name for name in expected if name not in values]:
-        raise UserError(f"config key {prefix}{missing[0]} is missing; expected a value")
-    made = {}
-    for name, type_ in expected.items():
-        key = prefix + name
-        made[name] = (
-            _section(type_, values[name], f"{key}.")
-            if dataclasses.is_dataclass(type_)
-            else _value(key, values[name], type_)
-        )
-    try:
-        return kind(**made)
-    except InvalidField as error:
-        raise UserError(f"config key {prefix}{error.field} is {error.found!r}; expected {error.expected}") from None
-
-
-def _value(key: str, value: Any, type_: Any) -> Any:
-    """A value of a key's type; a whole number stands for a float, a list for a tuple."""
-    if get_origin(type_) is tuple:
-        items: Sequence[Any] = get_args(type_)
-        if not isinstance(value, tuple | list):
-            raise UserError(f"config key {key} is {value!r}; expected a tuple")
-        if items[-1] is Ellipsis:
-            items = [items[0]] * len(value)
-        if len(items) != len(value):
-            raise UserError(f"config key {key} is {value!r}; expected {len(items)} items")
-        return tuple(_value(key, item, kind) for item, kind in zip(value, items, strict=True))
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if type_ is float and number:
-        if not abs(value) <= LARGEST:  # also if it is not a number
-            found = value if isinstance(value, float) else f"a number of {value.bit_length()} bits"
-            raise UserError(f"config key {key} is {found}; expected a number of at most {LARGEST}")
-        return float(value)
-    if type_ is int and number and value == int(value if abs(value) <= LARGEST else 0):
-        return int(value)
-    if type_ in (bool, str) and isinstance(value, type_):
-        return value
-    names = {float: "a number", int: f"a whole number of at most {LARGEST}", bool: "True or False", str: "a text"}
-    found = (
-        f"a number of {value.bit_length()} bits"
-        if number and isinstance(value, int) and abs(value) > LARGEST
-        else repr(value)
-    )
-    raise UserError(f"config key {key} is {found}; expected {names[type_]}")
+    return from_dict(RunConfig, values, place="config key")

@@ -105,9 +105,7 @@ def read_data(config: RunConfig, workdir: Path) -> RunData:
     Raises:
       UserError: there is no split, or what it names is lost.
     """
-    known = read_split(workdir)
-    if known is None:
-        raise UserError(f"run folder {workdir} has no split.json: train there first (--mode train)")
+    known = known_split(workdir)
     dataset = _read_dataset(config, workdir)
     split = _checked(config, dataset, known, workdir)
     return RunData(dataset, split, _store(config, workdir))
@@ -121,6 +119,18 @@ def read_split(workdir: Path) -> Split | None:
     """
     path = workdir / "split.json"
     return Split.from_json(read_json(path, FORMAT)) if path.exists() else None
+
+
+def known_split(workdir: Path) -> Split:
+    """The split of a run that has one.
+
+    Raises:
+      UserError: it has none, or `split.json` is damaged.
+    """
+    split = read_split(workdir)
+    if split is None:
+        raise UserError(f"run folder {workdir} has no split.json: train there first (--mode train)")
+    return split
 
 
 def _store(config: RunConfig, workdir: Path) -> str:

@@ -1,20 +1,49 @@
-"""The config file that a run folder is: what `--config` means where it is left out, with --mode evaluate and others."""
+"""The config file that a run folder or a model file is: what `--config` means where it is left out."""
 
+import dataclasses
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
+from autocontext_jax.inference.model_file import read_description
 from autocontext_jax.jobs.config_files import read_config, to_config_dict
+from autocontext_jax.jobs.run_config import ModelConfig, RunConfig
+from autocontext_jax.models.blocks import NetworkConfig
 
 
-def get_config(workdir: str) -> ConfigDict:
-    """The configuration of the run in a folder, for `--config=saved_config.py:WORKDIR`.
+def get_config(path: str) -> ConfigDict:
+    """The configuration of a run folder or of a model file, for `--config=saved_config.py:PATH`.
 
     Raises:
       UserError: there is none.
     """
-    config = read_config(Path(workdir).expanduser())
+    place = Path(path).expanduser()
+    if place.is_file():
+        return to_config_dict(config_of_model(place))
+    config = read_config(place)
     if config is None:
-        raise UserError(f"--workdir {workdir} has no config.json: train there first (--mode train)")
+        raise UserError(f"--workdir {path} has no config.json: train there first (--mode train)")
     return to_config_dict(config)
+
+
+def config_of_model(path: Path) -> RunConfig:
+    """The configuration of a model file, as far as prediction depends on it; the other sections have their defaults.
+
+    Raises:
+      UserError: see `model_file.read_model`.
+    """
+    description = read_description(path)
+    network, tiling, default = description.network, description.tiling, RunConfig()
+    size = {field.name: getattr(network, field.name) for field in dataclasses.fields(NetworkConfig)}
+    return dataclasses.replace(
+        default,
+        model=ModelConfig(**size),
+        pyramid=description.pyramid,
+        levels=description.levels,
+        loader=dataclasses.replace(default.loader, patch_size=max(64, network.divisor)),
+        augmentation=dataclasses.replace(default.augmentation, flip=bool(tiling.flip_classes)),
+        predict=dataclasses.replace(
+            default.predict, tile=tiling.tile, overlap=tiling.overlap, plane=tiling.plane, flip=tiling.flip
+        ),
+    )

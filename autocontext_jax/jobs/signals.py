@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import threading
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,8 +17,8 @@ class StopSignal:
     def __post_init__(self):
         # With several processes JAX itself receives the SIGTERM of any, and all agree on the step to stop after.
         self._before = {}
-        if jax.process_count() > 1:
-            return
+        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+            return  # Python lets the main thread alone set handlers
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _request(self, number, frame):

@@ -20,6 +20,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import pictures
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
+from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 2
 
 
-def train(config: RunConfig, workdir: Path, data: RunData) -> bool:
+def train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions) -> bool:
     """Trains to the end, going on from the run folder's newest checkpoint.
 
     Returns:
@@ -57,10 +58,10 @@ def train(config: RunConfig, workdir: Path, data: RunData) -> bool:
     """
     # Closed on every way out: otherwise orbax's threads complain at exit, after the user's one clear line.
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep)) as checkpoints:
-        return _train(config, workdir, data, checkpoints)
+        return _train(config, workdir, data, extensions, checkpoints)
 
 
-def _train(config: RunConfig, workdir: Path, data: RunData, checkpoints: Checkpoints) -> bool:
+def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions, checkpoints: Checkpoints) -> bool:
     # ---- is it the same run?
     checkpoints.set_damaged_aside()
     saved = processes.agree(lambda: read_config(workdir))
@@ -79,7 +80,7 @@ def _train(config: RunConfig, workdir: Path, data: RunData, checkpoints: Checkpo
     # ---- phases: each begins with what the one before saved last
     with contextlib.closing(StopSignal()) as stop, jax.set_mesh(mesh):
         return all(
-            _train_phase(config, workdir, data, checkpoints, mesh, number, phase, stop)
+            _train_phase(config, workdir, data, extensions, checkpoints, mesh, number, phase, stop)
             for number, phase in enumerate(phases)
             if (checkpoints.latest or 0) < (number + 1) * config.train.steps
         )
@@ -89,6 +90,7 @@ def _train_phase(
     config: RunConfig,
     workdir: Path,
     data: RunData,
+    extensions: Extensions,
     checkpoints: Checkpoints,
     mesh: Mesh,
     number: int,
@@ -132,29 +134,39 @@ def _train_phase(
     )
 
     # ---- model, optimiser, steps
+    network, extra_losses = extensions.network(config), extensions.extra_losses(config)
     classes = len(data.classes)
     levels = config.model_levels()
     learning = [levels.index(level) + 1 for level in phase.learning]  # counted in this model
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     loss = config.phase_loss(phase)
-    model = nnx.eval_shape(lambda: make_model(config, classes))
+    model = nnx.eval_shape(lambda: make_model(config, classes, network))
     graph, shapes = create_state(model, optimizer, learning)
     frozen_graph = freeze_batch_stats(graph, shapes.params, shapes.batch_stats)
 
     def create() -> TrainState:
-        return create_state(make_model(config, classes), optimizer, learning)[1]
+        return create_state(make_model(config, classes, network), optimizer, learning)[1]
 
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)
     deterministic = config.train.deterministic
     train_step, frozen_step = (
         make_train_step(
-            kind, optimizer, loss, learning, (placement, everywhere), seed=config.seed, deterministic=deterministic
+            kind,
+            optimizer,
+            loss,
+            learning,
+            (placement, everywhere),
+            extra_losses=extra_losses,
+            seed=config.seed,
+            deterministic=deterministic,
         )
         for kind in (graph, frozen_graph)
     )
     frozen_after = end - round(config.train.frozen_batch_stats * config.train.steps)
-    validation_step = make_validation_step(graph, loss, everywhere, deterministic=deterministic)
+    validation_step = make_validation_step(
+        graph, loss, everywhere, extra_losses=extra_losses, deterministic=deterministic
+    )
 
     # ---- restore
     skipped = 0

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 from flax import nnx
 
+from autocontext_jax.errors import require
 from autocontext_jax.models.convolution import Convolution, Deconvolution
 from autocontext_jax.models.normalization import BatchNormReLU
+from autocontext_jax.sections import DERIVED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,14 @@ class NetworkConfig:
     norm: str = "batch"
     momentum: float = 0.99
     dtype: str = "float32"
-    spatial_dims: int = 3
+    spatial_dims: int = dataclasses.field(default=3, metadata=DERIVED)
+
+    def __post_init__(self):
+        require(1 <= self.base_channels <= 4096, self, "base_channels", "a number from 1 to 4096")
+        require(1 <= self.depth <= 10, self, "depth", "a number from 1 to 10")
+        require(self.norm in ("batch", "none"), self, "norm", "one of batch, none")
+        require(0 <= self.momentum < 1, self, "momentum", "a fraction in [0, 1)")
+        require(self.dtype in ("float32", "bfloat16"), self, "dtype", "one of float32, bfloat16")
 
     @property
     def divisor(self) -> int:

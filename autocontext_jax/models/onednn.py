@@ -147,6 +147,8 @@ def _lower(context: Any, first: Any, second: Any, *, kind: str, result: tuple[in
 
 
 mlir.register_lowering(_operation_p, _lower, platform="cpu")
+# A program that is exported for several platforms is lowered for all of them, also where it will not be called.
+mlir.register_lowering(_operation_p, mlir.lower_fun(_portable, multiple_results=False))
 
 
 def _batch(arrays: Any, axes: Any, *, kind: str, result: tuple[int, ...]) -> tuple[jax.Array, int]:

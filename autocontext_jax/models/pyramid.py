@@ -10,6 +10,7 @@ from flax import nnx
 
 from autocontext_jax.errors import require
 from autocontext_jax.models.resizing import upsample_by_two
+from autocontext_jax.sections import DERIVED
 
 CONTEXTS = ("softmax", "onehot", "none")
 
@@ -28,12 +29,12 @@ class PyramidConfig:
         below is any number of slices, the same at every level.
     """
 
-    levels: int = 2
-    classes: int = 2
+    levels: int = dataclasses.field(default=2, metadata=DERIVED)
+    classes: int = dataclasses.field(default=2, metadata=DERIVED)
     context: str = "softmax"
     stop_gradient: bool = False
     window: tuple[float, float] = (-500.0, 500.0)
-    spatial_dims: int = 3
+    spatial_dims: int = dataclasses.field(default=3, metadata=DERIVED)
 
     def __post_init__(self):
         require(self.context in CONTEXTS, self, "context", f"one of {', '.join(CONTEXTS)}")
@@ -113,6 +114,20 @@ class Pyramid(nnx.Module):
             maps = upsample_by_two(maps.astype(jnp.float32), self.config.spatial_dims)
             x = jnp.concatenate([x, maps], axis=-1)
         return self.networks[level - 1](x)
+
+
+def make_pyramid(network: Any, config: Any, pyramid: PyramidConfig, *, seed: int) -> Pyramid:
+    """A pyramid with fresh parameters.
+
+    Args:
+      network: class of every level's network, (inputs, classes, config, *, rngs).
+      config: of the network, `blocks.NetworkConfig`.
+      pyramid: how the networks are connected.
+      seed: of the parameters.
+    """
+    return Pyramid(
+        pyramid, lambda inputs, rngs: network(inputs, pyramid.classes, config, rngs=rngs), rngs=nnx.Rngs(seed)
+    )
 
 
 def _random_streams(model: nnx.Module) -> list[Any]:

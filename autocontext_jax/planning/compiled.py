@@ -15,7 +15,8 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
-from autocontext_jax.inference.predictor import Predictor, PredictorConfig
+from autocontext_jax.inference.predictor import Predictor
+from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.losses import LossConfig

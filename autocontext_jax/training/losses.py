@@ -1,12 +1,16 @@
 """The total loss of a pyramid."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from autocontext_jax.errors import require
+
+# A loss from outside the package: of one level's logits [B, D, H, W, K], float32, and labels [B, D, H, W], uint8; a
+# scalar, differentiable with respect to the logits.
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +23,8 @@ class LossConfig:
         hardly a gradient in the Dice itself; here it keeps it, and comes back. Little is enough: by itself, the
         logarithm makes classes too large.
       cross_entropy: weight of the mean voxelwise cross-entropy (nats); 0 in the paper.
+      extra: losses from outside the package with their weights, (("NAME", 0.5), ...): names under which they are passed
+        to the Python functions, or `package.module:name`.
       per_sample: False sums overlaps over the batch before dividing, True averages each sample's own Dice.
       background: whether class 0 counts in the Dice loss, as in equation 1.
       level_weights: factor of each level's loss in the total, coarsest first; () means 1 each, as in the paper.
@@ -27,6 +33,7 @@ class LossConfig:
     dice: float = 1.0
     log_dice: float = 0.0
     cross_entropy: float = 0.0
+    extra: tuple[tuple[str, float], ...] = ()
     per_sample: bool = False
     background: bool = True
     level_weights: tuple[float, ...] = ()
@@ -34,8 +41,9 @@ class LossConfig:
     def __post_init__(self):
         for name in ("dice", "log_dice", "cross_entropy"):
             require(getattr(self, name) >= 0, self, name, "0 or more")
-        weights = self.dice, self.log_dice, self.cross_entropy
-        require(any(weights), self, "dice", "a positive weight of it, of log_dice or of cross_entropy: all are 0")
+        require(all(weight >= 0 for _, weight in self.extra), self, "extra", "weights of 0 or more")
+        weights = self.dice, self.log_dice, self.cross_entropy, *(weight for _, weight in self.extra)
+        require(any(weights), self, "dice", "a positive weight of it, of another loss or of both: all are 0")
         good = all(weight >= 0 for weight in self.level_weights) and (not self.level_weights or any(self.level_weights))
         require(good, self, "level_weights", "weights of 0 or more, one of them positive, or ()")
 
@@ -86,7 +94,10 @@ def cross_entropy_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def total_loss(
-    logits: Sequence[jax.Array], labels: Sequence[jax.Array], config: LossConfig
+    logits: Sequence[jax.Array],
+    labels: Sequence[jax.Array],
+    config: LossConfig,
+    extra: Mapping[str, Loss] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Loss of a pyramid: the sum of its levels' losses (section 2.2).
 
@@ -94,6 +105,7 @@ def total_loss(
       logits: for each level [B, N, N, N, K].
       labels: for each level [B, N, N, N].
       config: see there.
+      extra: the functions that `config.extra` names.
 
     Returns:
       The scalar total and the levels' own losses [S], before their weights.
@@ -112,6 +124,9 @@ def total_loss(
                 )
         if config.cross_entropy:
             loss += config.cross_entropy * cross_entropy_loss(level_logits, level_labels)
+        for name, weight in config.extra:
+            assert extra is not None, "config.extra names losses that were not given"
+            loss += weight * extra[name](level_logits, level_labels)
         losses.append(loss)
     stacked = jnp.stack(losses)
     weights = jnp.asarray(config.level_weights or [1.0] * len(losses))

@@ -1,6 +1,6 @@
 """The training state and the jitted steps over it: one that trains, one that validates."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx, struct
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.dice import overlap_counts
-from autocontext_jax.training.losses import LossConfig, total_loss
+from autocontext_jax.training.losses import Loss, LossConfig, total_loss
 
 
 @struct.dataclass
@@ -90,6 +90,7 @@ def make_train_step(
     learning: Collection[int] | None = None,
     sharding: Any = None,
     *,
+    extra_losses: Mapping[str, Loss] | None = None,
     seed: int = 0,
     deterministic: bool = False,
 ) -> Any:
@@ -101,7 +102,8 @@ def make_train_step(
 
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
     ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
-    None leaves it to the compiler; `deterministic` is that of `compiler_options`.
+    None leaves it to the compiler; `extra_losses` are those that `loss.extra` names; `deterministic` is that of
+    `compiler_options`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -111,7 +113,7 @@ def make_train_step(
             model = nnx.merge(graph, nnx.merge_state(learned, frozen), state.batch_stats, copy=True)
             model.reseed(jax.random.fold_in(jax.random.key(seed), state.step))
             logits = model(batch.images)
-            total, losses = total_loss(logits, batch.labels, loss)
+            total, losses = total_loss(logits, batch.labels, loss, extra_losses)
             _, _, statistics = _split(model)
             return total, (losses, _counts(logits, batch), statistics)
 
@@ -135,7 +137,12 @@ def make_train_step(
 
 
 def make_validation_step(
-    graph: nnx.GraphDef, loss: LossConfig, sharding: Any = None, *, deterministic: bool = False
+    graph: nnx.GraphDef,
+    loss: LossConfig,
+    sharding: Any = None,
+    *,
+    extra_losses: Mapping[str, Loss] | None = None,
+    deterministic: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[Metrics, tuple[jax.Array, ...]]]:
     """Forward pass with the running averages and without dropout; the state stays as it is.
 
@@ -145,7 +152,7 @@ def make_validation_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[Metrics, tuple[jax.Array, ...]]:
         logits = inference_model(graph, state.params, state.batch_stats)(batch.images)
-        total, losses = total_loss(logits, batch.labels, loss)
+        total, losses = total_loss(logits, batch.labels, loss, extra_losses)
         slices = tuple(jnp.argmax(level[:, level.shape[1] // 2], axis=-1).astype(jnp.uint8) for level in logits)
         return Metrics(total, losses, _counts(logits, batch), jnp.zeros(())), slices
 

@@ -20,8 +20,9 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_json
 from autocontext_jax.images import scans
 from autocontext_jax.jobs import config_files as configuration
-from autocontext_jax.jobs.run_config import RunConfig, as_dict
+from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import read_split
+from autocontext_jax.sections import as_dict
 
 SIZE, LABELS = (6, 5, 4), ("background", "artery", "vein")
 

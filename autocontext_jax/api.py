@@ -1,0 +1,127 @@
+"""What the package exports: training, evaluation and prediction as Python functions. They do what the command does."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from autocontext_jax import runtime
+from autocontext_jax.errors import UserError
+from autocontext_jax.evaluation.report import read_evaluation
+from autocontext_jax.inference.model import Model
+from autocontext_jax.jobs import config_files, run
+from autocontext_jax.jobs.extensions import Extensions
+from autocontext_jax.jobs.saved_config import get_config
+
+Named = Mapping[str, Any]
+
+
+def default_config() -> ConfigDict:
+    """A complete configuration, to be changed: `config.train.steps = 1000`.
+
+    It is locked: a key that does not exist is an error. `autocontext --help-keys` explains every key.
+    """
+    return config_files.default_config()
+
+
+def load(path: str | Path, *, networks: Named | None = None, **options: Any) -> Model:
+    """The trained model of a model file or of a run folder.
+
+    Args:
+      path: of the file NAME.autocontext, or of the folder.
+      networks: classes of networks from outside the package, by the name that the model has for them. A model file
+        names its network; it is never imported.
+      options: what prediction changes: `tile`, `overlap`, `plane`, `space` and `flip` as in `autocontext --help-keys`
+        under `predict.`; of a run folder also `checkpoint`, "best" or "latest".
+
+    Raises:
+      UserError: there is no model, it is damaged, its network is not known, or an option is wrong: one line says what.
+    """
+    place = Path(path).expanduser()
+    config = get_config(str(place)) if place.exists() else None
+    if config is None:
+        raise UserError(f"{place} does not exist; expected a model file NAME.autocontext or the folder of a run")
+    _change(config, options, ("predict",))
+    typed = config_files.from_config_dict(config)
+    runtime.set_up_library(dtype=typed.model.dtype)
+    paths = run.Paths(workdir=place, model=place if place.is_file() else None)
+    return run.load(typed, paths, Extensions(networks=networks or {}))
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    networks: Named | None = None,
+    losses: Mapping[str, Callable[..., Any]] | None = None,
+) -> None:
+    """Prepares a data set and trains a pyramid on it, or goes on where an earlier call stopped.
+
+    SIGTERM and Ctrl-C end it cleanly after the step in hand, with a checkpoint.
+
+    Args:
+      config: of the run, see `default_config`. `config.data.root` names the data set.
+      workdir: the run folder; it is made.
+      networks: {name: class} of Flax NNX networks from outside the package; `config.model.backbone` takes the name. A
+        network is made by `Network(inputs, classes, config, rngs=rngs)`, with the section `model` of the configuration,
+        and maps [B, D, H, W, inputs], float32, to logits [B, D, H, W, classes].
+      losses: {name: function}; `config.loss.extra` takes names and weights, `(("name", 0.5),)`. A function maps logits
+        [B, D, H, W, classes], float32, and labels [B, D, H, W], uint8, to a scalar.
+
+    Raises:
+      UserError: a mistake in the configuration or in the data: one line says what, where and what to do.
+    """
+    typed = config_files.from_config_dict(config)
+    runtime.set_up_library(dtype=typed.model.dtype)
+    run.run("train", typed, run.Paths(Path(workdir).expanduser()), Extensions(networks or {}, losses or {}))
+
+
+def evaluate(
+    workdir: str | Path,
+    *,
+    networks: Named | None = None,
+    metrics: Mapping[str, Callable[..., Any]] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Predicts and scores the scans that a run has held out, and writes its tables.
+
+    Args:
+      workdir: the run folder.
+      networks: as in `load`.
+      metrics: {name: function} of further metrics, which are all computed. A function maps the voxels of a class in
+        prediction and truth, [D, H, W] bool each, and the spacing (z, y, x) in mm to a number.
+      options: keys of `autocontext --help-keys` under `evaluate.` and `predict.`, such as `tolerance`.
+
+    Returns:
+      The content of `evaluation.json`: "cases" holds every score of every class, level and scan; "summary" their
+      averages. NaN is None, infinity is "inf".
+
+    Raises:
+      UserError: there is nothing to evaluate, or a scan cannot be read: one line says what, where and what to do.
+    """
+    place = Path(workdir).expanduser()
+    config = get_config(str(place))
+    _change(config, {"metrics": tuple(metrics or {}), **options}, ("evaluate", "predict"))
+    typed = config_files.from_config_dict(config)
+    runtime.set_up_library(dtype=typed.model.dtype)
+    extensions = Extensions(networks or {}, metrics=metrics or {})
+    if not run.run("evaluate", typed, run.Paths(place), extensions):
+        raise UserError(f"some scans of {place} could not be scored; each was named, and the others are in its tables")
+    root = typed.evaluate.root
+    return read_evaluation(place / f"on_{Path(root).resolve().name}" if root else place)
+
+
+def _change(config: ConfigDict, options: Named, sections: tuple[str, ...]) -> None:
+    """Sets keys of some sections by their last names.
+
+    Raises:
+      UserError: an option that no section has.
+    """
+    for name, value in options.items():
+        owner = next((config[section] for section in sections if name in config[section]), None)
+        if owner is None:
+            known = [key for section in sections for key in config[section]]
+            raise UserError(f"option {name} is unknown; expected one of {', '.join(known)}")
+        with owner.ignore_type():  # the typed configuration checks it
+            owner[name] = value

@@ -1,0 +1,210 @@
+"""A trained model: what `autocontext_jax.load` returns."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from autocontext_jax.errors import InvalidField, UserError
+from autocontext_jax.images import scans
+from autocontext_jax.images.in_memory import Image, as_image, image_of_array
+from autocontext_jax.inference.model_card import model_card
+from autocontext_jax.inference.model_file import Description, check_weights, flat_name, read_model, write_model
+from autocontext_jax.inference.predictor import Predictor
+from autocontext_jax.inference.tiling import PredictorConfig
+from autocontext_jax.models.backbones import BACKBONES
+from autocontext_jax.models.pyramid import Pyramid, make_pyramid
+from autocontext_jax.training.state import inference_model
+
+
+class Model:
+    """A trained pyramid with all that its use needs. It predicts; nothing changes it.
+
+    Attributes:
+      description: classes, network, levels, and how it was trained and scored.
+    """
+
+    def __init__(self, description: Description, pyramid: Pyramid, config: PredictorConfig):
+        self.description = description
+        self._pyramid = pyramid
+        tiling = description.tiling
+        self._predictor = Predictor(
+            pyramid,
+            config,
+            align=description.network.divisor,
+            mirror_classes=tiling.flip_classes if tiling.flip else (),
+        )
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The value of each class in a mask, background first."""
+        return {entry.name: entry.value for entry in self.description.classes}
+
+    def predict(
+        self,
+        scan: Any,
+        *,
+        spacing: Sequence[float] | None = None,
+        direction: Sequence[Sequence[float]] | None = None,
+        probabilities: bool = False,
+        output: str | Path | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """The mask of a CT scan, on the scan's own grid.
+
+        Args:
+          scan: a path of a scan file or of a folder with one DICOM series; a `SimpleITK.Image`; or an array [D, H, W].
+            Values are HU.
+          spacing: of an array: mm along its axes, (z, y, x).
+          direction: of an array: [3, 3], column j is the unit vector of the array's axis j, rows are the patient's axes
+            (z, y, x), which point to superior, posterior and left. None means that the array's axes point there.
+          probabilities: whether the softmax maps are returned too. They take 4 bytes for each voxel and class.
+          output: file that the mask is written to: .nii.gz, .nii, .mha or .nrrd.
+          progress: whether a bar on standard error shows the tiles that are done.
+
+        Returns:
+          The mask, uint8 with the values of `classes`: of an array an array [D, H, W], otherwise a `SimpleITK.Image`.
+          With `probabilities` a pair of the mask and the maps, float32: an array [D, H, W, K], or a `SimpleITK.Image`
+          with K values a voxel.
+
+        Raises:
+          UserError: the scan cannot be read, or the mask not written: one line says why.
+        """
+        if output is not None:
+            scans.check_writable_format(Path(output))
+        with tqdm(desc="predict", unit="tile", disable=not progress, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            given = _read(scan, spacing, direction)
+            factors = self.description.levels.level_factors(given.spacing)
+            if probabilities:
+                mask, maps = self._predictor.mask_and_maps(given.voxels, factors, progress=show)
+                images = [as_image(self._valued(mask), given.grid), as_image(maps, given.grid)]
+            else:
+                images = [as_image(self.mask(given, show), given.grid)]
+        if output is not None:
+            scans.write_image(Path(output), images[0])
+        made = images if isinstance(scan, str | Path | Image) else tuple(map(scans.array_of_image, images))
+        return made if probabilities else made[0]
+
+    def predict_many(self, items: Iterable[Any], **options: Any) -> Iterator[Any]:
+        """The masks of many scans, one after the other, as `predict` gives them; memory holds one scan at a time.
+
+        Args:
+          items: scans, see `predict`.
+          options: of `predict`, for all of them; `output` is not among them.
+        """
+        for scan in items:
+            yield self.predict(scan, **options)
+
+    def mask(self, scan: scans.Scan, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+        """The finest level's mask of a scan, [D, H, W] uint8, canonical, with the values of `classes`."""
+        factors = self.description.levels.level_factors(scan.spacing)
+        return self._valued(self._predictor.masks(scan.voxels, factors, progress=progress)[len(factors)])
+
+    def level_masks(self, scan: scans.Scan) -> dict[int, np.ndarray]:
+        """Each level's mask of a scan on the scan's grid, {level: [D, H, W] uint8}, canonical; numbers of classes."""
+        factors = self.description.levels.level_factors(scan.spacing)
+        return self._predictor.masks(scan.voxels, factors, levels=tuple(range(1, len(factors) + 1)))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model file, see `model_file`.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        _, *states = nnx.split(self._pyramid, nnx.Param, ...)
+        weights = {flat_name(keys): np.asarray(leaf) for state in states for keys, leaf in _leaves(state)}
+        write_model(Path(path).expanduser(), self.description, weights, model_card(self.description))
+
+    def _valued(self, mask: np.ndarray) -> np.ndarray:
+        """The values of classes in the place of their numbers."""
+        values = np.array(list(self.classes.values()), np.uint8)
+        return mask if (values == np.arange(len(values))).all() else values[mask]
+
+
+def load_file(path: Path, networks: Mapping[str, Any], options: Mapping[str, Any]) -> Model:
+    """The model of a model file. Nothing that the file names is imported.
+
+    Args:
+      path: of the file.
+      networks: classes from outside the package that the file may name.
+      options: fields of `PredictorConfig` and of `Tiling` that the caller changes.
+
+    Raises:
+      UserError: the file is damaged; its network is not known; a wrong option.
+    """
+    description, weights = read_model(path)
+    description, config = tiled(description, options)
+    known = {**BACKBONES, **networks}
+    name = description.network.name
+    if name not in known:
+        raise UserError(
+            f"{path} needs the network {name}, which is not in the package: pass its class, "
+            f'load(PATH, networks={{"{name}": {name}}}), or on the command line --network package.module:{name}'
+        )
+
+    def make() -> Pyramid:
+        return make_pyramid(known[name], description.full_network, description.full_pyramid, seed=0)
+
+    graph, *like = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    shapes = {flat_name(keys): leaf for state in like for keys, leaf in _leaves(state)}
+    check_weights(path, weights, shapes)
+
+    def filled(state: Any) -> Any:
+        flat = nnx.to_flat_state(state)
+        return nnx.from_flat_state([(keys, leaf.replace(jnp.asarray(weights[flat_name(keys)]))) for keys, leaf in flat])
+
+    return Model(description, inference_model(graph, *map(filled, like)), config)
+
+
+def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Description, PredictorConfig]:
+    """The description with a caller's options, and what the predictor takes.
+
+    Raises:
+      UserError: an unknown option, a wrong value.
+    """
+    tiling = description.tiling
+    own = {"tile": tiling.tile, "overlap": tiling.overlap, "plane": tiling.plane}
+    allowed = [field.name for field in dataclasses.fields(PredictorConfig)]
+    if unknown := [name for name in options if name not in (*allowed, "flip")]:
+        raise UserError(f"option {unknown[0]} is unknown; expected one of {', '.join([*allowed, 'flip'])}")
+    values = own | {name: value for name, value in options.items() if name != "flip"}
+    try:
+        config = PredictorConfig(**values)
+    except InvalidField as error:
+        raise UserError(f"option {error.field} is {error.found!r}; expected {error.expected}") from None
+    unit = max(4, description.network.divisor)
+    if config.tile % unit:
+        raise UserError(f"option tile is {config.tile}; expected a multiple of {unit}")
+    if config.space > jax.local_device_count():
+        raise UserError(f"option space is {config.space}; expected at most the {jax.local_device_count()} devices")
+    flip = bool(options.get("flip", tiling.flip))
+    if flip and not tiling.flip_classes:
+        raise UserError("option flip is True; expected False: the network has not learned from exchanged sides")
+    new = dataclasses.replace(tiling, tile=config.tile, overlap=config.overlap, plane=config.plane, flip=flip)
+    return dataclasses.replace(description, tiling=new), config
+
+
+def _read(scan: Any, spacing: Any, direction: Any) -> scans.Scan:
+    if isinstance(scan, str | Path | Image):
+        if spacing is not None or direction is not None:
+            raise UserError("spacing or direction is given, but the scan has its own; expected them with arrays alone")
+        return scans.scan_of_image(scan) if isinstance(scan, Image) else scans.read_scan(Path(scan).expanduser())
+    if spacing is None:
+        raise UserError("an array is given without its spacing; expected spacing=(z, y, x) in mm")
+    return scans.scan_of_image(image_of_array(scan, spacing, direction))
+
+
+def _leaves(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """(path, array) of every variable of a state."""
+    return [(keys, leaf.get_value()) for keys, leaf in nnx.to_flat_state(state)]

@@ -1,0 +1,69 @@
+"""The model card: a page of Markdown for people, in every model file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from autocontext_jax.inference.model_file import Description
+
+USE = """```python
+import autocontext_jax as ac
+
+model = ac.load("{name}.autocontext")
+mask = model.predict("scan.nii.gz")
+```
+
+```bash
+autocontext --mode predict --model {name}.autocontext \\
+    --input scan.nii.gz --output mask.nii.gz
+```"""
+
+LIMITS = """A research model. It is no medical device: nobody has approved it for diagnosis or treatment. On scanners,
+protocols, patients or diseases that it has not learned from it can fail without a sign. Look at every mask before you
+use it."""
+
+
+def model_card(description: Description) -> str:
+    """The card of a model."""
+    low, high = description.pyramid.window
+    levels = description.levels
+    grids = (
+        f"{levels.finest_spacing} mm (z, y, x) at the finest level"
+        if levels.finest_spacing
+        else f"{', '.join(f'{factor:g}' for factor in levels.factors)} of the scan's own voxels for each level's voxel"
+    )
+    parts = [
+        f"# {description.name}",
+        f"A pyramid of {len(levels.factors)} {description.network.name} networks with auto-context "
+        "(Roth et al., MICCAI 2018), trained with autocontext_jax.",
+        "## Use\n\n" + USE.format(name=description.name),
+        "## Input\n\nA CT scan in HU, one value a voxel. Intensities are clipped to "
+        f"[{low:g}, {high:g}] HU. Resolution: {grids}.",
+        "## Classes\n\n" + _classes(description),
+        "## Training\n\n" + _listed(description.training),
+        "## Evaluation\n\n" + (_evaluation(description.evaluation) or "It was not evaluated."),
+        f"## Limits\n\n{LIMITS}",
+        f"## License\n\n{description.license or 'Nobody has said under which license these weights may be used.'}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _classes(description: Description) -> str:
+    rows = ["| value | class | color | code |", "| ---: | --- | --- | --- |"]
+    for entry in description.classes:
+        color = "#" + "".join(f"{part:02x}" for part in entry.color) if entry.color else ""
+        rows.append(f"| {entry.value} | {entry.name} | {color} | {entry.code} |")
+    return "\n".join(rows)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in values.items())
+
+
+def _evaluation(result: Mapping[str, Any]) -> str:
+    if not result:
+        return ""
+    rows = ["| class | Dice (%), average ± std | cases | missed in |", "| --- | ---: | ---: | ---: |"]
+    for name, dice in result["dice"].items():
+        number = "–" if dice["avg"] is None else f"{100 * dice['avg']:.1f} ± {100 * dice['std']:.1f}"
+        rows.append(f"| {name} | {number} | {dice['cases']} | {dice['missed']} |")
+    return f"{result['cases_are']}.\n\n" + "\n".join(rows)

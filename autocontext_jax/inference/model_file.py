@@ -1,0 +1,267 @@
+"""The model file NAME.autocontext: a zip of weights, a description of them, and a model card.
+
+    model.json           `Description`, with the format's number and SHA-256 checksums of the other parts
+    weights.safetensors  every parameter and running average, by its path in the network
+    README.md            the model card, for people
+
+Reading it executes nothing: safetensors holds numbers alone, JSON holds texts, and no name in it is imported.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.errors import UserError, require
+from autocontext_jax.files import write_whole
+from autocontext_jax.models.blocks import NetworkConfig
+from autocontext_jax.models.pyramid import PyramidConfig
+from autocontext_jax.sections import as_dict, from_dict
+
+FORMAT = 1  # raise it when what is written changes its meaning
+SUFFIX = ".autocontext"
+
+DESCRIPTION, WEIGHTS, CARD = "model.json", "weights.safetensors", "README.md"
+LARGEST_TEXT = 2**24  # bytes of the description and of the card
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassDescription:
+    """A class of voxels.
+
+    Attributes:
+      name: as the data set calls it.
+      value: of its voxels in a mask.
+      color: (red, green, blue), 0 to 255, for display; () for none.
+      code: of the class in a terminology, "SCHEME:VALUE:MEANING" such as "SCT:10200004:Liver"; "" for none.
+    """
+
+    name: str
+    value: int
+    color: tuple[int, ...] = ()
+    code: str = ""
+
+    def __post_init__(self):
+        require(0 <= self.value <= 255, self, "value", "a number from 0 to 255")
+        good = len(self.color) in (0, 3) and all(0 <= part <= 255 for part in self.color)
+        require(good, self, "color", "three numbers from 0 to 255, or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkDescription(NetworkConfig):
+    """The network of every level.
+
+    Attributes:
+      name: of its class: one of `models.backbones`, or one that the caller passes.
+    """
+
+    name: str = "unet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How scans are divided into tiles unless the caller says otherwise, see `tiling.PredictorConfig`.
+
+    Attributes:
+      tile: edge length of a tile in voxels.
+      overlap: fraction of a tile that the next tile covers again.
+      plane: height and width in voxels of the largest scan that the programs are compiled for.
+      flip: whether every tile is also predicted with left and right exchanged.
+      flip_classes: the class that each class becomes then; () if the network has not learned from exchanged sides.
+    """
+
+    tile: int
+    overlap: float
+    plane: int
+    flip: bool
+    flip_classes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a trained model is.
+
+    Attributes:
+      name: of the model.
+      license: under which the weights may be used; "" if nobody said.
+      classes: [K], background first; the number of a class in the network's output is its place here.
+      network: of every level.
+      pyramid: how the levels are connected, and which intensities they see.
+      levels: the model's levels, coarsest first.
+      tiling: of whole scans.
+      training: how it was trained, for people.
+      evaluation: how it was scored and how well, for people; {} if it was not.
+    """
+
+    name: str
+    license: str
+    classes: tuple[ClassDescription, ...]
+    network: NetworkDescription
+    pyramid: PyramidConfig
+    levels: LevelGrids
+    tiling: Tiling
+    training: dict
+    evaluation: dict
+
+    def __post_init__(self):
+        require(2 <= len(self.classes) <= 256, self, "classes", "2 to 256 classes, background first")
+        values = [entry.value for entry in self.classes]
+        require(len(set(values)) == len(values) and values[0] == 0, self, "classes",
+                "classes of different values, the first of which is 0")  # fmt: skip
+        flipped = self.tiling.flip_classes
+        require(not flipped or sorted(flipped) == list(range(len(self.classes))), self, "tiling",
+                "a permutation of the classes as flip_classes, or none")  # fmt: skip
+
+    @property
+    def full_pyramid(self) -> PyramidConfig:
+        """The pyramid's configuration with the fields that other parts of the description determine."""
+        return dataclasses.replace(
+            self.pyramid,
+            levels=len(self.levels.factors),
+            classes=len(self.classes),
+            spatial_dims=self.levels.spatial_dims,
+        )
+
+    @property
+    def full_network(self) -> NetworkConfig:
+        """The network's configuration, likewise."""
+        values = {field.name: getattr(self.network, field.name) for field in dataclasses.fields(NetworkConfig)}
+        return NetworkConfig(**values | {"spatial_dims": self.levels.spatial_dims})
+
+
+def write_model(path: Path, description: Description, weights: Mapping[str, np.ndarray], card: str) -> None:
+    """Writes a model file, whole or not at all; the same model gives the same bytes.
+
+    Args:
+      path: of the file.
+      description: of the model.
+      weights: arrays by name.
+      card: Markdown.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    parts = {WEIGHTS: safetensors.numpy.save(dict(weights)), CARD: card.encode()}
+    content = {"format": FORMAT, "model": as_dict(description)}
+    content["parts"] = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    parts = {DESCRIPTION: (json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n").encode(), **parts}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, part in parts.items():
+            # Weights do not shrink by packing; texts stay readable in the file too. The time is that of no clock.
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, packed.getvalue())
+
+
+def read_model(path: Path) -> tuple[Description, dict[str, np.ndarray]]:
+    """What `write_model` wrote, without the card.
+
+    Raises:
+      UserError: the file is missing, damaged, of another format or lacks a part.
+    """
+    description, parts = _read(path)
+    try:
+        return description, safetensors.numpy.load(parts[WEIGHTS])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"its weights cannot be read ({error})") from None
+
+
+def read_description(path: Path) -> Description:
+    """The description alone; raises as `read_model`."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Description, dict[str, bytes]]:
+    """The description and the parts, whose checksums are right."""
+    parts = _read_parts(path)
+    content = _read_json(path, parts[DESCRIPTION])
+    checksums = content.get("parts")
+    for name in (WEIGHTS, CARD):
+        expected = checksums.get(name) if isinstance(checksums, dict) else None
+        if hashlib.sha256(parts[name]).hexdigest() != expected:
+            raise _damaged(path, f"its part {name} is not what was written")
+    place = f"{path}: {DESCRIPTION}: key"
+    return from_dict(Description, content.get("model"), place=place, prefix="model."), parts
+
+
+def check_weights(path: Path, found: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
+    """Compares arrays with the shapes and types that the network has.
+
+    Raises:
+      UserError: they differ: names the first array that does.
+    """
+    for name in sorted({*found, *expected}):
+        have, want = (f"{each[name].dtype}{list(each[name].shape)}" if name in each else "no such array"
+                      for each in (found, expected))  # fmt: skip
+        if have != want:
+            raise UserError(
+                f"{path}: the array {name} is {have}; expected {want}: the network of this name is not the one that "
+                "was trained"
+            )
+
+
+def _read_parts(path: Path) -> dict[str, bytes]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist: expected a model file (NAME{SUFFIX}) or the folder of a run")
+    parts = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            for name in (DESCRIPTION, WEIGHTS, CARD):
+                if names.count(name) != 1:
+                    raise _damaged(path, f"it has {names.count(name)} parts of the name {name}; expected one")
+                info = archive.getinfo(name)
+                # Parts are stored as they are, so none can be larger than the file.
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+                    raise _damaged(path, f"its part {name} is packed")
+                if name != WEIGHTS and info.file_size > LARGEST_TEXT:
+                    raise _damaged(path, f"its part {name} has {info.file_size} bytes")
+                parts[name] = archive.read(info)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): expected a model file") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise _damaged(path, str(error)) from None
+    return parts
+
+
+def _read_json(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its part {DESCRIPTION} is not JSON ({error})") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise _damaged(path, f"its part {DESCRIPTION} has no format")
+    if content["format"] != FORMAT:
+        raise UserError(
+            f"{path} has the format {content['format']!r}; expected {FORMAT}: use the version of autocontext_jax that "
+            "wrote it, or a newer one"
+        )
+    if content.pop("checksum", None) != _checksum(content):
+        raise _damaged(path, f"its part {DESCRIPTION} is not what was written")
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is no whole model file ({reason}): copy or export it again")
+
+
+def flat_name(keys: tuple[Any, ...]) -> str:
+    """The name of an array in the file: "level_1/analysis/0/0/layer/kernel" of its path in the pyramid."""
+    networks, number, *inner = keys
+    assert networks == "networks", keys
+    return "/".join([f"level_{number + 1}", *map(str, inner)])

@@ -1,0 +1,88 @@
+"""What a model file says of the run that it is from."""
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from autocontext_jax.data.split import Split
+from autocontext_jax.evaluation.pictures import class_color
+from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.models.backbones import BACKBONES
+from autocontext_jax.models.blocks import NetworkConfig
+
+
+def describe(config: RunConfig, workdir: Path, split: Split, step: int, network: str) -> Description:
+    """The description of a run's model.
+
+    Args:
+      config: of the run.
+      workdir: the run folder.
+      split: the run's.
+      step: of the checkpoint.
+      network: name of the class of its networks.
+    """
+    codes = dict(pair.split("=", 1) for pair in config.export.codes if "=" in pair)
+    classes = tuple(
+        ClassDescription(name, value, class_color(value) if value else (), codes.get(name, ""))
+        for value, name in enumerate(split.classes)
+    )
+    # Only the levels that the model has; its finest level need not be the run's.
+    factors = tuple(config.levels.factors[level - 1] for level in config.model_levels())
+    ratio = factors[-1] / config.levels.factors[-1]
+    levels = dataclasses.replace(
+        config.levels, factors=factors, finest_spacing=tuple(mm * ratio for mm in config.levels.finest_spacing)
+    )
+    size = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(NetworkConfig)}
+    known = config.model.backbone if config.model.backbone in BACKBONES else network
+    return Description(
+        name=workdir.resolve().name,
+        license=config.export.license,
+        classes=classes,
+        network=NetworkDescription(**size, name=known),
+        pyramid=config.pyramid,
+        levels=levels,
+        tiling=Tiling(
+            config.predict.tile,
+            config.predict.overlap,
+            config.predict.plane,
+            config.predict.flip,
+            config.augmentation.flip_classes(split.classes),
+        ),
+        training=_training(config, split, step),
+        evaluation=_evaluation(workdir, step),
+    )
+
+
+def _training(config: RunConfig, split: Split, step: int) -> dict[str, Any]:
+    sides = [case.side for case in split.cases.values()]
+    return {
+        "mode": config.train.mode,
+        "steps": step,
+        "batch_size": config.loader.batch_size,
+        "patch_size": config.loader.patch_size,
+        "training_cases": sides.count("training"),
+        "validation_cases": sides.count("validation"),
+        "seed": config.seed,
+        "autocontext_jax": importlib.metadata.version("autocontext_jax"),
+        "jax": jax.__version__,
+    }
+
+
+def _evaluation(workdir: Path, step: int) -> dict[str, Any]:
+    """Dice of the finest level, if the run's evaluation is of this checkpoint."""
+    path = workdir / "evaluation.json"
+    try:
+        result = json.loads(path.read_bytes())
+        if result["settings"]["step"] != step:
+            return {}
+        summary = result["summary"][list(result["summary"])[-1]]
+        dice = {name: {key: scores["dice"][key] for key in ("avg", "std", "cases", "missed")}
+                for name, scores in summary.items()}  # fmt: skip
+        return {"cases_are": result["cases_are"], "dice": dice}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # none, or not whole: an evaluation that is written meanwhile

@@ -1,0 +1,79 @@
+"""What --help and --help-keys print."""
+
+import dataclasses
+import signal
+import textwrap
+import typing
+from collections.abc import Sequence
+
+from autocontext_jax import __version__
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.sections import explained, keys
+
+USAGE = """Trains multi-scale pyramids of 3D U-Nets with auto-context, and segments whole CT scans with them.
+
+usage: autocontext --config FILE --workdir FOLDER [--config.SECTION.KEY=VALUE ...]
+       autocontext --mode MODE --workdir FOLDER [...]
+       autocontext --mode predict --model FILE --input SCAN --output MASK
+
+--mode is one of
+  all       prepare, train and evaluate; goes on where an earlier start stopped (the default)
+  prepare   write the data set's image pyramids
+  train     train to the end, or on from the newest checkpoint
+  evaluate  predict and score the scans that were held out
+  predict   write the mask of a scan, of a DICOM folder or of every scan in a folder
+  report    write report.html: tables, curves and pictures of an evaluation
+  export    write the trained model as one file, NAME.autocontext
+
+examples
+  autocontext --config configs/quickstart.py --workdir runs/quickstart
+  autocontext --config configs/abdomen_ct.py --workdir runs/mine --config.data.root=/data/mine
+  autocontext --mode predict --model liver.autocontext --input scan.nii.gz --output mask.nii.gz
+
+flags
+{flags}
+A config file is a Python file with a function get_config(); those in configs/ are the examples. --help-keys lists every
+key of a configuration with its type, its default and its meaning."""
+
+
+def show(argv: Sequence[str], flags: dict[str, str]) -> None:
+    """Prints what a command line asks for: the version, the keys of a configuration, or the usage.
+
+    Args:
+      argv: the command line.
+      flags: the name of each flag and its meaning, as absl gives it.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `autocontext --help-keys | head` ends without an error
+    if "--version" in argv:
+        print(f"autocontext_jax {__version__}")
+    elif "--help-keys" in argv:
+        print(key_list(), end="")
+    else:
+        width = max(map(len, flags)) + 2
+        # absl puts a flag's choices before its meaning, and how to repeat it behind.
+        meanings = {name: text.partition(">: ")[2] or text.partition(";\n")[0] for name, text in flags.items()}
+        print(USAGE.format(flags="".join(f"  --{name:{width}}{text}\n" for name, text in meanings.items())))
+
+
+def key_list() -> str:
+    """The text of --help-keys: each key of a configuration with its type, its default and its meaning."""
+    return "\n".join(_lines(RunConfig, RunConfig(), "")) + "\n"
+
+
+def _lines(kind: type, defaults: typing.Any, prefix: str) -> list[str]:
+    sections, lines, meanings = [], [], explained(kind)
+    for name, type_ in keys(kind).items():
+        default = getattr(defaults, name)
+        if dataclasses.is_dataclass(type_):
+            sections += ["", *_lines(type(default), default, f"{prefix}{name}.")]
+        else:
+            lines.append(f"{prefix}{name}: {_type_name(type_)} = {default!r}")
+            lines += textwrap.wrap(meanings[name], 112, initial_indent="    ", subsequent_indent="    ")
+    return lines + sections
+
+
+def _type_name(type_: typing.Any) -> str:
+    items = typing.get_args(type_)
+    if not items:
+        return type_.__name__
+    return f"tuple[{', '.join('...' if item is Ellipsis else _type_name(item) for item in items)}]"
