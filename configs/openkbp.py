@@ -4,7 +4,8 @@
 
 The organs are small (74 to 1,590 voxels) and the scans coarse, so the finest level is the scans' own grid, patches are
 48^3 and organs are drawn equally often. Half an hour on two cores that multiply bfloat16; the mean Dice on the
-six test scans was then 0.76. Contours differ from scan to scan in where cord and esophagus end.
+six test scans was then 75.6 % at level 2, in a run before bfloat16's gradient of the last bias was corrected. Contours
+differ from scan to scan in where cord and esophagus end.
 """
 
 from autocontext_jax.jobs.config_files import default_config

@@ -2,8 +2,8 @@
 
     python -m autocontext_jax.main --config configs/table1_openkbp.py --workdir runs/table1 --config.data.root=FOLDER
 
-The recipe of `openkbp.py`. With six scans the signed-rank test cannot fall below p = 0.03, and Holm's correction for
-48 tests leaves nothing significant: read the differences themselves.
+The recipe of `openkbp.py`. With six scans the smallest p of a signed-rank test is 0.03, and after Holm's correction for
+48 tests nothing is significant: read the differences themselves.
 """
 
 import openkbp

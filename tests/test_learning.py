@@ -9,7 +9,7 @@ from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.images import scans
 from autocontext_jax.jobs.config_files import default_config, from_config_dict
-from autocontext_jax.jobs.run import run
+from autocontext_jax.jobs.run import Paths, run
 
 SIZE, SPACING = (40, 40, 40), (8.0, 8.0, 8.0)
 CLASSES = ("background", "liver", "spleen")
@@ -50,7 +50,7 @@ def learn(folder: Path, *, learning_rate: float) -> dict:
     config.train.steps = config.train.checkpoint_every = 300
     config.train.validation_patches = 2
     config.predict.tile, config.predict.plane = 32, 40
-    assert run("all", from_config_dict(config), folder / "run", Path(), Path())
+    assert run("all", from_config_dict(config), Paths(folder / "run"))
     return json.loads((folder / "run" / "evaluation.json").read_bytes())
 
 

@@ -15,12 +15,13 @@ from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.config_files import check_same_run, default_config, from_config_dict, read_config
 from autocontext_jax.jobs.evaluate import evaluate
-from autocontext_jax.jobs.predict import predict
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.restore import make_model
+from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData
 from autocontext_jax.jobs.train import train
+from autocontext_jax.models.backbones import BACKBONES
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.phases import MODES, Phase, phases
 
@@ -75,7 +76,7 @@ def check_the_rest(config: RunConfig, workdir: Path, data: RunData, levels: list
     (case,) = json.loads((workdir / "evaluation.json").read_bytes())["cases"].values()
     assert list(case) == [f"level_{level}" for level in levels]
     mask = workdir / "mask.nii.gz"
-    assert predict(config, workdir, data.dataset.test[0].image, mask)
+    assert run("predict", config, Paths(workdir, source=data.dataset.test[0].image, target=mask))
     assert sitk.ReadImage(str(mask)).GetSize() == (40, 40, 40)
 
 
@@ -113,7 +114,7 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 def weights(workdir: Path, config, step: int):
     """Parameters and running averages."""
-    model = make_model(config, len(ORGANS) + 1)
+    model = make_model(config, len(ORGANS) + 1, BACKBONES[config.model.backbone])
     _, params, statistics = nnx.split(model, nnx.Param, ...)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=4)) as checkpoints:
         return checkpoints.restore_weights(step, params, statistics)

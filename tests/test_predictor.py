@@ -86,7 +86,7 @@ class Recorder:
 
     levels: list = []  # noqa: RUF012 (one list for all levels)
 
-    def __init__(self, native, level, factor, axes, plane):
+    def __init__(self, native, level, factor, axes, plane, *, classes):
         self.chunks, self.axes = {}, axes
         Recorder.levels.append(self)
 

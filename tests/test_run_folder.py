@@ -20,9 +20,8 @@ from autocontext_jax.images import scans
 from autocontext_jax.jobs import train as training
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, write_config
 from autocontext_jax.jobs.experiment import side_by_side
-from autocontext_jax.jobs.predict import predict
 from autocontext_jax.jobs.prepare import prepare
-from autocontext_jax.jobs.run import run
+from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import open_data, read_data, read_split
 from autocontext_jax.jobs.signals import StopSignal
@@ -191,7 +190,7 @@ def test_when_the_last_label_of_the_test_cases_vanishes_no_other_cases_are_score
     for path in (root / "labelsTs").glob("*"):
         path.unlink()
     with pytest.raises(UserError, match=r"lacks the label of phantom_005, which .*split\.json names"):
-        run("evaluate", config, workdir, Path(), Path())
+        run("evaluate", config, Paths(workdir))
     assert not (workdir / "evaluation.json").exists()
 
 
@@ -213,7 +212,7 @@ def test_masks_of_different_evaluations_are_never_mixed(root, trained):
     stray = workdir / "predictions" / "of_an_earlier_evaluation.nii.gz"
     stray.parent.mkdir()
     stray.write_bytes(b"")
-    assert run("evaluate", config, workdir, Path(), Path())
+    assert run("evaluate", config, Paths(workdir))
     assert [path.name for path in (workdir / "predictions").glob("*.nii.gz")] == ["phantom_005.nii.gz"]
 
 
@@ -224,7 +223,7 @@ def test_looking_at_a_run_changes_nothing_in_it(root, trained, tmp_path):
     config, workdir = small(root), trained
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     scan = next((root / "imagesTs").iterdir())
-    assert run("predict", config, workdir, scan, tmp_path / "mask.nii.gz")
+    assert run("predict", config, Paths(workdir, source=scan, target=tmp_path / "mask.nii.gz"))
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     assert scans.read_grid(tmp_path / "mask.nii.gz") == scans.read_grid(scan)
 
@@ -251,7 +250,7 @@ def test_a_checkpoint_that_is_being_saved_survives_whoever_only_reads(tmp_path):
 def test_a_mask_that_no_format_is_written_for_is_refused_before_the_prediction(root, tmp_path):
     scan = next((root / "imagesTs").iterdir())
     with pytest.raises(UserError, match=r"x\.mhd cannot be written"):  # the run does not even exist
-        predict(small(root), tmp_path / "no run", scan, tmp_path / "x.mhd")
+        run("predict", small(root), Paths(tmp_path / "no run", source=scan, target=tmp_path / "x.mhd"))
 
 
 # ---- going on ----
@@ -367,7 +366,7 @@ def test_a_damaged_split_is_told_in_one_line(root, tmp_path):
 
 def test_a_run_without_split_or_config_says_so(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
-        run("evaluate", RunConfig(), tmp_path, Path(), Path())
+        run("evaluate", RunConfig(), Paths(tmp_path))
     write_config(RunConfig(), tmp_path)
     with pytest.raises(UserError, match=r"has no split\.json"):
-        run("evaluate", RunConfig(), tmp_path, Path(), Path())
+        run("evaluate", RunConfig(), Paths(tmp_path))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -303,30 +302,6 @@ def test_a_description_that_is_not_what_was_written_is_refused_and_mended(own):
     array.write_text(json.dumps(described), encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be read \(level_1/zarr\.json has .*: delete that folder"):
         read_all(PreparedCase.open(root, case.name))
-
-
-WORKER = """
-import os, signal, sys, time
-from autocontext_jax.data import preparation
-if __name__ == "__main__":
-    import concurrent.futures, multiprocessing
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=preparation._end_with_parent) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
-def test_workers_do_not_outlive_a_killed_run(tmp_path):
-    (tmp_path / "run.py").write_text(WORKER, encoding="utf-8")
-    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, encoding="utf-8", timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    worker = Path("/proc") / done.stdout.strip()
-    deadline = time.monotonic() + 10
-    while worker.exists() and worker.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_other_formats_and_no_store_are_named(own, monkeypatch):

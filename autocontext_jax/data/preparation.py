@@ -1,12 +1,9 @@
 """From labelled scans to prepared cases, in parallel processes. Free of jax, as worker processes import it."""
 
-import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Sequence
 
 from autocontext_jax.data.datasets import Case
@@ -14,9 +11,9 @@ from autocontext_jax.data.split import content_checksum
 from autocontext_jax.data.store.format import FORMAT, read_attributes
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.writer import write_case
+from autocontext_jax.data.workers import WorkerDiedError, in_processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
-from autocontext_jax.runtime import starting_workers
 
 log = logging.getLogger(__name__)
 
@@ -87,36 +84,17 @@ def prepare_cases(
       UserError: the system ended a process.
     """
     bad = {}
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
-        with starting_workers():
-            running = {pool.submit(prepare_case, case, root, grids, labels): case for case in cases}
-        try:
-            for done in concurrent.futures.as_completed(running):
-                try:
-                    done.result()
-                except UserError as error:
-                    bad[done] = str(error)
-                progress(running[done].name)
-        except concurrent.futures.BrokenExecutor:
-            raise UserError(
-                f"prepare: the system ended one of {workers} workers, likely for want of memory: run again with fewer"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return [(case, bad[done]) for done, case in running.items() if done in bad]
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the run is killed: it would wait for work for ever, or write while the next run does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    try:
+        work = functools.partial(prepare_case, root=root, grids=grids, labels=labels)
+        for case, error in in_processes(work, cases, workers=workers):
+            if error is not None:
+                bad[case.name] = str(error)
+            progress(case.name)
+    except WorkerDiedError:
+        raise UserError(
+            f"prepare: the system ended one of {workers} workers, likely for want of memory: run again with fewer"
+        ) from None
+    return [(case, bad[case.name]) for case in cases if case.name in bad]
 
 
 def _digest(case: Case, grids: LevelGrids, labels: tuple[str, ...]) -> str:

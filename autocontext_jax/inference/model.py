@@ -15,7 +15,14 @@ from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.images import scans
 from autocontext_jax.images.in_memory import Image, as_image, image_of_array
 from autocontext_jax.inference.model_card import model_card
-from autocontext_jax.inference.model_file import Description, check_weights, flat_name, read_model, write_model
+from autocontext_jax.inference.model_file import (
+    SUFFIX,
+    Description,
+    check_weights,
+    flat_name,
+    read_model,
+    write_model,
+)
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
@@ -117,14 +124,16 @@ class Model:
         return self._predictor.masks(scan.voxels, factors, levels=tuple(range(1, len(factors) + 1)))
 
     def save(self, path: str | Path) -> None:
-        """Writes the model file, see `model_file`.
+        """Writes the model file, see `model_file`; the model is named as the file.
 
         Raises:
           UserError: it cannot be written.
         """
         _, *states = nnx.split(self._pyramid, nnx.Param, ...)
         weights = {flat_name(keys): np.asarray(leaf) for state in states for keys, leaf in _leaves(state)}
-        write_model(Path(path).expanduser(), self.description, weights, model_card(self.description))
+        path = Path(path).expanduser()
+        named = dataclasses.replace(self.description, name=path.name.removesuffix(SUFFIX))
+        write_model(path, named, weights, model_card(named))
 
     def _valued(self, mask: np.ndarray) -> np.ndarray:
         """The values of classes in the place of their numbers."""

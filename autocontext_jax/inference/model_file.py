@@ -223,7 +223,9 @@ def _read_parts(path: Path) -> dict[str, bytes]:
                     raise _damaged(path, f"it has {names.count(name)} parts of the name {name}; expected one")
                 info = archive.getinfo(name)
                 # Parts are stored as they are, so none can be larger than the file.
-                if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+                if info.compress_type != zipfile.ZIP_STORED or not (
+                    info.file_size == info.compress_size <= path.stat().st_size
+                ):
                     raise _damaged(path, f"its part {name} is packed")
                 if name != WEIGHTS and info.file_size > LARGEST_TEXT:
                     raise _damaged(path, f"its part {name} has {info.file_size} bytes")

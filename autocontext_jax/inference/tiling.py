@@ -26,7 +26,7 @@ class PredictorConfig:
 
     Attributes:
       tile: T, edge length of a tile in voxels, the same at every level. It can differ from the training patch. Larger
-        tiles are faster, as long as they fit the device's memory. In 2D a tile consists of `SLICES` squares.
+        tiles are faster, as long as they fit the device's memory. In 2D a tile is a stack of 4 squares.
       overlap: fraction of a tile that the next tile covers again.
       plane: height and width in voxels of the largest scan that the programs are compiled for. A larger scan makes
         them compile again; smaller scans do not.

@@ -22,7 +22,7 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.files import writing
 from autocontext_jax.images import scans
-from autocontext_jax.jobs.extensions import Extensions
+from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import chosen_step, restore_model
 from autocontext_jax.jobs.run_config import RunConfig
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its label
 
 
-def evaluate(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
+def evaluate(config: RunConfig, workdir: Path, extensions: Extensions = NO_EXTENSIONS) -> bool:
     """Scores the run's test cases, or the data set `evaluate.root`.
 
     Writes predictions, pictures, `evaluation.json`, `table.csv` and `table.md`, and prints the last. What an earlier
@@ -53,7 +53,7 @@ def evaluate(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     return evaluate_run(config, workdir, data, extensions)
 
 
-def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions) -> bool:
+def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions = NO_EXTENSIONS) -> bool:
     """`evaluate` of a run's own cases: its labelled test cases; without any, its validation cases."""
     cases, cases_are = data.scored(best=config.predict.checkpoint == "best")
     if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:

@@ -57,6 +57,9 @@ class Extensions:
         }
 
 
+NO_EXTENSIONS = Extensions()
+
+
 def import_object(path: str, key: str) -> Any:
     """The object of an import path "package.module:Name". The current folder is searched too.
 

@@ -1,12 +1,12 @@
 """What --help and --help-keys print."""
 
 import dataclasses
+import importlib.metadata
 import signal
 import textwrap
 import typing
 from collections.abc import Sequence
 
-from autocontext_jax import __version__
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.sections import explained, keys
 
@@ -45,7 +45,7 @@ def show(argv: Sequence[str], flags: dict[str, str]) -> None:
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `autocontext --help-keys | head` ends without an error
     if "--version" in argv:
-        print(f"autocontext_jax {__version__}")
+        print(f"autocontext_jax {importlib.metadata.version('autocontext_jax')}")
     elif "--help-keys" in argv:
         print(key_list(), end="")
     else:

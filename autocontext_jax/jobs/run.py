@@ -13,7 +13,7 @@ from autocontext_jax.jobs.config_files import for_inference, read_config
 from autocontext_jax.jobs.evaluate import evaluate, evaluate_run
 from autocontext_jax.jobs.experiment import experiment
 from autocontext_jax.jobs.export import export
-from autocontext_jax.jobs.extensions import Extensions
+from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.predict import predict
 from autocontext_jax.jobs.prepare import prepare
@@ -47,7 +47,7 @@ class Paths:
     target: Path | None = None
 
 
-def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> bool:
+def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_EXTENSIONS) -> bool:
     """Runs the job that a mode names.
 
     Args:

@@ -67,7 +67,8 @@ class TrainConfig:
     """How long and in which order the levels learn.
 
     Attributes:
-      mode: see `training/phases.py`.
+      mode: `end_to_end`: all levels at once (the paper); `separate`: one level after the other, each on the maps of the
+        fixed ones before it; `first_level` or `no_context`: the coarsest or the finest level alone.
       steps: of each phase; `separate` has one phase a level, the other modes have one.
       frozen_batch_stats: last share of the steps that normalise by the running averages, as inference does (Wu and
         Johnson, 2021). With few patches a step, batch statistics are so far from them that small classes come out too
@@ -224,11 +225,6 @@ class RunConfig:
     def model_levels(self) -> tuple[int, ...]:
         """The pyramid's levels that the model has, from 1 = coarsest."""
         return self.phases()[-1].levels
-
-    def model_factors(self, spacing: tuple[float, float, float]) -> tuple[tuple[float, float, float], ...]:
-        """Downsample factors (z, y, x) of the model's levels for a scan of this spacing in mm."""
-        factors = self.levels.level_factors(spacing)
-        return tuple(factors[level - 1] for level in self.model_levels())
 
     def phase_loss(self, phase: Phase) -> LossConfig:
         """A phase's loss: only the levels that learn count."""

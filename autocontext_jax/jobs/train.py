@@ -20,7 +20,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import pictures
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
-from autocontext_jax.jobs.extensions import Extensions
+from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 2
 
 
-def train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions) -> bool:
+def train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions = NO_EXTENSIONS) -> bool:
     """Trains to the end, going on from the run folder's newest checkpoint.
 
     Returns:

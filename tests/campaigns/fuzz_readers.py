@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
@@ -198,6 +201,59 @@ def read_config_json(folder: Path) -> None:
         configuration.check_same_run(RunConfig(), saved, folder)
 
 
+def write_model_file(folder: Path) -> None:
+    """The smallest model of the package, and beside it its parts, packed only when they are read."""
+    import jax
+
+    from autocontext_jax.inference.model import Model
+    from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
+    from autocontext_jax.inference.tiling import PredictorConfig
+    from autocontext_jax.models.pyramid import PyramidConfig, make_pyramid
+    from autocontext_jax.models.unet import UNet
+    from autocontext_jax.training.state import inference_model
+
+    description = Description(
+        name="small",
+        license="CC0-1.0",
+        classes=tuple(ClassDescription(name, value) for value, name in enumerate(LABELS)),
+        network=NetworkDescription(base_channels=1, depth=1),
+        pyramid=PyramidConfig(),
+        levels=LevelGrids((2.0, 1.0)),
+        tiling=Tiling(8, 0.5, 16, flip=False),
+        training={"steps": 1},
+        evaluation={},
+    )
+    pyramid = make_pyramid(UNet, description.full_network, description.full_pyramid, seed=0)
+    with jax.disable_jit():
+        pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
+    Model(description, pyramid, PredictorConfig(8, plane=16)).save(folder / "small.autocontext")
+    with zipfile.ZipFile(folder / "small.autocontext") as archive:
+        archive.extractall(folder / "parts")
+
+
+def read_model_file(folder: Path) -> None:
+    """As `load` does, up to the arrays; those that arrive whole must be the network's."""
+    from autocontext_jax.inference.model import load_file
+
+    load_file(folder / "small.autocontext", {}, {})
+
+
+def read_model_parts(folder: Path) -> None:
+    """The same of parts that were changed before they were packed, with checksums that are right."""
+    from autocontext_jax.inference.model_file import CARD, DESCRIPTION, WEIGHTS, _checksum
+
+    parts = {name: (folder / "parts" / name).read_bytes() for name in (DESCRIPTION, WEIGHTS, CARD)}
+    with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):  # no JSON, or no object
+        content = json.loads(parts[DESCRIPTION])
+        content.pop("checksum", None)
+        content["parts"] = {name: hashlib.sha256(parts[name]).hexdigest() for name in (WEIGHTS, CARD)}
+        parts[DESCRIPTION] = json.dumps(content | {"checksum": _checksum(content)}).encode()
+    with zipfile.ZipFile(folder / "small.autocontext", "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    read_model_file(folder)
+
+
 def write_split_json(folder: Path) -> None:
     """A split of three training cases and a test case."""
     cases = []
@@ -267,6 +323,8 @@ READERS = {
     "store": Reader(0.03, write_store, r"a\.ome\.zarr/.*", read_store),
     "checkpoint": Reader(0.0015, write_checkpoints, r"c/2/.*", read_checkpoints, fresh=True),
     "config.json": Reader(0.12, write_config_json, r"config\.json", read_config_json),
+    "model file": Reader(0.05, write_model_file, r"small\.autocontext", read_model_file),
+    "model file, checksums right": Reader(0.05, write_model_file, r"parts/(model\.json|weights.*)", read_model_parts),
     "split.json": Reader(0.01, write_split_json, r"split\.json", read_split_json),
     "overrides": Reader(0.03, write_overrides, r".*\.flags", read_overrides),
 }

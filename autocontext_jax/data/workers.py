@@ -1,0 +1,106 @@
+"""Work in parallel processes, where the death of one of them never goes unnoticed.
+
+The standard library's process pool shares a queue and its locks among its workers: a worker that is killed while it
+holds one can leave the pool waiting for ever. Here each worker has a pipe of its own, which ends when the worker does.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from autocontext_jax.errors import UserError
+from autocontext_jax.runtime import starting_workers
+
+Item = TypeVar("Item")
+
+
+class WorkerDiedError(Exception):
+    """The system ended a worker, likely for want of memory."""
+
+
+def in_processes(
+    function: Callable[[Item], Any], items: Sequence[Item], *, workers: int
+) -> Iterator[tuple[Item, UserError | None]]:
+    """Calls a function with each item, in processes that hold one item at a time.
+
+    Args:
+      function: that a new process can import; what it returns is dropped.
+      items: that can be pickled.
+      workers: number of processes at most.
+
+    Yields:
+      Each item when it is done with, and the mistake that ended it, if one did.
+
+    Raises:
+      WorkerDiedError: the system ended a process.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = list(range(len(items)))[::-1]
+    running: dict[Any, int] = {}
+    processes = []
+    try:
+        for _ in range(min(workers, len(items))):
+            ours, theirs = context.Pipe()
+            with starting_workers():
+                process = context.Process(target=_work, args=(function, theirs), daemon=True)
+                process.start()
+            processes.append(process)
+            theirs.close()  # the worker's is then the only one, and its end is seen here
+            running[ours] = waiting.pop()
+        for pipe, number in running.items():
+            _send(pipe, items[number])
+        while running:
+            for ready in multiprocessing.connection.wait(list(running)):
+                connection: Any = ready
+                try:
+                    error = connection.recv()
+                except (EOFError, OSError):
+                    raise WorkerDiedError from None
+                if error is not None and not isinstance(error, UserError):
+                    raise error
+                done = items[running.pop(connection)]
+                if waiting:
+                    running[connection] = waiting.pop()
+                    _send(connection, items[running[connection]])
+                yield done, error
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+def _send(connection: Any, item: Any) -> None:
+    try:
+        connection.send(item)
+    except OSError:
+        raise WorkerDiedError from None
+
+
+def _work(function: Callable[[Any], Any], connection: Any) -> None:
+    """A worker: its items one after the other, until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            item = connection.recv()
+        except (EOFError, OSError):
+            return
+        error: Exception | None = None
+        try:
+            function(item)
+        except Exception as found:
+            error = found
+        connection.send(error)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the run is killed: it would write while the next run does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
