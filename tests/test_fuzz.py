@@ -88,6 +88,10 @@ ONCE_FAILED = {
             "label.nrrd",
             swap(b"sizes: 4 5 6", b"sizem.org/" + b"a" * 5000),
         ),
+        "segmentation fault: a hundred vectors": (
+            "label.nrrd",
+            swap(b",0,0) ", b",0,0) " + b"(0,0.8,0) (0,0,2.ons: (0.7,0,0) " * 100),
+        ),
         "memory: 2^32 columns": ("label.nrrd", swap(b"sizes: 4 5 6", b"sizes: 4294967295 5 6")),
         "ten terabytes": ("image.nrrd", swap(b"sizes: 4 5 6", b"sizes: 17500 17500 17500")),
     },
