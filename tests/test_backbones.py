@@ -1,6 +1,7 @@
 """The U-Net's published size, and what holds for every backbone."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -116,3 +117,24 @@ def run_training(graph, state, x):
     model = nnx.merge(graph, state, copy=True)
     logits = model(x)
     return logits, nnx.state(model, nnx.BatchStat)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_several_networks_at_once_and_in_other_programs(backbone):
+    """`jax.vmap` over networks, as of an ensemble, and `jax.export`, both on CPUs too."""
+    config = NetworkConfig(base_channels=2, depth=2)
+    x = normal(0, 1, 8, 8, 8, 1)
+    models = [with_random_weights(lambda: backbone(1, 3, config, rngs=nnx.Rngs(0)), seed=seed) for seed in (1, 2)]
+    models = [nnx.view(model, use_running_average=True, raise_if_not_found=False) for model in models]
+    graph = nnx.graphdef(models[0])
+    states = [nnx.state(model) for model in models]
+
+    def logits(state, x):
+        return nnx.merge(graph, state, copy=True)(x)
+
+    together = jax.vmap(logits, (0, None))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), x)
+    alone = jnp.stack([logits(state, x) for state in states])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+    exported = jax.export.export(jax.jit(lambda x: logits(states[0], x)))(x)
+    assert "custom_call @onednn" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(x), alone[0], rtol=1e-4, atol=1e-4 * np.abs(alone).max())

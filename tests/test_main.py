@@ -1,5 +1,6 @@
 """The real command line as a subprocess: the whole job, resuming, and the user's mistakes."""
 
+import itertools
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -21,7 +23,9 @@ from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.images import scans
 from autocontext_jax.jobs.config_files import read_config
+from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.runtime import keep_compiled_programs
+from autocontext_jax.sections import as_dict, flat_keys
 
 ROOT = Path(__file__).parent.parent
 # The quick-start's own configuration, made small.
@@ -338,7 +342,8 @@ def test_a_missing_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["--workdir"]),
+        (["--mode", "train"], ["--workdir"]),
+        (["--wrokdir", "W"], ["wrokdir", "Did you mean: workdir"]),
         (["--workdir", "W", "--config.model.widht=8"], ["widht"]),
         (["--workdir", "W", "--config.model.base_channels=wide"], ["base_channels", "wide"]),
         (["--workdir", "W", "--config.loader.patch_size=30"], ["loader.patch_size", "30", "multiple of 4"]),
@@ -485,15 +490,68 @@ def test_real_scan_through_the_papers_config_made_small(tmp_path):
 
 
 def test_the_package_does_not_need_the_checkout(tmp_path):
-    """The module is found from another folder, and without arguments says what it expects."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-m", "autocontext_jax.main"],
-        cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=60,
-    )  # fmt: skip
-    message = one_line_error(result)
+    """The module is found from another folder, and says what it expects."""
+    message = one_line_error(use("--mode", "train", cwd=tmp_path))
     assert "--workdir FOLDER" in message
     assert "--config FILE" in message
+
+
+def test_help(tmp_path):
+    script = Path(sys.executable).with_name("autocontext")  # as an installation makes it
+    for arguments in ([], ["--help"], ["-h"], ["--mode", "predict", "--help"]):
+        told = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, encoding="utf-8", check=True)
+        assert told.stdout.startswith("Trains multi-scale pyramids")
+        assert told.stderr == ""
+        for words in ("usage: autocontext", "--config.data.root=", "--help-keys", "  export  ", "  --coordinator"):
+            assert words in told.stdout
+    told = use("--version", cwd=tmp_path)
+    assert (told.returncode, told.stdout) == (0, f"autocontext_jax {metadata.version('autocontext_jax')}\n")
+
+    told = use("--help-keys", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert "loader.batch_size: int = 3" in lines
+    assert "loss.extra: tuple[tuple[str, float], ...] = ()" in lines
+    keys = flat_keys(as_dict(RunConfig()))
+    described = {line.partition(":")[0]: after for line, after in itertools.pairwise(lines) if line[:1].strip()}
+    assert described.keys() == keys.keys()
+    assert all(meaning.startswith("    ") and len(meaning) > 10 for meaning in described.values())
+
+
+def test_a_model_file_predicts_without_its_run(whole_job, tmp_path):
+    workdir, _ = whole_job
+    source = workdir / "phantoms" / "imagesTs" / "phantom_005_0000.nii.gz"
+    expected = sitk.GetArrayFromImage(sitk.ReadImage(workdir / "predictions" / "phantom_005.nii.gz"))
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    result = use("--mode", "export", "--workdir", workdir, "--config.export.license=CC0-1.0",
+                 "--config.export.codes=('liver=SCT:10200004:Liver',)", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    file = tmp_path / f"{workdir.name}.autocontext"
+    assert str(file.name) in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+    moved = tmp_path / "elsewhere" / "quick.autocontext"
+    moved.parent.mkdir()
+    file.rename(moved)
+    for model, target in ((moved, "a.nii.gz"), (workdir, "b.nii.gz")):
+        result = use("--mode", "predict", "--model", model, "--input", source, "--output", target, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "liver = 3" in result.stdout
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / target)), expected)
+
+    predict = ["--mode", "predict", "--model", moved, "--input", source, "--output", "c.nii.gz"]
+    result = use(*predict, "--config.predict.tile=48", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    message = one_line_error(use(*predict, "--config.model.depth=3", cwd=tmp_path))
+    assert "config key model.depth is given with --model" in message
+    assert "tile is 30; expected a multiple of 4" in one_line_error(
+        use(*predict, "--config.predict.tile=30", cwd=tmp_path)
+    )
+    moved.write_bytes(moved.read_bytes()[:-1000])
+    assert "is no whole model file" in one_line_error(use(*predict, cwd=tmp_path))
+    predict[3] = "none.autocontext"
+    assert "none.autocontext" in one_line_error(use(*predict, cwd=tmp_path))
+    assert "--model is given" in one_line_error(use("--mode", "train", "--model", workdir, cwd=tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """oneDNN as compiled programs call it, against XLA's own convolution."""
 
+import subprocess
+import sys
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,3 +87,54 @@ def test_a_failing_call_fails_the_program():
     call = jax.jit(jax.ffi.ffi_call(f"onednn_{onednn.version()}_convolution", shapes))
     with pytest.raises(jax.errors.JaxRuntimeError, match="compiled for 1 bytes of scratch memory"):
         jax.block_until_ready(call(x, kernel))
+
+
+def gradients(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+    return jax.grad(lambda *arrays: (convolution.convolution(*arrays) ** 2).sum(), (0, 1))(x, kernel)
+
+
+@pytest.mark.parametrize(("x_axis", "kernel_axis"), [(0, None), (1, None), (None, 0), (0, 2)])
+def test_vmap_is_one_call_after_the_other(x_axis, kernel_axis):
+    x = normal(0, 2, 5, 6, 7, 4) if x_axis is None else jnp.moveaxis(normal(0, 3, 2, 5, 6, 7, 4), 0, x_axis)
+    one, many = normal(1, 8, 3, 3, 3, 4), normal(1, 3, 8, 3, 3, 3, 4)
+    kernel = one if kernel_axis is None else jnp.moveaxis(many, 0, kernel_axis)
+    for function in (lambda *arrays: (convolution.convolution(*arrays),), gradients):
+        together = jax.vmap(function, (x_axis, kernel_axis))(x, kernel)
+        alone = [
+            function(
+                x if x_axis is None else jnp.take(x, number, x_axis),
+                kernel if kernel_axis is None else jnp.take(kernel, number, kernel_axis),
+            )
+            for number in range(3)
+        ]
+        for value, expected in zip(together, zip(*alone, strict=True), strict=True):
+            assert_relative(value, jnp.stack(expected), 1e-6)
+
+
+IMPORT_ELSEWHERE = """
+import sys
+import jax, numpy as np
+from jax import export
+arrays = np.load(sys.argv[1])
+program = export.deserialize(open(sys.argv[2], "rb").read())
+np.savez(sys.argv[3], *program.call(arrays["x"], arrays["kernel"]))
+assert "autocontext_jax" not in sys.modules
+"""
+
+
+def test_an_exported_program_runs_where_nobody_knows_onednn(tmp_path):
+    x, kernel = normal(0, 2, 5, 6, 7, 4), normal(1, 8, 3, 3, 3, 4)
+
+    def function(x, kernel):
+        return convolution.convolution(x, kernel), *gradients(x, kernel)
+
+    assert "custom_call @onednn" in jax.jit(function).lower(x, kernel).as_text()  # as a rule it is called
+    program = jax.export.export(jax.jit(function), platforms=["cpu", "cuda", "tpu"])(x, kernel)
+    assert "custom_call @onednn" not in program.mlir_module()
+    (tmp_path / "program").write_bytes(program.serialize())
+    np.savez(tmp_path / "arrays.npz", x=x, kernel=kernel)
+    places = [tmp_path / name for name in ("arrays.npz", "program", "results.npz")]
+    subprocess.run([sys.executable, "-c", IMPORT_ELSEWHERE, *places], check=True, timeout=120)
+    found = np.load(places[2])
+    for name, expected in zip(found, function(x, kernel), strict=True):
+        assert_relative(found[name], expected, 1e-5)
