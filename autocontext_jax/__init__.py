@@ -10,8 +10,9 @@ says what is wrong and what to do.
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
+
+__version__: str
 
 if TYPE_CHECKING:
     from autocontext_jax.api import Model, default_config, evaluate, load, train
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "UserError", "default_config", "evaluate", "load", "train"]
 
-__version__ = importlib.metadata.version("autocontext_jax")
-
 
 def __getattr__(name: str) -> Any:
     """Imports what is exported when it is used: the package is imported by worker processes that need no JAX."""
+    if name == "__version__":
+        return importlib.import_module("autocontext_jax.runtime").package_version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "autocontext_jax.errors" if name == "UserError" else "autocontext_jax.api"
@@ -31,4 +32,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])

@@ -4,13 +4,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.report import read_evaluation
+from autocontext_jax.files import full_path
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs import config_files, run
+from autocontext_jax.jobs.evaluate import evaluation_folder
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.saved_config import get_config
 
@@ -38,10 +41,10 @@ def load(path: str | Path, *, networks: Named | None = None, **options: Any) -> 
     Raises:
       UserError: there is no model, it is damaged, its network is not known, or an option is wrong: one line says what.
     """
-    place = Path(path).expanduser()
-    config = get_config(str(place)) if place.exists() else None
-    if config is None:
-        raise UserError(f"{place} does not exist; expected a model file NAME.autocontext or the folder of a run")
+    place = full_path(path)
+    config = get_config(str(place))
+    if place.is_file() and "checkpoint" in options:
+        raise UserError("option checkpoint is given with a model file, which has one; expected it with a run folder")
     _change(config, options, ("predict",))
     typed = config_files.from_config_dict(config)
     runtime.set_up_library(dtype=typed.model.dtype)
@@ -74,7 +77,7 @@ def train(
     """
     typed = config_files.from_config_dict(config)
     runtime.set_up_library(dtype=typed.model.dtype)
-    run.run("train", typed, run.Paths(Path(workdir).expanduser()), Extensions(networks or {}, losses or {}))
+    run.run("train", typed, run.Paths(full_path(workdir)), Extensions(networks or {}, losses or {}))
 
 
 def evaluate(
@@ -89,8 +92,9 @@ def evaluate(
     Args:
       workdir: the run folder.
       networks: as in `load`.
-      metrics: {name: function} of further metrics, which are all computed. A function maps the voxels of a class in
-        prediction and truth, [D, H, W] bool each, and the spacing (z, y, x) in mm to a number.
+      metrics: {name: function} of further metrics, computed beside those that the run's configuration names. A function
+        maps the voxels of a class in prediction and truth, [D, H, W] bool each, and the spacing (z, y, x) in mm to a
+        number.
       options: keys of `autocontext --help-keys` under `evaluate.` and `predict.`, such as `tolerance`.
 
     Returns:
@@ -100,16 +104,16 @@ def evaluate(
     Raises:
       UserError: there is nothing to evaluate, or a scan cannot be read: one line says what, where and what to do.
     """
-    place = Path(workdir).expanduser()
+    place = full_path(workdir)
     config = get_config(str(place))
-    _change(config, {"metrics": tuple(metrics or {}), **options}, ("evaluate", "predict"))
+    named = dict.fromkeys((*config.evaluate.metrics, *(metrics or {})))
+    _change(config, {"metrics": tuple(named), **options}, ("evaluate", "predict"))
     typed = config_files.from_config_dict(config)
     runtime.set_up_library(dtype=typed.model.dtype)
     extensions = Extensions(networks or {}, metrics=metrics or {})
     if not run.run("evaluate", typed, run.Paths(place), extensions):
         raise UserError(f"some scans of {place} could not be scored; each was named, and the others are in its tables")
-    root = typed.evaluate.root
-    return read_evaluation(place / f"on_{Path(root).resolve().name}" if root else place)
+    return read_evaluation(evaluation_folder(typed, place))
 
 
 def _change(config: ConfigDict, options: Named, sections: tuple[str, ...]) -> None:
@@ -124,4 +128,6 @@ def _change(config: ConfigDict, options: Named, sections: tuple[str, ...]) -> No
             known = [key for section in sections for key in config[section]]
             raise UserError(f"option {name} is unknown; expected one of {', '.join(known)}")
         with owner.ignore_type():  # the typed configuration checks it
-            owner[name] = value
+            owner[name] = (
+                value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
+            )

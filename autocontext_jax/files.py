@@ -19,6 +19,26 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def full_path(path: str | os.PathLike) -> Path:
+    """A path that a user gave, with "~" replaced by the home folder.
+
+    Raises:
+      UserError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{os.fspath(path)}: {error}; expected a path") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at a path; False for a name too long for any file, where Python raises an OSError."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns the system's refusal to write `path` (a full disk, a folder for reading only) into one line.

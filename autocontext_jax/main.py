@@ -9,6 +9,7 @@ from ml_collections import config_flags
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import full_path
 
 MODES = ["all", "prepare", "train", "evaluate", "predict", "report", "export"]
 
@@ -47,13 +48,12 @@ def main(argv: list[str]) -> int:
         from autocontext_jax.jobs.extensions import Extensions, import_object
         from autocontext_jax.jobs.run import Paths, run
 
-        model = Path(MODEL.value).expanduser() if MODEL.value else None
-        workdir = Path(WORKDIR.value).expanduser()
+        given = full_path(MODEL.value or WORKDIR.value)
         paths = Paths(
-            workdir=model if model is not None and model.is_dir() else workdir,
-            model=model if model is not None and not model.is_dir() else None,
-            source=Path(INPUT.value),
-            target=Path(OUTPUT.value) if OUTPUT.value else None,
+            workdir=given,
+            model=given if MODEL.value and not given.is_dir() else None,
+            source=full_path(INPUT.value),
+            target=full_path(OUTPUT.value) if OUTPUT.value else None,
         )
         networks = {path.rpartition(":")[2]: import_object(path, "--network") for path in NETWORK.value}
         return 0 if run(MODE.value, config, paths, Extensions(networks)) else 1

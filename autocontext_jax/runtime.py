@@ -5,6 +5,7 @@ Nothing here imports JAX before it must: worker processes that prepare scans imp
 
 import contextlib
 import ctypes
+import importlib.metadata
 import logging
 import math
 import os
@@ -53,6 +54,14 @@ def set_up(*, training: bool, dtype: str) -> None:
     disable_asynchronous_dispatch()
 
 
+def package_version() -> str:
+    """The version of this package; "0+unknown" in a clone that was not installed."""
+    try:
+        return importlib.metadata.version("autocontext_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
 def set_up_library(*, dtype: str) -> None:
     """What the Python functions set, in a process that belongs to somebody else.
 
@@ -62,6 +71,7 @@ def set_up_library(*, dtype: str) -> None:
     quieten_libraries()
     if dtype == "float32":
         fuse_results()
+    disable_asynchronous_dispatch()
 
 
 def join_processes(distributed: bool, coordinator: str, count: int, index: int) -> None:
@@ -111,17 +121,23 @@ def quieten_libraries() -> None:
     # Errors in orbax's threads, such as a full disk, are logged with a traceback and raised again where we handle them.
     # It also warns of every checkpoint directory that is opened for reading only, which is meant.
     absl_logging.get_absl_logger().addFilter(_is_news)
-    sys.unraisablehook = _show_unraisable
+    if sys.unraisablehook is not _show_unraisable:
+        global _unraisablehook_before
+        _unraisablehook_before, sys.unraisablehook = sys.unraisablehook, _show_unraisable
+
+
+_unraisablehook_before = sys.__unraisablehook__
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return record.exc_info is None and "directory is read only" not in record.getMessage()
+    ours = "orbax" in record.pathname
+    return not ours or (record.exc_info is None and "directory is read only" not in record.getMessage())
 
 
 def _show_unraisable(what: "sys.UnraisableHookArgs") -> None:
     """Shows exceptions that no caller can catch, except those of reads and writes that orbax abandons."""
     if str(what.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(what)
+        _unraisablehook_before(what)
 
 
 def available_cpus() -> int:
@@ -178,7 +194,8 @@ def disable_asynchronous_dispatch() -> None:
     """Disables asynchronous dispatch on the CPU: a call of a program returns when it has been computed.
 
     oneDNN is called through Python. A program that still ran while Python exits, as after an error, would wait for
-    Python's lock for ever. Reading and writing have threads of their own, so nothing else waits.
+    Python's lock for ever. Reading and writing have threads of their own, so nothing else waits. In a process that has
+    used JAX before, this has no effect; `models/xla_ffi.py` then waits at exit for programs that still run.
     """
     import jax
 

@@ -1,5 +1,6 @@
 """The model file: the same masks wherever it goes, one line for whatever is wrong with it, and nothing in it is run."""
 
+import functools
 import json
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from flax import nnx
 import autocontext_jax as ac
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import scans
 from autocontext_jax.inference.model import load_file
 from autocontext_jax.inference.model_file import (
     CARD,
@@ -203,6 +205,8 @@ def test_a_missing_part_is_named(file, part):
         ({"model__tiling__tile": 9}, "tile is 9; expected a multiple of 4"),
         ({"model__tiling__flip": True}, "has not learned from exchanged sides"),
         ({"model__tiling__flip_classes": [0, 0]}, "a permutation of the classes"),
+        ({"model__tiling__overlap": 2.0}, r"key model\.tiling\.overlap is 2\.0; expected a fraction"),
+        ({"model__tiling__plane": 0}, r"key model\.tiling\.plane is 0; expected a number from 1"),
         ({"model__planted": 1}, r"key model\.planted is unknown"),
         ({"model": 3}, "expected a section"),
         ({"parts": None}, "is not what was written"),
@@ -286,3 +290,65 @@ def test_scans_that_cannot_be_predicted_are_refused(file, scan, options, message
     model = ac.load(file, networks=NETWORKS)
     with pytest.raises(UserError, match=message):
         model.predict(scan, progress=False, **options)
+
+
+def test_a_scan_is_not_overwritten_by_its_mask(file, tmp_path, caplog):
+    model = ac.load(file, networks=NETWORKS)
+    path = tmp_path / "scan.nii.gz"
+    scans.write_scan(path, SCAN, (1, 1, 1))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="would overwrite the scan"):
+        model.predict(path, output=str(tmp_path / "." / "scan.nii.gz"), progress=False)
+    with pytest.raises(UserError, match="all masks would go there"):
+        list(model.predict_many([path], output=tmp_path / "mask.nii.gz"))
+    assert path.read_bytes() == before
+    assert not caplog.messages
+    model.predict(np.random.default_rng(0).random((6, 9, 10)), spacing=(1, 1, 1), progress=False)
+    assert caplog.messages == ["the scan does not look like CT in HU: its values are 0 to 1"]
+
+
+def test_home_folders_and_odd_paths(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    model = ac.load("~/scale.autocontext", networks=NETWORKS)
+    model.save("~/new/again.autocontext")
+    scans.write_scan(tmp_path / "scan.nii.gz", SCAN, (1, 1, 1))
+    model.predict("~/scan.nii.gz", output="~/mask.nii.gz", progress=False)
+    assert (tmp_path / "mask.nii.gz").exists()
+    for path in ("~nobody_of_this_name/x", "x" * 300, "/proc/none"):
+        with pytest.raises(UserError, match=r"does not exist|expected a path"):
+            ac.load(path)
+    for path in ("/proc/none/y.autocontext", tmp_path / "scan.nii.gz" / "y.autocontext"):
+        with pytest.raises(UserError, match="cannot be written"):
+            model.save(path)
+
+
+@pytest.mark.parametrize("kind", ["<i2", ">i2", ">f4", "<f8", "f2", "g", "u1", "i8"])
+def test_arrays_of_every_kind_of_number(file, kind):
+    model = ac.load(file, networks=NETWORKS)
+    scan = (SCAN % 100).astype(np.int16)
+    expected = model.predict(scan, spacing=(1, 1, 1), progress=False)
+    np.testing.assert_array_equal(model.predict(scan.astype(kind), spacing=np.ones(3), progress=False), expected)
+
+
+def test_options_may_be_numbers_of_numpy(file):
+    model = ac.load(file, networks=NETWORKS, tile=np.int64(12), overlap=np.float32(0.25), flip=np.bool_(False))
+    assert (model.description.tiling.tile, model.description.tiling.overlap) == (12, 0.25)
+    with pytest.raises(UserError, match="option checkpoint is given with a model file"):
+        ac.load(file, networks=NETWORKS, checkpoint="best")
+
+
+def test_names_of_the_package_are_not_taken_over(file):
+    with pytest.raises(UserError, match="networks holds the name 'unet', which is the package's own"):
+        ac.load(file, networks={"unet": Scale})
+
+
+def test_a_network_may_be_anything_that_makes_one(file):
+    model = ac.load(file, networks={"Scale": functools.partial(Scale)})
+    assert model.predict(SCAN, spacing=(1, 1, 1), progress=False).shape == SCAN.shape
+
+
+def test_arrays_that_numpy_lacks_are_refused_when_they_are_written(tmp_path):
+    weights = {"level_1/matrix/kernel": np.asarray(jnp.ones((1, 2), jnp.bfloat16))}
+    with pytest.raises(UserError, match=r"level_1/matrix/kernel is bfloat16; expected float32"):
+        write_model(tmp_path / "x.autocontext", DESCRIPTION_OF_SCALE, weights, "")

@@ -38,7 +38,7 @@ def test_every_item_is_done_once_and_mistakes_are_its_own(tmp_path, workers):
     assert list(in_processes(touch, [], workers=workers)) == []
 
 
-@pytest.mark.parametrize(("name", "error"), [("killed", WorkerDiedError), ("broken", KeyError)])
+@pytest.mark.parametrize(("name", "error"), [("killed", WorkerDiedError), ("broken", RuntimeError)])
 def test_a_failing_worker_ends_the_others(tmp_path, name, error):
     started = time.monotonic()
     with pytest.raises(error):

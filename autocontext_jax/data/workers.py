@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ def in_processes(
 
     Raises:
       WorkerDiedError: the system ended a process.
+      RuntimeError: the function failed with another error, which the message shows.
     """
     context = multiprocessing.get_context("spawn")
     waiting = list(range(len(items)))[::-1]
@@ -60,8 +62,8 @@ def in_processes(
                     error = connection.recv()
                 except (EOFError, OSError):
                     raise WorkerDiedError from None
-                if error is not None and not isinstance(error, UserError):
-                    raise error
+                if isinstance(error, str):
+                    raise RuntimeError(f"a worker failed:\n{error}")
                 done = items[running.pop(connection)]
                 if waiting:
                     running[connection] = waiting.pop()
@@ -90,11 +92,13 @@ def _work(function: Callable[[Any], Any], connection: Any) -> None:
             item = connection.recv()
         except (EOFError, OSError):
             return
-        error: Exception | None = None
+        error: UserError | str | None = None
         try:
             function(item)
-        except Exception as found:
-            error = found
+        except UserError as mistake:
+            error = mistake
+        except BaseException:  # as text: not every exception can be sent, and none keeps its traceback
+            error = traceback.format_exc()
         connection.send(error)
 
 

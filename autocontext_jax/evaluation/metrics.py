@@ -10,6 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import ndimage, spatial
 
+# Names of the metrics of `scores`.
+METRICS = (
+    "dice", "jaccard", "volume_difference", "hausdorff_95", "surface_distance", "surface_dice",
+    "true_positives", "false_positives", "false_negatives",
+)  # fmt: skip
+
 Box = tuple[slice, ...]
 # A metric from outside the package: of the voxels of a class in prediction and truth, [D, H, W] bool each, one of which
 # may be empty, and the spacing in mm, (z, y, x); a number. Infinity counts the class as missed.

@@ -1,6 +1,7 @@
 """Scans and masks in memory: arrays and SimpleITK images, in the orientation that their owner gave them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -25,19 +26,20 @@ def image_of_array(array: np.ndarray, spacing: Sequence[float], direction: Seque
         direction is not 3×3.
     """
     array = np.asarray(array)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim != 3 or not array.size:
         raise UserError(f"the array has the shape {array.shape}; expected a scan, [D, H, W]")
     if array.dtype == bool or array.dtype.kind not in "iuf":
         raise UserError(f"the array is of the type {array.dtype}; expected integers or floats")
-    if array.dtype == np.float16:  # ITK has none
+    if array.dtype.kind == "f" and array.dtype.itemsize not in (4, 8):  # ITK has no other floats
         array = array.astype(np.float32)
-    matrix = np.eye(3) if direction is None else np.array(direction, float)
-    if np.shape(spacing) != (3,) or not all(np.isfinite(mm) and mm > 0 for mm in spacing):
+    mm, matrix = _numbers(spacing), np.eye(3) if direction is None else _numbers(direction)
+    if mm.shape != (3,) or not (np.isfinite(mm).all() and (mm > 0).all()):
         raise UserError(f"the spacing of the array is {spacing}; expected (z, y, x) in mm, above 0")
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         raise UserError(f"the direction of the array is {direction}; expected 3 rows of 3 numbers")
     image = sitk.GetImageFromArray(np.ascontiguousarray(array))
-    image.SetSpacing([float(mm) for mm in spacing[::-1]])
+    image.SetSpacing(mm[::-1].tolist())
     try:
         image.SetDirection(matrix[::-1, ::-1].ravel().tolist())
     except RuntimeError:
@@ -45,6 +47,14 @@ def image_of_array(array: np.ndarray, spacing: Sequence[float], direction: Seque
             f"the direction of the array is {direction}; expected unit vectors at right angles to each other"
         ) from None
     return image
+
+
+def _numbers(given: Any) -> np.ndarray:
+    """An array of what was given; without elements if that is no array of numbers."""
+    try:
+        return np.array(given, float)
+    except (TypeError, ValueError):
+        return np.array([])
 
 
 def as_image(voxels: np.ndarray, grid: Grid) -> Image:

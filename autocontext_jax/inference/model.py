@@ -1,6 +1,7 @@
 """A trained model: what `autocontext_jax.load` returns."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from autocontext_jax.errors import InvalidField, UserError
+from autocontext_jax.files import full_path
 from autocontext_jax.images import scans
 from autocontext_jax.images.in_memory import Image, as_image, image_of_array
 from autocontext_jax.inference.model_card import model_card
@@ -28,6 +30,8 @@ from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
 from autocontext_jax.models.pyramid import Pyramid, make_pyramid
 from autocontext_jax.training.state import inference_model
+
+log = logging.getLogger(__name__)
 
 
 class Model:
@@ -83,8 +87,11 @@ class Model:
         Raises:
           UserError: the scan cannot be read, or the mask not written: one line says why.
         """
-        if output is not None:
-            scans.check_writable_format(Path(output))
+        target = None if output is None else full_path(output)
+        if target is not None:
+            scans.check_writable_format(target)
+            if isinstance(scan, str | Path) and full_path(scan).resolve() == target.resolve():
+                raise UserError(f"output {output} would overwrite the scan; expected another file")
         with tqdm(desc="predict", unit="tile", disable=not progress, leave=False) as bar:
 
             def show(done: int, total: int) -> None:
@@ -92,14 +99,15 @@ class Model:
                 bar.update(done - bar.n)
 
             given = _read(scan, spacing, direction)
+            _warn_unless_ct(given)
             factors = self.description.levels.level_factors(given.spacing)
             if probabilities:
                 mask, maps = self._predictor.mask_and_maps(given.voxels, factors, progress=show)
                 images = [as_image(self._valued(mask), given.grid), as_image(maps, given.grid)]
             else:
                 images = [as_image(self.mask(given, show), given.grid)]
-        if output is not None:
-            scans.write_image(Path(output), images[0])
+        if target is not None:
+            scans.write_image(target, images[0])
         made = images if isinstance(scan, str | Path | Image) else tuple(map(scans.array_of_image, images))
         return made if probabilities else made[0]
 
@@ -109,7 +117,12 @@ class Model:
         Args:
           items: scans, see `predict`.
           options: of `predict`, for all of them; `output` is not among them.
+
+        Raises:
+          UserError: as `predict`.
         """
+        if "output" in options:
+            raise UserError("output is given, but all masks would go there; expected predict(scan, output=FILE)")
         for scan in items:
             yield self.predict(scan, **options)
 
@@ -131,7 +144,7 @@ class Model:
         """
         _, *states = nnx.split(self._pyramid, nnx.Param, ...)
         weights = {flat_name(keys): np.asarray(leaf) for state in states for keys, leaf in _leaves(state)}
-        path = Path(path).expanduser()
+        path = full_path(path)
         named = dataclasses.replace(self.description, name=path.name.removesuffix(SUFFIX))
         write_model(path, named, weights, model_card(named))
 
@@ -208,10 +221,16 @@ def _read(scan: Any, spacing: Any, direction: Any) -> scans.Scan:
     if isinstance(scan, str | Path | Image):
         if spacing is not None or direction is not None:
             raise UserError("spacing or direction is given, but the scan has its own; expected them with arrays alone")
-        return scans.scan_of_image(scan) if isinstance(scan, Image) else scans.read_scan(Path(scan).expanduser())
+        return scans.scan_of_image(scan) if isinstance(scan, Image) else scans.read_scan(full_path(scan))
     if spacing is None:
         raise UserError("an array is given without its spacing; expected spacing=(z, y, x) in mm")
     return scans.scan_of_image(image_of_array(scan, spacing, direction))
+
+
+def _warn_unless_ct(scan: scans.Scan) -> None:
+    if not scans.looks_like_ct(scan.voxels):
+        low, high = int(scan.voxels.min()), int(scan.voxels.max())
+        log.warning("the scan does not look like CT in HU: its values are %d to %d", low, high)
 
 
 def _leaves(state: Any) -> list[tuple[tuple[Any, ...], Any]]:

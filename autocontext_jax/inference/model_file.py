@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
-from autocontext_jax.files import write_whole
+from autocontext_jax.files import exists, write_whole, writing
+from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.sections import as_dict, from_dict
@@ -85,6 +86,9 @@ class Tiling:
     plane: int
     flip: bool
     flip_classes: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        PredictorConfig(self.tile, self.overlap, self.plane)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +153,10 @@ def write_model(path: Path, description: Description, weights: Mapping[str, np.n
       card: Markdown.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written; an array is of a type that NumPy lacks, such as bfloat16.
     """
+    if other := [name for name, array in weights.items() if array.dtype.kind not in "biuf"]:
+        raise UserError(f"the array {other[0]} is {weights[other[0]].dtype}; expected float32 or another NumPy type")
     parts = {WEIGHTS: safetensors.numpy.save(dict(weights)), CARD: card.encode()}
     content = {"format": FORMAT, "model": as_dict(description)}
     content["parts"] = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
@@ -160,7 +166,8 @@ def write_model(path: Path, description: Description, weights: Mapping[str, np.n
         for name, part in parts.items():
             # Weights do not shrink by packing; texts stay readable in the file too. The time is that of no clock.
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), part)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, packed.getvalue())
 
 
@@ -212,7 +219,7 @@ def check_weights(path: Path, found: Mapping[str, np.ndarray], expected: Mapping
 
 
 def _read_parts(path: Path) -> dict[str, bytes]:
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path} does not exist: expected a model file (NAME{SUFFIX}) or the folder of a run")
     parts = {}
     try:

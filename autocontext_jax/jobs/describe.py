@@ -1,7 +1,6 @@
 """What a model file says of the run that it is from."""
 
 import dataclasses
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,15 @@ from typing import Any
 import jax
 
 from autocontext_jax.data.split import Split
+from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.pictures import class_color
 from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.models.backbones import BACKBONES
 from autocontext_jax.models.blocks import NetworkConfig
+from autocontext_jax.runtime import package_version
 
 
-def describe(config: RunConfig, workdir: Path, split: Split, step: int, network: str) -> Description:
+def describe(config: RunConfig, workdir: Path, split: Split, step: int) -> Description:
     """The description of a run's model.
 
     Args:
@@ -24,9 +24,15 @@ def describe(config: RunConfig, workdir: Path, split: Split, step: int, network:
       workdir: the run folder.
       split: the run's.
       step: of the checkpoint.
-      network: name of the class of its networks.
+
+    Raises:
+      UserError: a code of a class that the run does not know.
     """
-    codes = dict(pair.split("=", 1) for pair in config.export.codes if "=" in pair)
+    codes = dict(pair.split("=", 1) for pair in config.export.codes)
+    if unknown := [name for name in codes if name not in split.classes]:
+        raise UserError(
+            f"config key export.codes names the class {unknown[0]!r}; expected one of {', '.join(split.classes)}"
+        )
     classes = tuple(
         ClassDescription(name, value, class_color(value) if value else (), codes.get(name, ""))
         for value, name in enumerate(split.classes)
@@ -38,12 +44,11 @@ def describe(config: RunConfig, workdir: Path, split: Split, step: int, network:
         config.levels, factors=factors, finest_spacing=tuple(mm * ratio for mm in config.levels.finest_spacing)
     )
     size = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(NetworkConfig)}
-    known = config.model.backbone if config.model.backbone in BACKBONES else network
     return Description(
         name=workdir.resolve().name,
         license=config.export.license,
         classes=classes,
-        network=NetworkDescription(**size, name=known),
+        network=NetworkDescription(**size, name=config.model.backbone.rpartition(":")[2]),
         pyramid=config.pyramid,
         levels=levels,
         tiling=Tiling(
@@ -68,7 +73,7 @@ def _training(config: RunConfig, split: Split, step: int) -> dict[str, Any]:
         "training_cases": sides.count("training"),
         "validation_cases": sides.count("validation"),
         "seed": config.seed,
-        "autocontext_jax": importlib.metadata.version("autocontext_jax"),
+        "autocontext_jax": package_version(),
         "jax": jax.__version__,
     }
 

@@ -91,9 +91,15 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions
     def cases_are(number: int) -> str:
         return f"{counted(number, 'labelled case')} of {dataset.root.resolve().name}"
 
-    folder = workdir / f"on_{dataset.root.resolve().name}"
+    folder = evaluation_folder(config, workdir)
     with _alone(workdir):
         return _score(config, workdir, split, extensions, cases, folder, numbers=numbers, cases_are=cases_are)
+
+
+def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
+    """Where an evaluation is written: the run folder, or for `evaluate.root` a folder of its name in it."""
+    root = config.evaluate.root
+    return workdir / f"on_{Path(root).expanduser().resolve().name}" if root else workdir
 
 
 @contextlib.contextmanager

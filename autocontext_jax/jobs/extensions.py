@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autocontext_jax.errors import UserError
+from autocontext_jax.evaluation.metrics import METRICS
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.models.backbones import BACKBONES
 
@@ -27,6 +28,11 @@ class Extensions:
     networks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for kind, taken in (("networks", BACKBONES), ("metrics", METRICS)):
+            if own := [name for name in getattr(self, kind) if name in taken]:
+                raise UserError(f"{kind} holds the name {own[0]!r}, which is the package's own; expected another name")
 
     def network(self, config: RunConfig) -> Any:
         """The class that `model.backbone` names.
@@ -51,10 +57,13 @@ class Extensions:
         Raises:
           UserError: there is none of this name.
         """
-        return {
-            name.rpartition(":")[2]: _find(name, self.metrics, "evaluate.metrics", "metrics")
-            for name in config.evaluate.metrics
-        }
+        found: dict[str, Callable[..., Any]] = {}
+        for path in config.evaluate.metrics:
+            name = path.rpartition(":")[2]
+            if name in (*METRICS, *found):
+                raise UserError(f"config key evaluate.metrics names {name!r}, which is taken; expected another name")
+            found[name] = _find(path, self.metrics, "evaluate.metrics", "metrics")
+        return found
 
 
 NO_EXTENSIONS = Extensions()
@@ -71,7 +80,7 @@ def import_object(path: str, key: str) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(
             f"{key} is {path!r}, which cannot be imported ({error}); expected package.module:Name"
         ) from None

@@ -1,13 +1,13 @@
 """What --help and --help-keys print."""
 
 import dataclasses
-import importlib.metadata
 import signal
 import textwrap
 import typing
 from collections.abc import Sequence
 
 from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.runtime import package_version
 from autocontext_jax.sections import explained, keys
 
 USAGE = """Trains multi-scale pyramids of 3D U-Nets with auto-context, and segments whole CT scans with them.
@@ -45,7 +45,7 @@ def show(argv: Sequence[str], flags: dict[str, str]) -> None:
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `autocontext --help-keys | head` ends without an error
     if "--version" in argv:
-        print(f"autocontext_jax {importlib.metadata.version('autocontext_jax')}")
+        print(f"autocontext_jax {package_version()}")
     elif "--help-keys" in argv:
         print(key_list(), end="")
     else:

@@ -86,7 +86,7 @@ def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: E
     step, weights = _restore_weights(config, workdir, like)
     weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
-    description = describe(config, workdir, split, step, network.__name__)
+    description = describe(config, workdir, split, step)
     return Model(description, inference_model(graph, *weights), config.predict), step
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import exists, full_path, is_file
 from autocontext_jax.inference.model_file import read_description
 from autocontext_jax.jobs.config_files import read_config, to_config_dict
 from autocontext_jax.jobs.run_config import ModelConfig, RunConfig
@@ -18,12 +19,14 @@ def get_config(path: str) -> ConfigDict:
     Raises:
       UserError: there is none.
     """
-    place = Path(path).expanduser()
-    if place.is_file():
+    place = full_path(path)
+    if not exists(place):
+        raise UserError(f"{place} does not exist; expected a model file NAME.autocontext or the folder of a run")
+    if is_file(place):
         return to_config_dict(config_of_model(place))
     config = read_config(place)
     if config is None:
-        raise UserError(f"--workdir {path} has no config.json: train there first (--mode train)")
+        raise UserError(f"run folder {place} has no config.json: train there first (--mode train)")
     return to_config_dict(config)
 
 

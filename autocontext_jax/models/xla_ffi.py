@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
@@ -17,8 +18,8 @@ from typing import Any
 import jax
 
 XLA_FFI_EXTENSION_METADATA, XLA_FFI_ERROR_CODE_INTERNAL = 1, 13
-# Seconds without a call after which, at exit, no program is taken to run whose results nobody holds.
-QUIET = 0.5
+# Seconds without a call after which, at exit, no program whose results nobody holds is taken to run.
+QUIET = 2.0
 # XLA_FFI_DataType of the types that are passed.
 DATA_TYPES = {6: "uint8", 11: "float32", 16: "bfloat16"}
 
@@ -53,20 +54,48 @@ def register(name: str, function: Callable[[Sequence[Buffer], Sequence[Buffer]],
         atexit.register(_finish_programs)
 
 
+@dataclasses.dataclass
+class _Calls:
+    """The calls of this process.
+
+    Attributes:
+      in_progress: number of calls that have begun and not ended.
+      last: when a call began or ended last, seconds of the monotonic clock.
+      ending: whether Python is about to shut down: calls are then refused.
+      lock: held while the others change.
+    """
+
+    in_progress: int = 0
+    last: float = float("-inf")
+    ending: bool = False
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def change(self, by: int) -> None:
+        """Counts a call that begins or ends."""
+        with self.lock:
+            self.in_progress += by
+            self.last = time.monotonic()
+
+
+_calls = _Calls()
+
+
 def _finish_programs() -> None:
     """Waits for the programs that still run, at exit: a call of Python that is shutting down would never return.
 
-    JAX runs programs asynchronously, so a script can end before its programs do.
+    JAX runs programs asynchronously, so a script can end before its programs do, see
+    `runtime.disable_asynchronous_dispatch`. First it waits for all results that somebody holds. Then further calls are
+    refused, so that the programs that make them end. Of programs whose results are gone only their calls can be seen:
+    one that computes for longer than `QUIET` between two calls is missed.
     """
-    if not jax.config.values["jax_cpu_enable_async_dispatch"]:  # see `runtime.disable_asynchronous_dispatch`
-        return
     for array in jax.live_arrays("cpu"):
         with contextlib.suppress(Exception):  # the array was deleted, or its program failed
             array.block_until_ready()
-    # Of programs whose results are gone only the calls can be seen.
+    _calls.ending = True
     ended = time.monotonic()
-    while time.monotonic() < max(ended, _last_call) + QUIET:
-        time.sleep(QUIET / 10)
+    quiet = QUIET if jax.config.values["jax_cpu_enable_async_dispatch"] else QUIET / 20
+    while _calls.in_progress or time.monotonic() < max(ended, _calls.last) + quiet:
+        time.sleep(quiet / 10)
 
 
 def _handle(function: Callable[[Sequence[Buffer], Sequence[Buffer]], None], frame: Any) -> int | None:
@@ -76,15 +105,17 @@ def _handle(function: Callable[[Sequence[Buffer], Sequence[Buffer]], None], fram
         version = frame.extension.contents.metadata.contents.version
         version.major, version.minor = 0, 1
         return None
-    global _last_call
+    _calls.change(+1)
     try:
+        if _calls.ending:
+            raise RuntimeError("Python is shutting down")
         function(_buffers(frame.arguments), _buffers(frame.results))
     except BaseException as error:
         # KeyboardInterrupt too: otherwise ctypes prints the error and the program continues with undefined results.
         text = _Error(ctypes.sizeof(_Error), None, repr(error).encode(), XLA_FFI_ERROR_CODE_INTERNAL)
         return frame.api.contents.make_error(ctypes.byref(text))
     finally:
-        _last_call = time.monotonic()
+        _calls.change(-1)
     return None
 
 
@@ -143,5 +174,3 @@ class _Frame(ctypes.Structure):
 _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
 # XLA keeps only their addresses, so they must not be collected.
 _handlers: list[Any] = []
-# When a function returned to XLA last, seconds of the monotonic clock.
-_last_call = float("-inf")
