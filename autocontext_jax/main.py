@@ -33,7 +33,7 @@ OURS = (CONFIG, WORKDIR, MODE, MODEL, INPUT, OUTPUT, NETWORK, DISTRIBUTED, COORD
 def main(argv: list[str]) -> int:
     """Parses the command line and runs; returns the exit status: 0, 1 (some scans failed) or 2 (the user's mistake)."""
     try:
-        if _asked_for_text(argv):
+        if _requests_text(argv):
             from autocontext_jax.jobs import help
 
             help.show(argv, {flag.name: flags.FLAGS[flag.name].help for flag in OURS})
@@ -67,8 +67,8 @@ def command() -> None:
     sys.exit(main(sys.argv))
 
 
-def _asked_for_text(argv: list[str]) -> bool:
-    """Whether a flag asks for nothing but a text; so does a command line without flags."""
+def _requests_text(argv: list[str]) -> bool:
+    """Whether the command line only requests a text, such as --help; without flags it does too."""
     return len(argv) == 1 or not {"--help", "-h", "-help", "--help-keys", "--version"}.isdisjoint(argv)
 
 

@@ -51,7 +51,7 @@ def mine(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def wait(name: str) -> None:
-    """Waits until every process has come to the point of this name; each name may be used once."""
+    """Waits until every process has called this function with this name; each name may be used once."""
     if jax.process_count() > 1:
         multihost.sync_global_processes(name, timeout=PATIENCE, processes=set(range(jax.process_count())))
 

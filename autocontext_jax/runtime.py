@@ -96,7 +96,7 @@ def join_processes(distributed: bool, coordinator: str, count: int, index: int) 
 
 
 def silence_itk() -> None:
-    """Silences ITK's warnings, for the whole process and for good.
+    """Silences ITK's warnings in the whole process, from now on.
 
     They name neither the file nor what to do; readers check for themselves what ITK warns of. One thread reads while
     another writes, so neither could switch them on again for itself.

@@ -21,7 +21,7 @@ def get_config():
     config.augmentation.elastic_sigma = 2.0
     config.model.base_channels = 8
     config.model.momentum = 0.98
-    # With the Dice itself an organ's maps can vanish early and not come back (the gallbladder's once did).
+    # With the Dice loss alone, a class's maps can vanish early in training and not come back.
     config.loss.log_dice = 0.1
     config.loss.cross_entropy = 0.1
     config.optimizer.warmup = 50

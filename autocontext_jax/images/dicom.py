@@ -24,7 +24,7 @@ def series_of(folder: Path) -> tuple[str, ...]:
 
 
 def read_series(folder: Path) -> sitk.Image:
-    """The one DICOM series of a folder, checked for what GDCM and ITK pass over in silence."""
+    """The one DICOM series of a folder, checked for faults that GDCM and ITK do not report."""
     series = series_of(folder)
     if len(series) != 1:
         listed = f": {', '.join(series)}; give each a folder of its own" if series else "; expected a folder with one"

@@ -75,7 +75,7 @@ def check_kind(path: Path, size: tuple[int, ...], components: int) -> None:
 
 
 def check_size(path: Path, size: tuple[int, ...]) -> None:
-    """Refuses more voxels than `MAX_VOXELS`, or the environment variable in its place, before memory is taken.
+    """Refuses more voxels than `MAX_VOXELS`, or than the environment variable says, before memory is allocated.
 
     Raises:
       UserError: there are more.

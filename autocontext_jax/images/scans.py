@@ -270,7 +270,7 @@ def _read_header(path: Path) -> sitk.ImageFileReader:
 
 
 def _check_nifti(path: Path, header: sitk.ImageFileReader) -> None:
-    """Looks for what ITK's NIfTI reader keeps to itself: a file cut short, gzip's checksum wrong, NaN read as 0."""
+    """Checks for faults that ITK's NIfTI reader does not report: a truncated file, a wrong checksum of gzip, NaN."""
     place = float(header.GetMetaData("vox_offset"))
     if not 0 <= place <= 2**31:  # also if it is no number
         raise UserError(f"{path} has its voxels at byte {place:g}: expected a place behind its header; export it again")

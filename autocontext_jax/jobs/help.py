@@ -37,7 +37,7 @@ key of a configuration with its type, its default and its meaning."""
 
 
 def show(argv: Sequence[str], flags: dict[str, str]) -> None:
-    """Prints what a command line asks for: the version, the keys of a configuration, or the usage.
+    """Prints what a command line requests: the version, the keys of a configuration, or the usage.
 
     Args:
       argv: the command line.

@@ -37,7 +37,7 @@ def write_case(
     direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     digest: str = "",
 ) -> None:
-    """Writes one case's levels; what stands in its place is replaced.
+    """Writes one case's levels; an older case of this name is replaced.
 
     Args:
       root: folder or URL of the store.
