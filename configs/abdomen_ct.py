@@ -14,6 +14,7 @@ from autocontext_jax.jobs.config_files import default_config
 def get_config():
     config = default_config()
     config.levels.factors = (4, 2)
+    config.levels.unit = "voxels"
     config.loader.batch_size = 3
     config.loader.patch_size = 64
     config.loader.sampling = "foreground"

@@ -17,6 +17,7 @@ def get_config():
     config.data.validation_fraction = 0.05
     config.predict.checkpoint = "latest"
     config.levels.factors = (2, 1)
+    config.levels.unit = "voxels"
     config.loader.batch_size = 3
     # Level 1 then sees three quarters of the scan along each axis.
     config.loader.patch_size = 48

@@ -38,7 +38,7 @@ SETTINGS = {
     "factors 2, 1": LevelGrids((2, 1)),
     "factors 4, 2, 1": LevelGrids((4, 2, 1)),
     # Native voxels per finest voxel: 0.64 (the scan is coarser), 2.5 and 2.
-    "finest spacing": LevelGrids((4, 2), (1.6, 2.0, 1.4)),
+    "finest spacing": LevelGrids((4, 2), "mm", (1.6, 2.0, 1.4)),
 }
 
 

@@ -12,8 +12,8 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 ORDER = [
     "errors", "sections", "files", "processes", "runtime", "geometry",
     "images/headers", "images/grid", "images/in_memory", "images/itk", "images/dicom", "images/scans",
-    "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/workers",
-    "data/preparation", "data/sampling", "data/augmentation_ranges", "data/augment", "data/loader",
+    "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/fingerprint",
+    "data/workers", "data/preparation", "data/sampling", "data/augmentation_ranges", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn_library", "models/onednn", "models/convolution",
     "models/normalization", "models/resizing",
     "models/blocks", "models/unet", "models/residual_unet", "models/fcn", "models/backbones", "models/pyramid",

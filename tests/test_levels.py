@@ -95,9 +95,9 @@ def test_a_flat_convolution_is_a_deep_one_with_zeros_around(onednn, monkeypatch)
     deep = np.pad(kernel, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
     expected, deep_pullback = jax.vjp(convolution.direct_convolution, x, deep)
     np.testing.assert_allclose(value, expected, atol=1e-4)
-    (x_gradient, gradient), (wanted_x, wanted_deep) = pullback(cotangent), deep_pullback(cotangent)
+    (x_gradient, gradient), (wanted_x, expected_deep) = pullback(cotangent), deep_pullback(cotangent)
     np.testing.assert_allclose(x_gradient, wanted_x, atol=1e-4)
-    np.testing.assert_allclose(gradient, wanted_deep[:, 1:2], atol=1e-4)
+    np.testing.assert_allclose(gradient, expected_deep[:, 1:2], atol=1e-4)
 
 
 def test_a_flat_pool_and_its_gradient():
@@ -122,7 +122,9 @@ def test_no_slice_sees_another(backbone):
     apart = [forward(state, tuple(image[:, z : z + 1] for image in images)) for z in range(3)]
     for level in range(2):
         assert together[level].shape == (1, 3, EDGE, EDGE, CLASSES)
-        np.testing.assert_allclose(together[level], np.concatenate([one[level] for one in apart], 1), atol=1e-4)
+        alone = np.concatenate([one[level] for one in apart], 1)
+        # Rounding may differ, as the work is divided among threads by its size.
+        np.testing.assert_allclose(together[level], alone, rtol=0, atol=1e-5 * np.abs(alone).max())
 
 
 def test_patches_nest_in_plane_and_keep_their_slice():
@@ -142,7 +144,7 @@ def case(tmp_path_factory) -> PreparedCase:
     one = Case("one", folder / "image.nii.gz", folder / "label.nii.gz")
     settings = LevelGrids((2, 1), spatial_dims=2)
     assert settings.level_factors((11.0, 8.0, 8.0)) == FLAT
-    assert LevelGrids((2, 1), (5.0, 4.0, 4.0), spatial_dims=2).level_factors((11.0, 8.0, 8.0)) == (
+    assert LevelGrids((2, 1), "mm", (5.0, 4.0, 4.0), spatial_dims=2).level_factors((11.0, 8.0, 8.0)) == (
         (1, 1, 1),
         (1, 0.5, 0.5),
     )

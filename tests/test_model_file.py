@@ -52,6 +52,7 @@ DESCRIPTION_OF_SCALE = Description(
     network=NetworkDescription(name="Scale", depth=1),
     pyramid=PyramidConfig(window=(-100.0, 100.0)),
     levels=LevelGrids((2.0, 1.0)),
+    trained_spacing=((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
     tiling=Tiling(8, 0.5, 16, flip=False),
     training={"steps": 3},
     evaluation={},
@@ -352,3 +353,28 @@ def test_arrays_that_numpy_lacks_are_refused_when_they_are_written(tmp_path):
     weights = {"level_1/matrix/kernel": np.asarray(jnp.ones((1, 2), jnp.bfloat16))}
     with pytest.raises(UserError, match=r"level_1/matrix/kernel is bfloat16; expected float32"):
         write_model(tmp_path / "x.autocontext", DESCRIPTION_OF_SCALE, weights, "")
+
+
+def in_mm(file: Path) -> Path:
+    return described(
+        file, model__levels={"factors": [2, 1], "unit": "mm", "finest_spacing": [2, 2, 2], "spatial_dims": 3}
+    )
+
+
+def test_a_model_in_mm_sees_every_scan_at_its_own_spacing(file, caplog):
+    model = ac.load(in_mm(file), networks=NETWORKS)
+    smooth = np.add.outer(np.add.outer(np.sin(np.arange(24) / 4), np.cos(np.arange(26) / 5)), np.sin(np.arange(22) / 3))
+    scan = (60 * smooth).astype(np.int16)
+    fine = scan.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    found = model.predict(scan, spacing=(2, 2, 2), progress=False)
+    finer = model.predict(fine, spacing=(1, 1, 1), progress=False)
+    assert (finer[::2, ::2, ::2] == found).mean() > 0.97  # but for voxels at an edge
+    assert not [message for message in caplog.messages if "spacing" in message]
+
+
+def test_a_model_in_voxels_warns_of_another_spacing(file, caplog):
+    model = ac.load(file, networks=NETWORKS)
+    for spacing, warned in (((1, 1, 1), False), ((2.1, 1, 1.5), False), ((2.5, 1, 1), True), ((1, 1, 0.5), True)):
+        caplog.clear()
+        model.predict(SCAN * 7, spacing=spacing, progress=False)
+        assert [("outside that of the training scans" in message) for message in caplog.messages] == [True] * warned

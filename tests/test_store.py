@@ -194,7 +194,7 @@ def test_a_change_prepares_again(own, tmp_path, change):
     elif change == "factors":
         settings = LevelGrids((2, 1))
     elif change == "spacing":
-        settings = LevelGrids((4, 2), (3.0, 1.5, 1.5))
+        settings = LevelGrids((4, 2), "mm", (3.0, 1.5, 1.5))
     else:
         labels = ("background", "vessel", *LABELS[2:])
     assert preparation.prepare_case(case, root, settings, labels)
@@ -319,7 +319,7 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
 
 
 def test_finest_spacing_holds_for_every_scanner():
-    settings = LevelGrids((4, 2), (1.0, 1.0, 1.0))
+    settings = LevelGrids((4, 2), "mm", (1.0, 1.0, 1.0))
     assert settings.level_factors((2.0, 0.5, 0.5)) == ((1.0, 4.0, 4.0), (0.5, 2.0, 2.0))
     assert settings.level_factors((1.0, float(np.float32(0.8)), 1.0))[1] == (1.0, 1.25, 1.0)
     assert LevelGrids((4, 2)).level_factors((2.0, 0.5, 0.5)) == ((4, 4, 4), (2, 2, 2))

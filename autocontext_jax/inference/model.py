@@ -16,6 +16,7 @@ from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.files import full_path
 from autocontext_jax.images import scans
 from autocontext_jax.images.in_memory import Image, as_image, image_of_array
+from autocontext_jax.images.itk import numbers
 from autocontext_jax.inference.model_card import model_card
 from autocontext_jax.inference.model_file import (
     SUFFIX,
@@ -30,6 +31,9 @@ from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
 from autocontext_jax.models.pyramid import Pyramid, make_pyramid
 from autocontext_jax.training.state import inference_model
+
+# By this factor the spacing of a scan may be outside the range of the training scans without a warning.
+OUTSIDE = 1.1
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +103,7 @@ class Model:
                 bar.update(done - bar.n)
 
             given = _read(scan, spacing, direction)
-            _warn_unless_ct(given)
+            self.check(given, "the scan")
             factors = self.description.levels.level_factors(given.spacing)
             if probabilities:
                 mask, maps = self._predictor.mask_and_maps(given.voxels, factors, progress=show)
@@ -125,6 +129,21 @@ class Model:
             raise UserError("output is given, but all masks would go there; expected predict(scan, output=FILE)")
         for scan in items:
             yield self.predict(scan, **options)
+
+    def check(self, scan: scans.Scan, name: str) -> None:
+        """Warns of a scan that is unlike those that the model was trained on; `name` is what the message calls it."""
+        if not scans.looks_like_ct(scan.voxels):
+            low, high = int(scan.voxels.min()), int(scan.voxels.max())
+            log.warning("%s does not look like CT in HU: its values are %d to %d", name, low, high)
+        if self.description.levels.unit == "voxels" and self.description.trained_spacing:
+            smallest, largest = self.description.trained_spacing
+            limits = zip(smallest, scan.spacing, largest, strict=True)
+            if not all(low / OUTSIDE <= mm <= high * OUTSIDE for low, mm, high in limits):
+                log.warning(
+                    "%s has the spacing %s mm (z, y, x), outside that of the training scans, %s to %s mm: this model's "
+                    "levels are multiples of a scan's own voxels, and the mask may be poor",
+                    name, numbers(scan.spacing), numbers(smallest), numbers(largest),
+                )  # fmt: skip
 
     def mask(self, scan: scans.Scan, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
         """The finest level's mask of a scan, [D, H, W] uint8, canonical, with the values of `classes`."""
@@ -225,12 +244,6 @@ def _read(scan: Any, spacing: Any, direction: Any) -> scans.Scan:
     if spacing is None:
         raise UserError("an array is given without its spacing; expected spacing=(z, y, x) in mm")
     return scans.scan_of_image(image_of_array(scan, spacing, direction))
-
-
-def _warn_unless_ct(scan: scans.Scan) -> None:
-    if not scans.looks_like_ct(scan.voxels):
-        low, high = int(scan.voxels.min()), int(scan.voxels.max())
-        log.warning("the scan does not look like CT in HU: its values are %d to %d", low, high)
 
 
 def _leaves(state: Any) -> list[tuple[tuple[Any, ...], Any]]:

@@ -27,9 +27,9 @@ def model_card(description: Description) -> str:
     low, high = description.pyramid.window
     levels = description.levels
     grids = (
-        f"{levels.finest_spacing} mm (z, y, x) at the finest level"
-        if levels.finest_spacing
-        else f"{', '.join(f'{factor:g}' for factor in levels.factors)} of the scan's own voxels for each level's voxel"
+        f"{' × '.join(f'{mm:g}' for mm in levels.finest_spacing)} mm (z, y, x) at the finest level, whatever the scan's"
+        if levels.unit == "mm"
+        else f"{', '.join(f'{factor:g}' for factor in levels.factors)} of the scan's voxels for a voxel of each level"
     )
     parts = [
         f"# {description.name}",

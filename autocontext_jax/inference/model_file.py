@@ -102,6 +102,8 @@ class Description:
       network: of every level.
       pyramid: how the levels are connected, and which intensities they see.
       levels: the model's levels, coarsest first.
+      trained_spacing: the smallest and the largest spacing of the training scans along each axis, mm, (z, y, x); () if
+        they are not known.
       tiling: of whole scans.
       training: how it was trained, for people.
       evaluation: how it was scored and how well, for people; {} if it was not.
@@ -113,6 +115,7 @@ class Description:
     network: NetworkDescription
     pyramid: PyramidConfig
     levels: LevelGrids
+    trained_spacing: tuple[tuple[float, float, float], ...]
     tiling: Tiling
     training: dict
     evaluation: dict
@@ -122,6 +125,8 @@ class Description:
         values = [entry.value for entry in self.classes]
         require(len(set(values)) == len(values) and values[0] == 0, self, "classes",
                 "classes of different values, the first of which is 0")  # fmt: skip
+        require(len(self.trained_spacing) in (0, 2), self, "trained_spacing", "the smallest and the largest, or none")
+        require(self.levels.unit == "voxels" or bool(self.levels.finest_spacing), self, "levels", "a finest_spacing")
         flipped = self.tiling.flip_classes
         require(not flipped or sorted(flipped) == list(range(len(self.classes))), self, "tiling",
                 "a permutation of the classes as flip_classes, or none")  # fmt: skip

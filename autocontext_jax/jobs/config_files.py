@@ -13,7 +13,7 @@ from autocontext_jax.files import read_json, write_json
 from autocontext_jax.jobs.run_config import RunConfig, config_from_dict
 from autocontext_jax.sections import as_dict, flat_keys
 
-FORMAT = 2  # of config.json
+FORMAT = 3  # of config.json
 
 # Keys that a later start of a run may change: they change neither the parameters' shapes nor the sequence of batches.
 CHANGEABLE = (

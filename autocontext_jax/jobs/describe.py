@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from autocontext_jax.data.fingerprint import Fingerprint
 from autocontext_jax.data.split import Split
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.pictures import class_color
@@ -16,13 +17,14 @@ from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.runtime import package_version
 
 
-def describe(config: RunConfig, workdir: Path, split: Split, step: int) -> Description:
+def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprint, step: int) -> Description:
     """The description of a run's model.
 
     Args:
       config: of the run.
       workdir: the run folder.
       split: the run's.
+      learned: of its training scans.
       step: of the checkpoint.
 
     Raises:
@@ -40,8 +42,9 @@ def describe(config: RunConfig, workdir: Path, split: Split, step: int) -> Descr
     # Only the levels that the model has; its finest level need not be the run's.
     factors = tuple(config.levels.factors[level - 1] for level in config.model_levels())
     ratio = factors[-1] / config.levels.factors[-1]
+    levels = config.levels.with_spacing(learned.spacing)
     levels = dataclasses.replace(
-        config.levels, factors=factors, finest_spacing=tuple(mm * ratio for mm in config.levels.finest_spacing)
+        levels, factors=factors, finest_spacing=tuple(mm * ratio for mm in levels.finest_spacing)
     )
     size = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(NetworkConfig)}
     return Description(
@@ -51,6 +54,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, step: int) -> Descr
         network=NetworkDescription(**size, name=config.model.backbone.rpartition(":")[2]),
         pyramid=config.pyramid,
         levels=levels,
+        trained_spacing=(learned.smallest, learned.largest),
         tiling=Tiling(
             config.predict.tile,
             config.predict.overlap,

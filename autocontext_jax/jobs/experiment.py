@@ -50,6 +50,7 @@ def experiment(config: RunConfig, workdir: Path, extensions: Extensions) -> bool
             with writing(folder):
                 folder.mkdir(exist_ok=True)
             write_json(folder / "split.json", data.split.to_json())
+            write_json(folder / "fingerprint.json", data.fingerprint.to_json())
 
         processes.first_does(begin)
         if not train(run, folder, data, extensions):

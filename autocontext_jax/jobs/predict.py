@@ -54,9 +54,7 @@ def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
     def read(job: Job) -> scans.Scan:
         path, _ = job
         scan = scans.read_scan(path)
-        if not scans.looks_like_ct(scan.voxels):
-            log.warning("%s does not look like CT in HU: its values are %d to %d",
-                            path, scan.voxels.min(), scan.voxels.max())  # fmt: skip
+        model.check(scan, str(path))
         return scan
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:

@@ -24,6 +24,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
     """
     data = open_data(config, workdir)
     cases = processes.mine([*data.training, *data.validation])
+    levels = config.levels.with_spacing(data.fingerprint.spacing)
     workers = config.data.workers or runtime.available_cpus()
     with tqdm(total=len(cases), desc="prepare", unit="scan", disable=not processes.is_first()) as bar:
 
@@ -33,7 +34,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
 
         bad = processes.agree(
             lambda: preparation.prepare_cases(
-                cases, data.store, config.levels, data.classes, workers=workers, progress=progress
+                cases, data.store, levels, data.classes, workers=workers, progress=progress
             )
         )
     messages = [message for found in processes.gather([message for _, message in bad]) for message in found]

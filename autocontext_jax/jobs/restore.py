@@ -16,6 +16,7 @@ from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs.describe import describe
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import read_fingerprint
 from autocontext_jax.models.pyramid import Pyramid, make_pyramid
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.sharding import make_mesh, replicated
@@ -86,7 +87,7 @@ def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: E
     step, weights = _restore_weights(config, workdir, like)
     weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
-    description = describe(config, workdir, split, step)
+    description = describe(config, workdir, split, read_fingerprint(workdir), step)
     return Model(description, inference_model(graph, *weights), config.predict), step
 
 

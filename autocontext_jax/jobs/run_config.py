@@ -171,7 +171,7 @@ class RunConfig:
     experiment: tuple[str, ...] = ()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     phantom: PhantomConfig = dataclasses.field(default_factory=PhantomConfig)
-    levels: LevelGrids = dataclasses.field(default_factory=LevelGrids)
+    levels: LevelGrids = dataclasses.field(default_factory=lambda: LevelGrids(unit="mm"))
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
     augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
+from autocontext_jax.data.fingerprint import Fingerprint, fingerprint
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.split import (
     FORMAT,
@@ -36,11 +38,13 @@ class RunData:
     Attributes:
       dataset: as its folder describes it.
       split: which case is for what.
+      fingerprint: of the training scans.
       store: where prepared cases lie, a folder or URL.
     """
 
     dataset: Dataset
     split: Split
+    fingerprint: Fingerprint
     store: str
 
     @property
@@ -92,11 +96,13 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
         split = _first_split(config, dataset) if known is None else _checked(config, dataset, known, workdir)
         if split != known:
             write_json(workdir / "split.json", split.to_json())
+        if not (workdir / "fingerprint.json").exists():
+            write_json(workdir / "fingerprint.json", fingerprint(split.of("training", dataset)).to_json())
 
     processes.first_does(prepare)
     split = read_split(workdir)
     assert split is not None
-    return RunData(_read_dataset(config, workdir), split, _store(config, workdir))
+    return RunData(_read_dataset(config, workdir), split, read_fingerprint(workdir), _store(config, workdir))
 
 
 def read_data(config: RunConfig, workdir: Path) -> RunData:
@@ -108,7 +114,7 @@ def read_data(config: RunConfig, workdir: Path) -> RunData:
     known = known_split(workdir)
     dataset = _read_dataset(config, workdir)
     split = _checked(config, dataset, known, workdir)
-    return RunData(dataset, split, _store(config, workdir))
+    return RunData(dataset, split, read_fingerprint(workdir), _store(config, workdir))
 
 
 def read_split(workdir: Path) -> Split | None:
@@ -119,6 +125,18 @@ def read_split(workdir: Path) -> Split | None:
     """
     path = workdir / "split.json"
     return Split.from_json(read_json(path, FORMAT)) if path.exists() else None
+
+
+def read_fingerprint(workdir: Path) -> Fingerprint:
+    """The fingerprint of a run's training scans.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = workdir / "fingerprint.json"
+    if not path.exists():
+        raise UserError(f"run folder {workdir} has no fingerprint.json: train there first (--mode train)")
+    return Fingerprint.from_json(read_json(path, fingerprint_format))
 
 
 def known_split(workdir: Path) -> Split:

@@ -219,6 +219,7 @@ def write_model_file(folder: Path) -> None:
         network=NetworkDescription(base_channels=1, depth=1),
         pyramid=PyramidConfig(),
         levels=LevelGrids((2.0, 1.0)),
+        trained_spacing=((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
         tiling=Tiling(8, 0.5, 16, flip=False),
         training={"steps": 1},
         evaluation={},
