@@ -11,7 +11,7 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
     "errors", "sections", "files", "processes", "runtime", "geometry",
-    "images/headers", "images/grid", "images/in_memory", "images/itk", "images/dicom", "images/scans",
+    "images/formats", "images/headers", "images/grid", "images/in_memory", "images/itk", "images/dicom", "images/scans",
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/fingerprint",
     "data/workers", "data/preparation", "data/sampling", "data/augmentation_ranges", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn_library", "models/onednn", "models/convolution",

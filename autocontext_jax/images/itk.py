@@ -15,8 +15,6 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.grid import Grid
 
-FORMATS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")  # longest first: a name's suffix is the first that fits
-
 # Components of unit vectors: axes are at right angles within it.
 RIGHT_ANGLE = 1e-3
 
@@ -93,11 +91,6 @@ def check_size(path: Path, size: tuple[int, ...]) -> None:
 def not_finite(path: Path, count: int) -> UserError:
     """The refusal of a file with voxels that are not finite."""
     return UserError(f"{path} holds {count} voxels that are not finite: expected numbers everywhere; export it again")
-
-
-def suffix_of(path: Path) -> str:
-    """Which of `FORMATS` a file is by its name; "" if none."""
-    return next((suffix for suffix in FORMATS if path.name.lower().endswith(suffix)), "")
 
 
 def numbers(values: Collection[float]) -> str:

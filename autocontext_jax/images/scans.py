@@ -17,10 +17,10 @@ import SimpleITK as sitk
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import headers
 from autocontext_jax.images.dicom import read_series, series_of
+from autocontext_jax.images.formats import FORMATS, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
 from autocontext_jax.images.in_memory import as_image
 from autocontext_jax.images.itk import (
-    FORMATS,
     UNREADABLE,
     check_kind,
     check_size,
@@ -28,7 +28,6 @@ from autocontext_jax.images.itk import (
     itk_errors,
     not_finite,
     numbers,
-    suffix_of,
 )
 
 # A label lies on its image's grid where their canonical grids differ by no more than this (mm; components of unit

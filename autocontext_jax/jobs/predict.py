@@ -11,6 +11,7 @@ from tqdm import tqdm
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
+from autocontext_jax.images.formats import FORMATS
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs.scan_pipeline import in_stages
 
@@ -90,6 +91,6 @@ def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
 
 def _output(path: Path, target: Path, many: bool) -> Path:
     """Where a scan's mask goes: the target itself if it names a scan file, else a NIfTI file in it."""
-    if not many and any(target.name.endswith(suffix) for suffix in scans.FORMATS):
+    if not many and any(target.name.endswith(suffix) for suffix in FORMATS):
         return target.resolve()
     return (target / f"{scans.scan_name(path)}.nii.gz").resolve()

@@ -296,8 +296,8 @@ def read_overrides(folder: Path) -> None:
         delattr(flags.FLAGS, name)
     main._parse(sys.argv)
     config = configuration.from_config_dict(main.CONFIG.value)
-    spacing = config.levels.level_factors((2.5, 0.8, 0.7))
-    assert len(spacing) == len(config.levels.factors)
+    factors = config.levels.with_spacing((2.5, 0.8, 0.7)).level_factors((2.5, 0.8, 0.7))
+    assert len(factors) == len(config.levels.factors)
     for phase in config.phases():
         config.phase_loss(phase)
     config.augmentation.spatial(LABELS)
