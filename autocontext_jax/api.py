@@ -127,7 +127,7 @@ def _change(config: ConfigDict, options: Named, sections: tuple[str, ...]) -> No
         if owner is None:
             known = [key for section in sections for key in config[section]]
             raise UserError(f"option {name} is unknown; expected one of {', '.join(known)}")
+        if isinstance(value, np.generic):
+            value = value.item()
         with owner.ignore_type():  # the typed configuration checks it
-            owner[name] = (
-                value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
-            )
+            owner[name] = str(value) if isinstance(value, Path) else value

@@ -130,8 +130,9 @@ _unraisablehook_before = sys.__unraisablehook__
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    ours = "orbax" in record.pathname
-    return not ours or (record.exc_info is None and "directory is read only" not in record.getMessage())
+    """Whether a message is to be shown; messages of others than orbax always are."""
+    theirs = "orbax" in record.pathname
+    return not theirs or (record.exc_info is None and "directory is read only" not in record.getMessage())
 
 
 def _show_unraisable(what: "sys.UnraisableHookArgs") -> None:
@@ -195,11 +196,14 @@ def disable_asynchronous_dispatch() -> None:
 
     oneDNN is called through Python. A program that still ran while Python exits, as after an error, would wait for
     Python's lock for ever. Reading and writing have threads of their own, so nothing else waits. In a process that has
-    used JAX before, this has no effect; `models/xla_ffi.py` then waits at exit for programs that still run.
+    used JAX before, it would have no effect and is left as it is: `models/xla_ffi.py` then waits at exit for programs
+    that still run.
     """
     import jax
+    from jax._src import xla_bridge  # nothing public says whether the CPU's client exists already
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def fuse_results() -> None:

@@ -147,9 +147,22 @@ def test_a_model_file_predicts_in_a_script_that_ends(folder, before, after, stat
 @pytest.mark.parametrize(("after", "status"), [("", 0), ("raise ValueError('mine')", 1), ("sys.exit(3)", 3)])
 def test_a_script_ends_while_its_programs_run(tmp_path, kept, after, status):
     """Before, Python waited for ever for a program that waited for Python."""
-    done, _ = run("import sys, jax\n" + JAX_FIRST + RUNNING.replace("KEPT", kept) + after, tmp_path)
+    # As `load` and `train` do: here it must not believe that programs now run synchronously.
+    set_up = "from autocontext_jax import runtime; runtime.set_up_library(dtype='float32')\n"
+    script = "import sys, jax\n" + JAX_FIRST + set_up + RUNNING.replace("KEPT", kept) + after
+    done, _ = run(script, tmp_path)
     assert done.returncode == status, done.stderr
     assert "last line" in done.stdout
+
+
+@pytest.mark.parametrize(("before", "asynchronous"), [("", False), (JAX_FIRST, True)])
+def test_asynchronous_dispatch_is_switched_off_only_where_that_has_an_effect(tmp_path, before, asynchronous):
+    script = (
+        "import jax\n" + before + "from autocontext_jax import runtime\nruntime.set_up_library(dtype='float32')\n"
+        "print(jax.config.values['jax_cpu_enable_async_dispatch'])\n"
+    )
+    done, _ = run(script, tmp_path)
+    assert done.stdout.splitlines()[-1] == str(asynchronous), done.stderr
 
 
 def test_a_network_that_nobody_knows_is_refused_before_anything_is_done(tmp_path):

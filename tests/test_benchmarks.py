@@ -46,7 +46,7 @@ def test_input_pipeline():
     assert [row["part"] for row in found] == [*parts, *(f"{part}, cached" for part in parts), *augment]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc for the memory of all processes")
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads the memory of all processes from /proc")
 def test_prepare():
     (ours,) = rows("prepare.py", f"{PHANTOMS} --workers 2 --rounds 1")
     assert ours["side"] == "ours"

@@ -15,7 +15,7 @@ import pytest
 SCRIPT = Path(faults.__file__)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it forks, mounts and looks into /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks, mounts file systems and reads /proc")
 def test_a_few_faults_are_survived():
     kinds = ["kill_prepare", "kill_train", "kill_evaluate", "read_only_predict", "checkpoint_predict", "store_read",
              "config_predict", "vanished_prepare", "worker"]  # fmt: skip

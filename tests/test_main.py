@@ -202,7 +202,7 @@ def test_numbers_that_are_not_finite_stop_the_run_or_are_skipped(whole_job, tmp_
     assert metrics(tmp_path)[-1]["skipped_steps"] >= 1
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is one of glibc")
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_is_kept(kept):
     code = """if True:
@@ -468,7 +468,7 @@ def test_scans_slice_by_slice(whole_job, tmp_path):
         assert scans.read_grid(path) == scans.read_grid(tmp_path / "phantoms" / "labelsTs" / path.name)
 
 
-@pytest.mark.skipif(not (ROOT / "../shared/data/abdomen").exists(), reason="the real scans are not beside the checkout")
+@pytest.mark.skipif(not (ROOT / "../shared/data/abdomen").exists(), reason="no real scans next to the checkout")
 def test_real_scan_through_the_papers_config_made_small(tmp_path):
     root = (ROOT / "../shared/data/abdomen").resolve()
     small = [

@@ -11,7 +11,7 @@ import pytest
 
 from autocontext_jax.models import convolution, onednn
 
-pytestmark = pytest.mark.skipif(onednn.version() is None, reason="no oneDNN here: its package is for x86 Linux")
+pytestmark = pytest.mark.skipif(onednn.version() is None, reason="oneDNN's package is for x86 Linux alone")
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

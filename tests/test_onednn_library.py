@@ -8,7 +8,7 @@ import pytest
 
 from autocontext_jax.models import onednn, onednn_library
 
-pytestmark = pytest.mark.skipif(onednn.version() is None, reason="no oneDNN here: its package is for x86 Linux")
+pytestmark = pytest.mark.skipif(onednn.version() is None, reason="oneDNN's package is for x86 Linux alone")
 
 # Stands in for libgomp.so.1, which this system may have: a copy of oneDNN that needs this file instead.
 MISSING = "libnone.so.1"

@@ -68,8 +68,12 @@ def in_processes(
                 if waiting:
                     running[connection] = waiting.pop()
                     _send(connection, items[running[connection]])
+                else:
+                    connection.close()  # which ends the worker
                 yield done, error
     finally:
+        for pipe in running:
+            pipe.close()
         for process in processes:
             process.kill()
         for process in processes:

@@ -67,7 +67,7 @@ def check_text_header(path: Path) -> int:
         free = not line or line.startswith((b"#", b"NRRD", b"content:")) or value.startswith("=")
         if nrrd and not free and (key not in _NRRD_FIELDS or max(map(len, value.split()), default=0) > 100):
             raise _bad_line(path, number, line, "a field of NRRD, with no word of more than 100 letters")
-        if nrrd and len(line) > (4000 if free else 500):  # from longer ones ITK's reader may not come back
+        if nrrd and len(line) > (4000 if free else 500):  # ITK's reader crashes on some longer ones
             raise _bad_line(path, number, line, "a shorter line")
         if key == "CompressedDataSize":
             packed = int(value)

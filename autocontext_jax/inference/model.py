@@ -112,8 +112,8 @@ class Model:
                 images = [as_image(self.mask(given, show), given.grid)]
         if target is not None:
             scans.write_image(target, images[0])
-        made = images if isinstance(scan, str | Path | Image) else tuple(map(scans.array_of_image, images))
-        return made if probabilities else made[0]
+        made = images if isinstance(scan, str | Path | Image) else list(map(scans.array_of_image, images))
+        return tuple(made) if probabilities else made[0]
 
     def predict_many(self, items: Iterable[Any], **options: Any) -> Iterator[Any]:
         """The masks of many scans, one after the other, as `predict` gives them; memory holds one scan at a time.

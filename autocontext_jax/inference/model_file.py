@@ -144,8 +144,7 @@ class Description:
     @property
     def full_network(self) -> NetworkConfig:
         """The network's configuration, likewise."""
-        values = {field.name: getattr(self.network, field.name) for field in dataclasses.fields(NetworkConfig)}
-        return NetworkConfig(**values | {"spatial_dims": self.levels.spatial_dims})
+        return dataclasses.replace(self.network.alone(), spatial_dims=self.levels.spatial_dims)
 
 
 def write_model(path: Path, description: Description, weights: Mapping[str, np.ndarray], card: str) -> None:
@@ -182,7 +181,14 @@ def read_model(path: Path) -> tuple[Description, dict[str, np.ndarray]]:
     Raises:
       UserError: the file is missing, damaged, of another format or lacks a part.
     """
-    description, parts = _read(path)
+    parts = _read_parts(path, (DESCRIPTION, WEIGHTS, CARD))
+    content = _read_json(path, parts[DESCRIPTION])
+    checksums = content.get("parts")
+    for name in (WEIGHTS, CARD):
+        expected = checksums.get(name) if isinstance(checksums, dict) else None
+        if hashlib.sha256(parts[name]).hexdigest() != expected:
+            raise _damaged(path, f"its part {name} is not what was written")
+    description = _described(path, content)
     try:
         return description, safetensors.numpy.load(parts[WEIGHTS])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -190,21 +196,12 @@ def read_model(path: Path) -> tuple[Description, dict[str, np.ndarray]]:
 
 
 def read_description(path: Path) -> Description:
-    """The description alone; raises as `read_model`."""
-    return _read(path)[0]
+    """The description alone: the weights are neither read nor checked. Raises as `read_model`."""
+    return _described(path, _read_json(path, _read_parts(path, (DESCRIPTION,))[DESCRIPTION]))
 
 
-def _read(path: Path) -> tuple[Description, dict[str, bytes]]:
-    """The description and the parts, whose checksums are right."""
-    parts = _read_parts(path)
-    content = _read_json(path, parts[DESCRIPTION])
-    checksums = content.get("parts")
-    for name in (WEIGHTS, CARD):
-        expected = checksums.get(name) if isinstance(checksums, dict) else None
-        if hashlib.sha256(parts[name]).hexdigest() != expected:
-            raise _damaged(path, f"its part {name} is not what was written")
-    place = f"{path}: {DESCRIPTION}: key"
-    return from_dict(Description, content.get("model"), place=place, prefix="model."), parts
+def _described(path: Path, content: dict[str, Any]) -> Description:
+    return from_dict(Description, content.get("model"), place=f"{path}: {DESCRIPTION}: key", prefix="model.")
 
 
 def check_weights(path: Path, found: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
@@ -223,14 +220,14 @@ def check_weights(path: Path, found: Mapping[str, np.ndarray], expected: Mapping
             )
 
 
-def _read_parts(path: Path) -> dict[str, bytes]:
+def _read_parts(path: Path, requested: tuple[str, ...]) -> dict[str, bytes]:
     if not exists(path):
         raise UserError(f"{path} does not exist: expected a model file (NAME{SUFFIX}) or the folder of a run")
     parts = {}
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            for name in (DESCRIPTION, WEIGHTS, CARD):
+            for name in requested:
                 if names.count(name) != 1:
                     raise _damaged(path, f"it has {names.count(name)} parts of the name {name}; expected one")
                 info = archive.getinfo(name)
@@ -244,7 +241,8 @@ def _read_parts(path: Path) -> dict[str, bytes]:
                 parts[name] = archive.read(info)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): expected a model file") from None
-    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        # What zipfile raises where bits are flipped: in its lists, a name, a version, the flag of encryption, the end.
         raise _damaged(path, str(error)) from None
     return parts
 

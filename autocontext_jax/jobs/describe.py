@@ -13,7 +13,6 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.pictures import class_color
 from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.runtime import package_version
 
 
@@ -46,12 +45,12 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
     levels = dataclasses.replace(
         levels, factors=factors, finest_spacing=tuple(mm * ratio for mm in levels.finest_spacing)
     )
-    size = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(NetworkConfig)}
+    network = dataclasses.asdict(config.model.alone())
     return Description(
         name=workdir.resolve().name,
         license=config.export.license,
         classes=classes,
-        network=NetworkDescription(**size, name=config.model.backbone.rpartition(":")[2]),
+        network=NetworkDescription(**network, name=config.model.backbone.rpartition(":")[2]),
         pyramid=config.pyramid,
         levels=levels,
         trained_spacing=(learned.smallest, learned.largest),

@@ -10,7 +10,6 @@ from autocontext_jax.files import exists, full_path, is_file
 from autocontext_jax.inference.model_file import read_description
 from autocontext_jax.jobs.config_files import read_config, to_config_dict
 from autocontext_jax.jobs.run_config import ModelConfig, RunConfig
-from autocontext_jax.models.blocks import NetworkConfig
 
 
 def get_config(path: str) -> ConfigDict:
@@ -38,10 +37,9 @@ def config_of_model(path: Path) -> RunConfig:
     """
     description = read_description(path)
     network, tiling, default = description.network, description.tiling, RunConfig()
-    size = {field.name: getattr(network, field.name) for field in dataclasses.fields(NetworkConfig)}
     return dataclasses.replace(
         default,
-        model=ModelConfig(**size),
+        model=ModelConfig(**dataclasses.asdict(network.alone())),
         pyramid=description.pyramid,
         levels=description.levels,
         loader=dataclasses.replace(default.loader, patch_size=max(64, network.divisor)),

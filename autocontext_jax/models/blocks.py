@@ -39,6 +39,10 @@ class NetworkConfig:
         require(0 <= self.momentum < 1, self, "momentum", "a fraction in [0, 1)")
         require(self.dtype in ("float32", "bfloat16"), self, "dtype", "one of float32, bfloat16")
 
+    def alone(self) -> "NetworkConfig":
+        """The same without the fields that a section adds which extends this one."""
+        return NetworkConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkConfig)})
+
     @property
     def divisor(self) -> int:
         """The edge of a patch or tile must be a multiple of this."""

@@ -93,6 +93,7 @@ def _finish_programs() -> None:
             array.block_until_ready()
     _calls.ending = True
     ended = time.monotonic()
+    # The option is off only if it was switched off before the CPU's client was made.
     quiet = QUIET if jax.config.values["jax_cpu_enable_async_dispatch"] else QUIET / 20
     while _calls.in_progress or time.monotonic() < max(ended, _calls.last) + quiet:
         time.sleep(quiet / 10)
