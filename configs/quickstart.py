@@ -2,7 +2,7 @@
 
     python -m autocontext_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Under five minutes on two cores of an AMD EPYC (Zen 5). The mean Dice of the six test scans is then 81.2 % at level 1
+Under six minutes on two cores of an AMD EPYC (Zen 5). The mean Dice of the six test scans is then 81.2 % at level 1
 and 85.1 % at level 2; other processors round differently.
 """
 
