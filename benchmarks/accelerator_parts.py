@@ -24,7 +24,7 @@ from common import machine, make_pyramid, median_ratio
 from flax import nnx
 from kernel_times import Profile, profiled
 from roofline import source_lines
-from training_program import TrainingProgram, in_turn
+from training_program import TrainingProgram, in_turn, wait_for
 
 from autocontext_jax.data.augmentation_ranges import SpatialRanges
 from autocontext_jax.data.loader import Loader, LoaderConfig
@@ -37,7 +37,7 @@ from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.planning import hlo_text
 from autocontext_jax.planning.compiled import needed_bytes
-from autocontext_jax.planning.costs import KINDS, instruction_costs, roofline_seconds
+from autocontext_jax.planning.costs import ELEMENTWISE, KINDS, LAYOUT, PRODUCT, instruction_costs, roofline_seconds
 from autocontext_jax.runtime import disable_asynchronous_dispatch
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 from autocontext_jax.training.state import Batch, inference_model
@@ -123,35 +123,36 @@ def is_it_right(session: Session) -> None:
 def how_fast(session: Session) -> None:
     """Part 3."""
     sizes = session.sizes
+    measured: list[tuple[str, int]] = []
 
     def rows() -> Iterable[dict[str, Any]]:
         first = session.program("bfloat16", sizes.batch)
         yield speed(session, first, "bfloat16", sizes.batch)
+        measured.append(("bfloat16", sizes.batch))
         larger = largest_that_fits(session, first)
-        # Before float32 at the small batch: the peak of memory only grows.
-        for dtype, batch in ([("bfloat16", larger)] if larger else []) + [("float32", sizes.batch)]:
-            if session.seconds_left() < 1.5 * first.compile_seconds + 10:
+        # The larger batch last: the peak of memory only grows.
+        for dtype, batch in [("float32", sizes.batch)] + ([("bfloat16", larger)] if larger else []):
+            # Compilation tries cuDNN's algorithms, which takes longer for a larger batch.
+            if session.seconds_left() < first.compile_seconds * batch / sizes.batch + 10:
                 print(f"No time left to compile {dtype} at batch {batch}.")
                 continue
             yield speed(session, session.program(dtype, batch), dtype, batch)
-            del session.programs[dtype, batch, False]
+            measured.append((dtype, batch))
 
     table("The training step", rows())
+    if importlib.util.find_spec("torch"):
+        table("Beside PyTorch", (beside_pytorch(session, dtype, batch) for dtype, batch in measured))
+    for dtype, batch in measured[1:]:
+        del session.programs[dtype, batch, False]
 
 
 def speed(session: Session, program: TrainingProgram, dtype: str, batch: int) -> dict[str, Any]:
-    """One row: our step, and in turn with it PyTorch's where it is installed."""
-    calls: dict[str, Callable[[], Any]] = {"ours": program.step}
-    if importlib.util.find_spec("torch"):
-        from torch_pyramid import training_and_prediction
-
-        arguments = program.pyramid, program.images, program.labels, dtype
-        calls["PyTorch"] = training_and_prediction(*arguments, layouts=["NDHWC"])["train"]["NDHWC"]
-    seconds = in_turn(calls, steps=session.sizes.steps, lead_in=1, rounds=3)
-    median = float(np.median(seconds["ours"]))
+    """One row: our step."""
+    (seconds,) = in_turn({"": program.step}, steps=session.sizes.steps, lead_in=1, rounds=3).values()
+    median = float(np.median(seconds))
     rate = session.rates.get({"bfloat16": "bf16", "float32": "f32"}[dtype])
     needed = needed_bytes(program.compiled)
-    row = {
+    return {
         "type": "TF32 or float32" if dtype == "float32" else dtype,
         "batch": batch,
         "ms a step": 1e3 * median,
@@ -163,10 +164,24 @@ def speed(session: Session, program: TrainingProgram, dtype: str, batch: int) ->
         "GB measured, peak": memory("peak_bytes_in_use") / 1e9,
         "GB between steps": memory("bytes_in_use") / 1e9,
     }
-    if "PyTorch" in seconds:
-        row["PyTorch, ms"] = 1e3 * float(np.median(seconds["PyTorch"]))
-        row["times as fast"] = median_ratio(seconds["ours"], seconds["PyTorch"])
-    return row
+
+
+def beside_pytorch(session: Session, dtype: str, batch: int) -> dict[str, Any]:
+    """One row: our step and PyTorch's, in turn."""
+    from torch_pyramid import training_and_prediction
+
+    program = session.program(dtype, batch)
+    arguments = program.pyramid, program.images, program.labels, dtype
+    theirs = training_and_prediction(*arguments, layouts=["NDHWC"])["train"]["NDHWC"]
+    begun = time.perf_counter()
+    wait_for(theirs())
+    first = time.perf_counter() - begun
+    seconds = in_turn({"ours": program.step, "PyTorch": theirs}, steps=session.sizes.steps, lead_in=1, rounds=3)
+    return (
+        {"type": dtype, "batch": batch, "PyTorch's first step, s": first}
+        | {f"{name}, ms": 1e3 * float(np.median(times)) for name, times in seconds.items()}
+        | {"times as fast": median_ratio(seconds["ours"], seconds["PyTorch"])}
+    )
 
 
 def largest_that_fits(session: Session, program: TrainingProgram) -> int | None:
@@ -209,18 +224,24 @@ def where_the_time_goes(session: Session) -> None:
         for kind in KINDS:
             members = [(cost, bound) for cost, bound in zip(costs, bounds, strict=True) if cost.kind == kind]
             if members:
-                measured = sum(times.get(cost.instruction.name, 0.0) for cost, _ in members) / 1e6
+                measured = sum(times.get(cost.instruction.name, 0.0) for cost, _ in members)
+                measured += sum(time for name, time in profile.unnamed.items() if kernel_kind(name) == kind) / steps
                 bound = 1e3 * sum(bound for _, bound in members)
-                yield {"kind": kind, "kernels": len(members), "ms a step": measured, "roofline ms": bound}
+                yield {"kind": kind, "kernels": len(members), "ms a step": measured / 1e6, "roofline ms": bound}
         named = {cost.instruction.name for cost in costs}
         other = sum(time for name, time in times.items() if name not in named) / 1e6
         yield {"kind": "other instructions", "kernels": "", "ms a step": other, "roofline ms": ""}
-        unnamed = sum(profile.unnamed.values()) / steps / 1e6
-        yield {"kind": "kernels of no instruction", "kernels": "", "ms a step": unnamed, "roofline ms": ""}
 
     table("Kernels' time by kind", kinds())
     table("The twenty longest kernels", longest())
     print_profile(profile, steps)
+
+
+def kernel_kind(name: str) -> str:
+    """The kind of a kernel that only its name tells of: convolutions, which cuDNN runs, are never among these."""
+    if "gemm" in name or name.startswith(("nvjet", "cublas", "cutlass")):
+        return PRODUCT
+    return LAYOUT if name.startswith(("wrapped_copy", "wrapped_transpose", "Memset", "Memcpy")) else ELEMENTWISE
 
 
 def does_the_loader_keep_up(session: Session) -> None:

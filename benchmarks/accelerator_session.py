@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Sizes:
     depth: int = 4
     edge: int = 64
     batch: int = 3
-    batches: tuple[int, ...] = (32, 16, 8)
+    batches: tuple[int, ...] = (8,)
     steps: int = 10
     phantoms: tuple[int, tuple[int, int, int], tuple[float, float, float]] = (3, (96, 160, 160), (4.0, 2.4, 2.4))
     scan: tuple[int, int, int] = (300, 512, 512)
@@ -83,6 +84,7 @@ class Session:
             self.programs[key] = compile_training_step(
                 **size, dtype=dtype, classes=len(ORGANS) + 1, deterministic=deterministic
             )
+            print(f"compiled {key} in {self.programs[key].compile_seconds:.1f} s", file=sys.stderr, flush=True)
         return self.programs[key]
 
     def accelerator(self) -> Accelerator:

@@ -15,7 +15,8 @@ class Profile:
 
     Attributes:
       instructions: time of each instruction of the compiled programs, by its name in their text, over all runs.
-      unnamed: time of each kernel that the profile ascribes to no instruction, by the kernel's name.
+      unnamed: time of each kernel that the profile ascribes to no instruction, by the kernel's name. On GPUs, XLA puts
+        many kernels together in a command buffer; the profile ascribes these to the buffer.
       copies: how many copies between host and device there were, and their time, by direction.
       busy: time in which the device did anything at all.
       span: from the first kernel's start to the last one's end.
@@ -49,13 +50,14 @@ def _read(data: Any, found: Profile) -> None:
         for event in line.events:
             stats = dict(event.stats)
             instruction = stats.get("hlo_op")
+            buffered = instruction is not None and instruction.startswith("command_buffer")
             if "memcpy" in event.name.lower() and instruction is None:
                 direction = next((name for name in ("H2D", "D2H", "D2D") if name in event.name), "other")
                 count, time = found.copies.get(direction, (0, 0.0))
                 found.copies[direction] = (count + 1, time + event.duration_ns)
-            elif instruction is not None:
+            elif instruction is not None and not buffered:
                 found.instructions[instruction] = found.instructions.get(instruction, 0.0) + event.duration_ns
-            elif line.name.startswith(("Stream", "XLA Ops")):
+            elif buffered or line.name.startswith(("Stream", "XLA Ops")):
                 found.unnamed[event.name] = found.unnamed.get(event.name, 0.0) + event.duration_ns
             else:
                 continue  # of a host's line: threads that wait, and the like
