@@ -21,13 +21,16 @@ INPUT = flags.DEFINE_string("input", "", "With --mode predict: a scan, a DICOM f
 OUTPUT = flags.DEFINE_string(
     "output", "", "With --mode predict: the mask or a folder for masks. With export: the file."
 )
+SERIES = flags.DEFINE_string(
+    "series", None, "With --mode predict: the number, description or UID of the one DICOM series to predict."
+)
 NETWORK = flags.DEFINE_multi_string("network", [], "package.module:Name of a network that --model names.")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, found through SLURM, Kubernetes, ...")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where --distributed cannot find it.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "With --coordinator: how many there are.")
 PROCESS = flags.DEFINE_integer("process", 0, "With --coordinator: which one this is, from 0.")
 
-OURS = (CONFIG, WORKDIR, MODE, MODEL, INPUT, OUTPUT, NETWORK, DISTRIBUTED, COORDINATOR, PROCESSES, PROCESS)
+OURS = (CONFIG, WORKDIR, MODE, MODEL, INPUT, OUTPUT, SERIES, NETWORK, DISTRIBUTED, COORDINATOR, PROCESSES, PROCESS)
 
 
 def main(argv: list[str]) -> int:
@@ -53,6 +56,7 @@ def main(argv: list[str]) -> int:
             workdir=given,
             model=given if MODEL.value and not given.is_dir() else None,
             source=full_path(INPUT.value),
+            series=SERIES.value,
             target=full_path(OUTPUT.value) if OUTPUT.value else None,
         )
         networks = {path.rpartition(":")[2]: import_object(path, "--network") for path in NETWORK.value}

@@ -11,7 +11,9 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
     "errors", "sections", "files", "processes", "runtime", "geometry",
-    "images/formats", "images/headers", "images/grid", "images/in_memory", "images/itk", "images/dicom", "images/scans",
+    "images/formats", "images/stack", "images/grid", "images/checks", "images/in_memory", "images/nifti", "images/itk",
+    "images/dicom_planes", "images/dicom_voxels", "images/dicom_order", "images/dicom", "images/reader_process",
+    "images/finding", "images/scans",
     "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split", "data/fingerprint",
     "data/workers", "data/preparation", "data/sampling", "data/augmentation_ranges", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn_library", "models/onednn", "models/convolution",
@@ -97,7 +99,7 @@ def test_packages_import_nothing():
 @pytest.mark.parametrize(
     ("library", "places"),
     [
-        ("SimpleITK", {"runtime", "images/itk", "images/dicom", "images/scans", "images/in_memory"}),
+        ("SimpleITK", {"runtime", "images/itk", "images/scans", "images/in_memory"}),
         ("ml_collections", {"jobs/*", "api", "main"}),
         ("absl", {"runtime", "main"}),
     ],

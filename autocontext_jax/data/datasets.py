@@ -13,8 +13,7 @@ from typing import Any
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import is_file
-from autocontext_jax.images.formats import FORMATS
-from autocontext_jax.images.scans import scan_name
+from autocontext_jax.images.formats import FORMATS, scan_name
 
 
 @dataclasses.dataclass(frozen=True)

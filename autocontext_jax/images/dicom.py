@@ -1,62 +1,111 @@
-"""One DICOM series in a folder, checked for what GDCM and ITK do not report."""
+"""DICOM series in a folder, or in one file, through pydicom.
 
+A series is what has one series instance UID. Its planes are ordered by where they lie; all that a plane says of itself
+(values, spacing, orientation, patient) is its own and must agree with the others'.
+"""
+
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from autocontext_jax.errors import UserError
-from autocontext_jax.images import headers
-from autocontext_jax.images.itk import check_kind, itk_errors
+from autocontext_jax.images.checks import check_size
+from autocontext_jax.images.dicom_order import arrange
+from autocontext_jax.images.dicom_planes import NO_SCANS, Plane, is_image, planes_of, read_dataset
+from autocontext_jax.images.dicom_voxels import read_values
+from autocontext_jax.images.grid import Grid
+
+log = logging.getLogger(__name__)
+
+# A series of fewer planes beside one of at least as many is a localizer, a test of contrast, a picture of the table.
+FEW = 4
 
 
-def series_of(folder: Path) -> tuple[str, ...]:
-    """The identifiers of the DICOM series in a folder.
+def list_series(place: Path) -> dict[str, Any]:
+    """The series of a folder or of one file.
+
+    Returns:
+      `series`: for each, by number, its uid, number, description and count of planes; those that are left out unless
+      they are named have the reason under `left_out`. `others`: names of DICOM files that hold no scan, with what they
+      hold.
+      `strangers`: names of files that are not DICOM.
 
     Raises:
-      UserError: a DICOM file is damaged.
+      UserError: a file is damaged.
     """
-    for path in folder.iterdir():
-        if _is_dicom(path):
-            headers.check_elements(path)
-    with itk_errors(folder, "searched for DICOM slices"):
-        return sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-
-
-def read_series(folder: Path) -> sitk.Image:
-    """The one DICOM series of a folder, checked for faults that GDCM and ITK do not report."""
-    series = series_of(folder)
-    if len(series) != 1:
-        listed = f": {', '.join(series)}; give each a folder of its own" if series else "; expected a folder with one"
-        raise UserError(f"{folder} holds {len(series)} DICOM series{listed}")
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    known = {Path(name).name for name in names} | {"DICOMDIR"}
-    if unread := sorted(file.name for file in folder.iterdir() if file.name not in known and _is_dicom(file)):
-        raise UserError(
-            f"{folder} holds {len(unread)} DICOM file(s) that cannot be read as slices of its series, the first "
-            f"{unread[0]}: copy or export them again, or move them away"
+    found, others, strangers = _files(place)
+    listed: list[dict[str, Any]] = []
+    for uid, files in found.items():
+        dataset = files[0][1]
+        planes = sum(int(file.get("NumberOfFrames") or 1) for _, file in files)
+        listed.append(
+            {
+                "uid": uid,
+                "number": int(dataset.get("SeriesNumber") or 0),
+                "description": str(dataset.get("SeriesDescription") or "").strip(),
+                "planes": planes,
+                "left_out": _localizer(files),
+                "files": len(files),
+                "first": files[0][0].name,
+            }
         )
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(names)
-    reader.MetaDataDictionaryArrayUpdateOn()
-    with itk_errors(folder, "read as a DICOM series: a slice is damaged or of another kind; export the series again"):
-        image = reader.Execute()
-        check_kind(folder, image.GetSize(), image.GetNumberOfComponentsPerPixel())
-        if image.GetSize()[2] == len(names) > 1:  # else one file that holds many slices and places them itself
-            positions = [reader.GetMetaData(k, "0020|0032").split("\\") for k in range(len(names))]
-            # ITK spaces the slices evenly from first to last along their normal; see that they lie there.
-            expected = [image.TransformIndexToPhysicalPoint((0, 0, k)) for k in range(len(names))]
-            errors = np.linalg.norm(np.array(positions, float) - expected, axis=1)
-            if errors.max() > 0.1 * image.GetSpacing()[2]:
-                raise UserError(
-                    f"{folder} has slices missing, unevenly spaced or sheared by a tilted gantry: one lies "
-                    f"{errors.max():.3g} mm off an even stack of {image.GetSpacing()[2]:.3g} mm; expected an even stack"
-                )
-    return image
+    most = max((entry["planes"] for entry in listed), default=0)
+    for entry in listed:
+        if not entry["left_out"] and entry["planes"] < FEW <= most:
+            entry["left_out"] = f"{entry['planes']} image(s), beside a series of {most}"
+    listed.sort(key=lambda entry: (entry["number"], entry["uid"]))
+    return {"series": listed, "others": others, "strangers": strangers}
 
 
-def _is_dicom(path: Path) -> bool:
-    if path.name.startswith(".") or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+def read_series(place: Path, uid: str | None, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
+    """The voxels of one series, [k, j, i], with values as the planes scale them, and their grid.
+
+    Args:
+      place: a folder, or one file.
+      uid: of the series.
+      header_only: the voxels are not read.
+
+    Raises:
+      UserError: a file is damaged; the planes do not belong together, or do not make one stack without gaps.
+    """
+    found, _, _ = _files(place)
+    folder = place if place.is_dir() else place.parent
+    planes = [plane for path, dataset in found.get(uid or "", []) for plane in planes_of(path, dataset)]
+    if not planes:
+        raise UserError(f"{place} holds no DICOM series {uid}: expected a folder with one")
+    ordered, grid = arrange(place, folder, planes)
+    columns, rows = ordered[0].size
+    check_size(place, (columns, rows, len(ordered)))
+    if header_only:
+        return None, grid
+    voxels = read_values(folder, ordered)
+    return (voxels if grid.stack is None else grid.stack.to_regular(voxels)), grid
+
+
+_Files = list[tuple[Path, Any]]
+
+
+def _files(place: Path) -> tuple[dict[str, _Files], dict[str, str], list[str]]:
+    """The images by series, other DICOM objects, and the names of other files; not those that are hidden."""
+    images: dict[str, _Files] = {}
+    others: dict[str, str] = {}
+    strangers = []
+    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if path.name.startswith(".") or not path.is_file() or path.name.upper() == "DICOMDIR":
+            continue
+        if (dataset := read_dataset(path)) is None:
+            strangers.append(path.name)
+        elif is_image(dataset):
+            images.setdefault(str(dataset.get("SeriesInstanceUID", "")), []).append((path, dataset))
+        else:
+            modality = str(dataset.get("Modality", "")) or "no modality"
+            others[path.name] = f"{modality}, {NO_SCANS.get(modality, 'no image')}"
+    return images, others, strangers
+
+
+def _localizer(files: _Files) -> str:
+    planes: Sequence[Plane] = [plane for path, dataset in files[:FEW] for plane in planes_of(path, dataset)[:1]]
+    return "a localizer" if len(files) <= FEW and planes and all(plane.localizer for plane in planes) else ""

@@ -1,12 +1,19 @@
 """The file formats of scans, by the endings of their names."""
 
+import os
 from pathlib import Path
 
-# Longest first: a name's suffix is the first that fits. SimpleITK reads and writes them. A new one also needs a check
-# of its header in `headers.py`, for faults that ITK does not report.
+# Longest first: a name's suffix is the first that fits, in small or in capital letters.
 FORMATS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+NIFTI = (".nii.gz", ".nii")  # through nibabel; SimpleITK reads and writes the others
 
 
 def suffix_of(path: Path) -> str:
     """Which of `FORMATS` a file is by its name; "" if none."""
     return next((suffix for suffix in FORMATS if path.name.lower().endswith(suffix)), "")
+
+
+def scan_name(path: str | os.PathLike) -> str:
+    """A scan's file name without its suffix: "a/liver_1.nii.gz" -> "liver_1"."""
+    name = Path(path).name
+    return name[: len(name) - len(suffix_of(Path(path)))]

@@ -9,6 +9,31 @@ import dataclasses
 
 import numpy as np
 
+from autocontext_jax.images.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class NiftiForms:
+    """How a NIfTI header places its voxels: its fields as they are, so that a mask's header can repeat them.
+
+    Attributes:
+      version: 1 or 2.
+      pixdim: qfac, then the size of a voxel along i, j, k.
+      units: `xyzt_units`.
+      qform_code: above 0 where the quaternion counts.
+      quaternion: b, c, d, then the offsets along x, y, z.
+      sform_code: above 0 where the matrix counts.
+      sform: its three rows.
+    """
+
+    version: int
+    pixdim: tuple[float, ...]
+    units: int
+    qform_code: int
+    quaternion: tuple[float, ...]
+    sform_code: int
+    sform: tuple[float, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -20,6 +45,8 @@ class Grid:
       origin: mm, patient (x, y, z) of the centre of voxel (0, 0, 0).
       direction: 3×3 by rows; row = patient axis x, y, z; column = unit vector of i, j, k.
       orientation: where i, j, k point, nearest: one of L/R, P/A, S/I each, as "LPS" (canonical) or "RAI".
+      forms: of a NIfTI file.
+      stack: of DICOM slices that are no even, upright stack; the grid is then that of their upright resampling.
     """
 
     size: tuple[int, int, int]
@@ -27,6 +54,8 @@ class Grid:
     origin: tuple[float, float, float]
     direction: tuple[float, ...]
     orientation: str
+    forms: NiftiForms | None = None
+    stack: Stack | None = None
 
     @property
     def canonical_size(self) -> tuple[int, int, int]:

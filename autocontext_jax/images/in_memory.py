@@ -58,7 +58,11 @@ def _numbers(given: Any) -> np.ndarray:
 
 
 def as_image(voxels: np.ndarray, grid: Grid) -> Image:
-    """A canonical array as an image on a grid.
+    """A canonical array as an image on a grid; of DICOM slices that are no regular grid an image of these slices.
+
+    Such an image has one plane for each slice, from bottom to top. Where a tilted gantry has shifted the slices evenly,
+    its direction is sheared and places them. Where their distances differ, no image can place them: it has the median
+    distance, and its metadata `slice_heights` has the mm of each slice from the first along their normal.
 
     Args:
       voxels: [D, H, W], or [D, H, W, C] for C values a voxel; the first axes are `grid.canonical_size`.
@@ -66,8 +70,30 @@ def as_image(voxels: np.ndarray, grid: Grid) -> Image:
     """
     if voxels.shape[:3] != grid.canonical_size:
         raise ValueError(f"an array of shape {voxels.shape} for a grid of {grid.canonical_size}")
-    image = sitk.GetImageFromArray(grid.from_canonical(voxels), isVector=voxels.ndim == 4)
+    stored = grid.from_canonical(voxels)
+    if grid.stack is not None:
+        stored = grid.stack.to_slices(stored)
+    image = sitk.GetImageFromArray(stored, isVector=voxels.ndim == 4)
     image.SetSpacing(grid.spacing)
     image.SetOrigin(grid.origin)
     image.SetDirection(grid.direction)
+    if grid.stack is not None and grid.stack.even:
+        affine = sheared_affine(grid)
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        image.SetSpacing(spacing.tolist())
+        image.SetOrigin(affine[:3, 3].tolist())
+        image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    elif grid.stack is not None:
+        image.SetMetaData("slice_heights", " ".join(f"{height:.6g}" for height in grid.stack.heights))
     return image
+
+
+def sheared_affine(grid: Grid) -> np.ndarray:
+    """From (i, j, k) of evenly shifted slices to LPS, mm, [4, 4]."""
+    assert grid.stack is not None
+    axes = np.array(grid.direction).reshape(3, 3)
+    affine = np.eye(4)
+    affine[:3, :2] = axes[:, :2] * grid.spacing[:2]
+    affine[:3, 2] = axes @ grid.stack.step
+    affine[:3, 3] = np.array(grid.origin) + axes[:, :2] @ grid.stack.offsets[0]
+    return affine

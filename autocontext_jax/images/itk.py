@@ -1,11 +1,7 @@
-"""What every reader through SimpleITK shares: its errors, a file's grid, and limits checked before memory is taken."""
+"""MetaImage and NRRD files, and images in memory, through SimpleITK."""
 
-import contextlib
 import math
-import os
 import re
-import zlib
-from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,86 +9,92 @@ import SimpleITK as sitk
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.checks import check_kind, check_packing, check_size, make_grid
 from autocontext_jax.images.grid import Grid
 
-# Components of unit vectors: axes are at right angles within it.
-RIGHT_ANGLE = 1e-3
 
-# A header that promises more is refused before memory is taken: 2000 slices of 1024 x 1024 are half of it. The
-# environment variable AUTOCONTEXT_MAX_VOXELS sets another limit.
-MAX_VOXELS = 4_000_000_000
+def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
+    """The voxels of a file as it stores them, [k, j, i], and its grid. ITK can crash on a damaged file.
 
+    Args:
+      path: of a MetaImage or NRRD file.
+      header_only: the voxels are not read.
 
-UNREADABLE = "read: it is truncated, damaged or not what its name says; copy or export it again"
-
-
-@contextlib.contextmanager
-def itk_errors(path: Path, failure: str) -> Iterator[None]:
-    """Silences ITK's warnings; turns its many-lined exceptions, and those of the file system, into one UserError."""
+    Raises:
+      UserError: it is no 3D image of numbers; its voxels are in a file outside its folder; it promises too much.
+      RuntimeError: ITK cannot read it.
+    """
     runtime.silence_itk()
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("sitk::ERROR: ")
-        raise UserError(f"{path} cannot be {failure} ({reason})") from None
+    held = path.stat().st_size + sum(part.stat().st_size for part in _parts(path))
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if path.name.lower().endswith(".nrrd") else "MetaImageIO")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    size = reader.GetSize()
+    while len(size) > 3 and size[-1] == 1:
+        size = size[:-1]
+    check_kind(path, size, reader.GetNumberOfComponents())
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())  # such as "16-bit signed integer"
+    if not (bits := re.match(r"(\d+)-bit (?:un)?(?:signed integer|float)", kind)):
+        raise UserError(f"{path} holds voxels of the kind {kind}: expected integers or floats; export it again")
+    check_size(path, size)
+    check_packing(path, math.prod(size) * int(bits[1]) // 8, held)
+    if len(reader.GetSize()) > 3:  # the header of more axes does not give the grid of three
+        reader.SetExtractSize([*size, *[0] * (len(reader.GetSize()) - 3)])
+    elif header_only:
+        return None, grid_of(path, reader)
+    image = reader.Execute()
+    if header_only:
+        return None, grid_of(path, image)
+    return sitk.GetArrayFromImage(image), grid_of(path, image)  # a view would not keep the image's memory
 
 
 def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
     """The grid of an image or of a header.
 
     Raises:
-      UserError: spacing or origin are not finite, or the axes are not at right angles.
+      UserError: see `make_grid`.
     """
-    matrix = np.array(source.GetDirection()).reshape(3, 3)
-    spacing, origin = source.GetSpacing(), source.GetOrigin()
-    if not (np.isfinite([*spacing, *origin]).all() and min(spacing) > 0):
-        raise UserError(
-            f"{path} has the spacing {numbers(spacing)} and the origin {numbers(origin)}: expected finite mm, spacing "
-            "above 0; correct its header"
-        )
-    if not np.allclose(matrix @ matrix.T, np.eye(3), rtol=0.0, atol=RIGHT_ANGLE):
-        raise UserError(
-            f"{path} has the direction {numbers(matrix.ravel())}, whose axes are not at right angles (a tilted "
-            "gantry?): resample it to a rectangular grid"
-        )
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(source.GetDirection())
-    return Grid(source.GetSize(), source.GetSpacing(), source.GetOrigin(), source.GetDirection(), code)
+    return make_grid(path, source.GetSize(), source.GetSpacing(), source.GetOrigin(), source.GetDirection())
 
 
-def check_kind(path: Path, size: tuple[int, ...], components: int) -> None:
-    """Refuses images that are not 3D with one value a voxel.
+def _parts(path: Path) -> list[Path]:
+    """The other files that hold a header's voxels.
 
     Raises:
-      UserError: it is not.
+      UserError: one does not exist, or lies outside the header's folder.
     """
-    if len(size) != 3 or components != 1:
-        raise UserError(
-            f"{path} is a {len(size)}D image of {' × '.join(map(str, size))} with {components} value(s) a voxel: "
-            "expected a 3D image with one; export a single volume"
-        )
-
-
-def check_size(path: Path, size: tuple[int, ...]) -> None:
-    """Refuses more voxels than `MAX_VOXELS`, or than the environment variable says, before memory is allocated.
-
-    Raises:
-      UserError: there are more.
-    """
-    given = os.environ.get("AUTOCONTEXT_MAX_VOXELS", str(MAX_VOXELS))
-    if not re.fullmatch(r"[0-9]{1,18}", given):
-        raise UserError(f"the environment variable AUTOCONTEXT_MAX_VOXELS is {given!r}: expected a number of voxels")
-    if math.prod(size) > int(given):
-        raise UserError(
-            f"{path} promises {' × '.join(map(str, size))} = {math.prod(size):.3g} voxels: expected at most {given}; "
-            "if it is no mistake, set the environment variable AUTOCONTEXT_MAX_VOXELS to more"
-        )
-
-
-def not_finite(path: Path, count: int) -> UserError:
-    """The refusal of a file with voxels that are not finite."""
-    return UserError(f"{path} holds {count} voxels that are not finite: expected numbers everywhere; export it again")
-
-
-def numbers(values: Collection[float]) -> str:
-    """Numbers as messages show them."""
-    return f"({', '.join(f'{value:.6g}' for value in values)})"
+    with path.open("rb") as file:
+        lines = file.read(1 << 20).split(b"\n")
+    nrrd = lines[0].startswith(b"NRRD")
+    names: list[str] = []
+    for number, raw in enumerate(lines):
+        line = raw.decode("latin-1").strip()
+        key, separator, value = line.partition(":" if nrrd else "=")
+        if nrrd and not line:
+            break
+        if not separator or key.strip().lower() not in ("elementdatafile", "data file", "datafile"):
+            continue
+        words = value.split()
+        listed = bool(words) and words[0].upper() == "LIST"
+        if listed:
+            names = [entry for more in lines[number + 1 :] if (entry := more.decode("latin-1").strip())]
+        elif value.strip() and value.strip().upper() != "LOCAL":
+            names = [words[0] if "%" in words[0] else value.strip()]
+        break
+    found = []
+    for name in names:
+        place = Path(name)
+        if place.is_absolute() or ".." in place.parts:
+            raise UserError(
+                f"{path} has its voxels in {name!r}: expected a file in its own folder; move the file there and "
+                f"correct "
+                "the header"
+            )
+        if "%" in name:
+            found += [entry for entry in path.parent.iterdir() if entry.is_file()]
+        elif not (path.parent / name).is_file():
+            raise UserError(f"{path} has its voxels in {name!r}, which does not exist: copy that file too")
+        else:
+            found.append(path.parent / name)
+    return found

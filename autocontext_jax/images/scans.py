@@ -1,65 +1,70 @@
-"""One scan in and out: files of the usual formats through SimpleITK, in canonical orientation and back.
+"""One scan in and out: files of the usual formats and DICOM series, in canonical orientation and back.
 
-SimpleITK's (x, y, z) order is known in this folder alone; all that leaves it is (z, y, x).
+The (x, y, z) order of files is known in this folder alone; all that leaves it is (z, y, x).
 """
 
 import collections
 import contextlib
-import math
+import dataclasses
+import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
+from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
-from autocontext_jax.images import headers
-from autocontext_jax.images.dicom import read_series, series_of
-from autocontext_jax.images.formats import FORMATS, suffix_of
+from autocontext_jax.files import is_file
+from autocontext_jax.images import reader_process
+from autocontext_jax.images.checks import check_kind, check_size, make_grid, not_finite, numbers, one_line
+from autocontext_jax.images.finding import series_of
+from autocontext_jax.images.formats import NIFTI, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
-from autocontext_jax.images.in_memory import as_image
-from autocontext_jax.images.itk import (
-    UNREADABLE,
-    check_kind,
-    check_size,
-    grid_of,
-    itk_errors,
-    not_finite,
-    numbers,
-)
+from autocontext_jax.images.in_memory import as_image, sheared_affine
+from autocontext_jax.images.itk import grid_of
+from autocontext_jax.images.nifti import read_nifti, write_nifti
+
+log = logging.getLogger(__name__)
 
 # A label lies on its image's grid where their canonical grids differ by no more than this (mm; components of unit
 # vectors). Files keep float32 or a few decimals, so equality would refuse honest masks; the smallest real mistake, a
 # shift by half a voxel, is far above.
 TOLERANCES = {"size": 0.0, "spacing": 1e-3, "origin": 1e-2, "direction": 1e-3}
 
-_DEFLATE = 1032  # no byte that deflate packed holds more bytes than these
+ROUNDING = 1e-3  # by which a label may be off a whole number
 
 
-def read_grid(path: str | os.PathLike) -> Grid:
-    """A scan's grid from its header alone; a DICOM series is read whole, for its grid is spread over its files.
+def read_grid(path: str | os.PathLike, *, series: str | None = None) -> Grid:
+    """A scan's grid from its headers alone.
 
     Raises:
       UserError: as `read_scan`, but for what only the voxels can show.
     """
-    path = Path(path)
-    return grid_of(path, read_series(path) if path.is_dir() else _read_header(path))
+    _, grid = _read(Path(path), series, header_only=True)
+    return grid
 
 
-def read_scan(path: str | os.PathLike) -> Scan:
-    """Reads a CT scan: a file of one of `FORMATS`, or a folder that holds one DICOM series.
+def read_scan(path: str | os.PathLike, *, series: str | None = None) -> Scan:
+    """Reads a CT scan: a file of one of `FORMATS`, a DICOM file with many frames, or a series of a DICOM folder.
 
-    Values are HU; those outside int16 are clipped to it and fractions are rounded.
+    Values are HU. Fractions are rounded; values outside int16 are clipped to it, and a warning says how many.
+
+    Args:
+      path: of the file or folder.
+      series: which one of a DICOM folder with several: its number, its description or its series instance UID.
 
     Raises:
       UserError: the path is missing, empty, truncated, damaged or of another format; the image is not 3D or has several
-        values a voxel; a voxel is not finite; the axes are not at right angles; a DICOM folder holds no or several
-        series, or one with slices missing, unreadable, unevenly spaced or sheared (a tilted gantry).
+        values a voxel; a voxel is not finite; the axes are not at right angles; a DICOM folder holds no series, or
+        several and none is named; slices are missing, double, or contradict each other.
     """
     path = Path(path)
-    return _scan_of(path, _read_image(path))
+    stored, grid = _read(path, series)
+    return _scan_of(path, stored, grid)
 
 
 def scan_of_image(image: sitk.Image) -> Scan:
@@ -74,7 +79,7 @@ def scan_of_image(image: sitk.Image) -> Scan:
     if "complex" in kind or "label" in kind:
         raise UserError(f"{name} holds voxels of the kind {kind}: expected integers or floats")
     check_size(name, image.GetSize())
-    return _scan_of(name, image)
+    return _scan_of(name, sitk.GetArrayViewFromImage(image), grid_of(name, image))
 
 
 def array_of_image(image: sitk.Image) -> np.ndarray:
@@ -82,9 +87,8 @@ def array_of_image(image: sitk.Image) -> np.ndarray:
     return sitk.GetArrayFromImage(image)
 
 
-def _scan_of(path: Path, image: sitk.Image) -> Scan:
-    grid = grid_of(path, image)
-    voxels = _as_int16(path, grid.to_canonical(sitk.GetArrayViewFromImage(image)))
+def _scan_of(path: Path, stored: np.ndarray, grid: Grid) -> Scan:
+    voxels = _as_int16(path, grid.to_canonical(stored))
     return Scan(voxels, grid.canonical_spacing, grid.canonical_origin, grid.canonical_direction, grid)
 
 
@@ -104,8 +108,7 @@ def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, 
       UserError: as `read_scan`; the grid is not the image's; a value is not one of `labels`.
     """
     path = Path(path)
-    image = _read_image(path)
-    grid = grid_of(path, image)
+    found_voxels, grid = _read(path, None)
     for what, tolerance in TOLERANCES.items():
         found, expected = getattr(grid, f"canonical_{what}"), getattr(like, f"canonical_{what}")
         if not np.allclose(found, expected, rtol=0.0, atol=tolerance):
@@ -114,17 +117,18 @@ def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, 
                 f"{path} must lie on its image's grid; resample it with nearest neighbours or correct its header"
             )
 
-    stored = grid.to_canonical(sitk.GetArrayViewFromImage(image))
+    stored = grid.to_canonical(found_voxels)
     voxels = np.empty(stored.shape, np.uint8)
     strangers: collections.Counter[float] = collections.Counter()
     for plane, target in zip(stored, voxels, strict=True):  # a plane at a time: np.unique copies and sorts
         values, counts = np.unique(plane, return_counts=True)
-        strange = ~np.isin(values, list(labels))
+        whole = np.rint(values)
+        strange = ~np.isin(whole, list(labels)) | (np.abs(values - whole) > ROUNDING)
         strangers.update(dict(zip(values[strange].tolist(), counts[strange].tolist(), strict=True)))
         if not strangers:  # otherwise the cast could overflow, and the array is not needed any more
-            np.copyto(target, plane, casting="unsafe")
+            np.copyto(target, plane if plane.dtype.kind != "f" else np.rint(plane), casting="unsafe")
     if strangers:
-        found = ", ".join(f"{value:g} ({count} voxels)" for value, count in strangers.most_common(8))
+        found = ", ".join(f"{value:.9g} ({count} voxels)" for value, count in strangers.most_common(8))
         raise UserError(
             f"case {case}: {path} holds the label values {found}{', …' * (len(strangers) > 8)}; expected only "
             f"{', '.join(map(str, sorted(labels)))}: correct the mask or name its labels in dataset.json"
@@ -143,20 +147,16 @@ def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    write_image(path, as_image(voxels, grid))
-
-
-def write_image(path: str | os.PathLike, image: sitk.Image) -> None:
-    """Writes an image, compressed, whole or not at all.
-
-    Args:
-      path: any of `FORMATS` but .mhd, which needs two files.
-      image: to be written.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    _write(Path(path), image)
+    path = Path(path)
+    if voxels.shape != grid.canonical_size:
+        raise ValueError(f"an array of shape {voxels.shape} for a grid of {grid.canonical_size}")
+    if suffix_of(path) not in NIFTI:
+        image = as_image(voxels, dataclasses.replace(grid, stack=None))
+        return _write(path, lambda partial: sitk.WriteImage(image, str(partial), useCompression=True))
+    stored, affine = np.ascontiguousarray(grid.from_canonical(voxels)), None
+    if grid.stack is not None and grid.stack.even:  # slices sheared by a tilted gantry: so is the affine
+        stored, affine = grid.stack.to_slices(stored), sheared_affine(grid)
+    return _write(path, lambda partial: write_nifti(partial, stored, grid, affine))
 
 
 def write_scan(
@@ -176,46 +176,8 @@ def write_scan(
     Raises:
       UserError: the file cannot be written.
     """
-    image = sitk.GetImageFromArray(voxels)
-    image.SetSpacing(spacing[::-1])
-    image.SetOrigin(origin[::-1])
-    _write(Path(path), image)
-
-
-def is_scan(path: str | os.PathLike) -> bool:
-    """Whether this is a file of one of `FORMATS`, by its name, or a folder with a DICOM series in it."""
-    path = Path(path)
-    try:
-        return bool(series_of(path)) if path.is_dir() else path.is_file() and bool(suffix_of(path))
-    except UserError:
-        return True  # a damaged one, to be refused by itself when it is read
-
-
-def find_scans(path: str | os.PathLike) -> list[Path]:
-    """The scans at a path, sorted: itself (a file, a DICOM folder), or the files and DICOM folders directly in it.
-
-    Names that begin with a dot are left out: what is hidden is another program's, or a file half written.
-
-    Raises:
-      UserError: there is nothing at the path, or no scan.
-    """
-    path = Path(path)
-    if is_scan(path):
-        return [path]
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a scan or a folder of scans")
-    inside = sorted(path.iterdir()) if path.is_dir() else []
-    if scans := [entry for entry in inside if not entry.name.startswith(".") and is_scan(entry)]:
-        return scans
-    raise UserError(
-        f"{path} holds no scan: expected a file ({', '.join(FORMATS)}), a DICOM series, or a folder of those"
-    )
-
-
-def scan_name(path: str | os.PathLike) -> str:
-    """A scan's file name without its suffix: "a/liver_1.nii.gz" -> "liver_1"."""
-    name = Path(path).name
-    return name[: len(name) - len(suffix_of(Path(path)))]
+    size = voxels.shape[::-1]
+    write_mask(path, voxels, make_grid(Path(path), size, spacing[::-1], origin[::-1], np.eye(3).ravel().tolist()))
 
 
 def looks_like_ct(voxels: np.ndarray) -> bool:
@@ -228,68 +190,25 @@ def looks_like_ct(voxels: np.ndarray) -> bool:
     return low <= -200 and high - low >= 200
 
 
-def _read_image(path: Path) -> sitk.Image:
-    if path.is_dir():
-        return read_series(path)
-    reader = _read_header(path)
-    with itk_errors(path, UNREADABLE):
-        if suffix_of(path) in (".nii", ".nii.gz"):  # the other readers tell
-            _check_nifti(path, reader)
-        return reader.Execute()
-
-
-def _read_header(path: Path) -> sitk.ImageFileReader:
-    """A reader that knows the header of a 3D scalar image, whose voxels the file can hold, and nothing of them."""
-    if not path.is_file():
+def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple[Any, Grid]:
+    """The voxels of a file or a series as they are stored, [k, j, i], or None, and their grid."""
+    suffix = "" if path.is_dir() else suffix_of(path)
+    if not suffix:
+        # What `find_scans` found is an identifier already.
+        uid = series if series is not None and re.fullmatch(r"[0-9.]{8,64}", series) else series_of(path, series)
+        found = reader_process.call("dicom", path, series=uid, header_only=header_only)
+        return found.get("voxels"), found["grid"]
+    if series is not None:
+        raise UserError(f"{path} is a file, and the series {series!r} is given: expected a DICOM folder with a series")
+    if not is_file(path):
         raise UserError(f"{path} does not exist: give a scan file or a folder with a DICOM series")
-    if not (suffix := suffix_of(path)):
-        raise UserError(f"{path} is not a scan by its name: expected {', '.join(FORMATS)} or a folder of DICOM slices")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): copy or export it again")
-    if suffix == ".nii.gz" and path.with_suffix("").exists():  # ITK would read that one's voxels under this one's name
-        raise UserError(f"{path} has {path.with_suffix('').name} beside it, and ITK confuses the two: move one away")
-    with itk_errors(path, UNREADABLE):
-        held = headers.check_nifti_header(path) if suffix in (".nii", ".nii.gz") else headers.check_text_header(path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    with itk_errors(path, UNREADABLE):
-        reader.ReadImageInformation()
-    check_kind(path, reader.GetSize(), reader.GetNumberOfComponents())
-    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())  # such as "16-bit signed integer"
-    if not (bits := re.match(r"(\d+)-bit (?:un)?(?:signed integer|float)", kind)):
-        raise UserError(f"{path} holds voxels of the kind {kind}: expected integers or floats; export it again")
-    check_size(path, reader.GetSize())
-    expected = math.prod(reader.GetSize()) * int(bits[1]) // 8
-    if expected > held * _DEFLATE:
-        raise UserError(
-            f"{path} has {held} bytes and promises {expected}, more than any packing gets into so few: it is truncated "
-            "or its header damaged; copy or export it again"
-        )
-    return reader
-
-
-def _check_nifti(path: Path, header: sitk.ImageFileReader) -> None:
-    """Checks for faults that ITK's NIfTI reader does not report: a truncated file, a wrong checksum of gzip, NaN."""
-    place = float(header.GetMetaData("vox_offset"))
-    if not 0 <= place <= 2**31:  # also if it is no number
-        raise UserError(f"{path} has its voxels at byte {place:g}: expected a place behind its header; export it again")
-    start = math.ceil(place)
-    expected = start + math.prod(header.GetSize()) * int(header.GetMetaData("bitpix")) // 8
-    kind = {"16": "f4", "64": "f8"}.get(header.GetMetaData("datatype"))
-    strange = 0
-    with headers.unpacked(path) as file:
-        head = file.read(start)
-        order = "<" if int.from_bytes(head[:4], "little") in (348, 540) else ">"  # the size of a header begins it
-        found = len(head)
-        while chunk := file.read(1 << 20):  # to the very end, where the checksum is
-            if kind:
-                count = min(len(chunk), max(expected - found, 0)) // int(kind[1])
-                strange += int(np.count_nonzero(~np.isfinite(np.frombuffer(chunk, order + kind, count))))
-            found += len(chunk)
-    if found < expected:
-        raise UserError(f"{path} holds {found} of its {expected} bytes: it is truncated; copy or export it again")
-    if strange:
-        raise not_finite(path, strange)
+    if suffix in NIFTI:
+        with one_line(path, reader_process.UNREADABLE):
+            return read_nifti(path, header_only=header_only)
+    found = reader_process.call("itk", path, header_only=header_only)
+    return found.get("voxels"), found["grid"]
 
 
 def _as_int16(path: Path, stored: np.ndarray) -> np.ndarray:
@@ -297,11 +216,16 @@ def _as_int16(path: Path, stored: np.ndarray) -> np.ndarray:
     if stored.dtype == np.int16:
         return np.array(stored, order="C")
     voxels = np.empty(stored.shape, np.int16)
-    limits = np.iinfo(np.int16)
+    limits, clipped = np.iinfo(np.int16), 0
     for plane, target in zip(stored, voxels, strict=True):
         if not np.isfinite(plane).all():
             raise not_finite(path, int(np.count_nonzero(~np.isfinite(stored))))
-        np.copyto(target, np.rint(plane).clip(limits.min, limits.max), casting="unsafe")
+        rounded = np.rint(plane) if plane.dtype.kind == "f" else plane
+        inside = rounded.clip(limits.min, limits.max)
+        clipped += int(np.count_nonzero(inside != rounded))
+        np.copyto(target, inside, casting="unsafe")
+    if clipped:
+        log.warning("%s has %d voxels outside %d to %d HU: they are clipped", path, clipped, limits.min, limits.max)
     return voxels
 
 
@@ -313,16 +237,26 @@ def check_writable_format(path: Path) -> None:
     """
     if suffix_of(path) in ("", ".mhd"):
         raise UserError(f"{path} cannot be written: expected a name that ends in .nii.gz, .nii, .mha or .nrrd")
+    if suffix_of(path) in NIFTI:
+        for other in NIFTI:
+            beside = path.with_name(scan_name(path) + other)
+            if other != suffix_of(path) and is_file(beside):
+                raise UserError(
+                    f"{path} would lie beside {beside.name}, and some programs read one in the place of the other: "
+                    f"expected "
+                    "another name or another folder"
+                )
 
 
-def _write(path: Path, image: sitk.Image) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     check_writable_format(path)
     suffix = suffix_of(path)
     partial = path.with_name(f".{scan_name(path)}.{os.getpid()}{suffix}")  # hidden: `find_scans` must not see it
     try:
-        with itk_errors(path, "written: see that the disk has room and the folder lets you write"):
+        runtime.silence_itk()
+        with one_line(path, "written: see that the disk has room and the folder lets you write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            sitk.WriteImage(image, str(partial), useCompression=True)
+            write(partial)
             os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.files import full_path
 from autocontext_jax.images import scans
+from autocontext_jax.images.checks import numbers
 from autocontext_jax.images.in_memory import Image, as_image, image_of_array
-from autocontext_jax.images.itk import numbers
 from autocontext_jax.inference.model_card import model_card
 from autocontext_jax.inference.model_file import (
     SUFFIX,
@@ -68,23 +68,27 @@ class Model:
         spacing: Sequence[float] | None = None,
         direction: Sequence[Sequence[float]] | None = None,
         probabilities: bool = False,
+        series: str | None = None,
         output: str | Path | None = None,
         progress: bool = True,
     ) -> Any:
         """The mask of a CT scan, on the scan's own grid.
 
         Args:
-          scan: a path of a scan file or of a folder with one DICOM series; a `SimpleITK.Image`; or an array [D, H, W].
+          scan: a path of a scan file or of a folder with a DICOM series; a `SimpleITK.Image`; or an array [D, H, W].
             Values are HU.
           spacing: of an array: mm along its axes, (z, y, x).
           direction: of an array: [3, 3], column j is the unit vector of the array's axis j, rows are the patient's axes
             (z, y, x), which point to superior, posterior and left. None means that the array's axes point there.
           probabilities: whether the softmax maps are returned too. They take 4 bytes for each voxel and class.
+          series: of a DICOM folder with several series: the number, description or identifier of one.
           output: file that the mask is written to: .nii.gz, .nii, .mha or .nrrd.
           progress: whether a bar on standard error shows the tiles that are done.
 
         Returns:
           The mask, uint8 with the values of `classes`: of an array an array [D, H, W], otherwise a `SimpleITK.Image`.
+          Of DICOM slices that a tilted gantry has shifted, or whose distances differ, it has one plane for each slice,
+          see `as_image`.
           With `probabilities` a pair of the mask and the maps, float32: an array [D, H, W, K], or a `SimpleITK.Image`
           with K values a voxel.
 
@@ -102,16 +106,18 @@ class Model:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            given = _read(scan, spacing, direction)
+            given = _read(scan, spacing, direction, series)
             self.check(given, "the scan")
             factors = self.description.levels.level_factors(given.spacing)
             if probabilities:
                 mask, maps = self._predictor.mask_and_maps(given.voxels, factors, progress=show)
-                images = [as_image(self._valued(mask), given.grid), as_image(maps, given.grid)]
+                mask = self._valued(mask)
+                images = [as_image(mask, given.grid), as_image(maps, given.grid)]
             else:
-                images = [as_image(self.mask(given, show), given.grid)]
+                mask = self.mask(given, show)
+                images = [as_image(mask, given.grid)]
         if target is not None:
-            scans.write_image(target, images[0])
+            scans.write_mask(target, mask, given.grid)
         made = images if isinstance(scan, str | Path | Image) else list(map(scans.array_of_image, images))
         return tuple(made) if probabilities else made[0]
 
@@ -236,11 +242,13 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     return dataclasses.replace(description, tiling=new), config
 
 
-def _read(scan: Any, spacing: Any, direction: Any) -> scans.Scan:
+def _read(scan: Any, spacing: Any, direction: Any, series: str | None) -> scans.Scan:
+    if series is not None and not isinstance(scan, str | Path):
+        raise UserError("series is given, but the scan is in memory; expected it with the path of a DICOM folder alone")
     if isinstance(scan, str | Path | Image):
         if spacing is not None or direction is not None:
             raise UserError("spacing or direction is given, but the scan has its own; expected them with arrays alone")
-        return scans.scan_of_image(scan) if isinstance(scan, Image) else scans.read_scan(full_path(scan))
+        return scans.scan_of_image(scan) if isinstance(scan, Image) else scans.read_scan(full_path(scan), series=series)
     if spacing is None:
         raise UserError("an array is given without its spacing; expected spacing=(z, y, x) in mm")
     return scans.scan_of_image(image_of_array(scan, spacing, direction))

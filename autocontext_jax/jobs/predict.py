@@ -11,23 +11,25 @@ from tqdm import tqdm
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
-from autocontext_jax.images.formats import FORMATS
+from autocontext_jax.images.finding import Source, find_scans
+from autocontext_jax.images.formats import suffix_of
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs.scan_pipeline import in_stages
 
 log = logging.getLogger(__name__)
 
-Job = tuple[Path, Path]  # a scan and where its mask goes
+Job = tuple[Source, Path]  # a scan and where its mask goes
 
 
-def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
-    """Writes the finest level's mask of one scan, a DICOM folder or each scan of a folder.
+def predict(load: Callable[[], Model], source: Path, target: Path, series: str | None = None) -> bool:
+    """Writes the finest level's mask of one scan, a DICOM series or each scan of a folder.
 
     Args:
       load: gives the model, once it is known that the masks can be written.
       source: a scan or a folder.
       target: for one scan a file to write, or a folder; for a folder of scans a folder, where each mask is named as its
-        scan. Missing folders are made.
+        scan, and lies in folders as the scan does. Missing folders are made.
+      series: which DICOM series, by number, description or identifier; None means all.
 
     Returns:
       False if scans of a folder could not be predicted: they are named at the end, the others are done.
@@ -35,9 +37,9 @@ def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
     Raises:
       UserError: as `scans` and `load` say.
     """
-    inputs = scans.find_scans(source)
-    many = source.is_dir() and inputs != [source]
-    outputs = [_output(path, target, many) for path in inputs]
+    inputs = find_scans(source, series=series)
+    many = source.is_dir() and [scan.path for scan in inputs] != [source]
+    outputs = [_output(scan, target, many) for scan in inputs]
     for path in outputs:
         scans.check_writable_format(path)
     twice = [path for path, count in collections.Counter(outputs).items() if count > 1]
@@ -45,7 +47,7 @@ def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
         raise UserError(
             f"{source} has several scans whose mask would be {twice[0]}; expected different names: rename one"
         )
-    overwritten = set(outputs) & {path.resolve() for path in inputs}
+    overwritten = set(outputs) & {scan.path.resolve() for scan in inputs}
     if overwritten:
         raise UserError(f"--output {target} would overwrite the input {overwritten.pop()}: choose another folder")
 
@@ -53,9 +55,9 @@ def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
     bad: list[str] = []
 
     def read(job: Job) -> scans.Scan:
-        path, _ = job
-        scan = scans.read_scan(path)
-        model.check(scan, str(path))
+        found, _ = job
+        scan = scans.read_scan(found.path, series=found.series)
+        model.check(scan, str(found))
         return scan
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
@@ -89,8 +91,8 @@ def predict(load: Callable[[], Model], source: Path, target: Path) -> bool:
     return not bad
 
 
-def _output(path: Path, target: Path, many: bool) -> Path:
+def _output(scan: Source, target: Path, many: bool) -> Path:
     """Where a scan's mask goes: the target itself if it names a scan file, else a NIfTI file in it."""
-    if not many and any(target.name.endswith(suffix) for suffix in FORMATS):
+    if not many and suffix_of(target):
         return target.resolve()
-    return (target / f"{scans.scan_name(path)}.nii.gz").resolve()
+    return (target / scan.name.with_name(f"{scan.name.name}.nii.gz")).resolve()

@@ -38,12 +38,14 @@ class Paths:
       workdir: the run folder.
       model: a model file in its place, for `predict`.
       source: what `predict` reads.
+      series: which DICOM series of it, where only one is read.
       target: what `predict` and `export` write.
     """
 
     workdir: Path
     model: Path | None = None
     source: Path = Path()
+    series: str | None = None
     target: Path | None = None
 
 
@@ -132,7 +134,7 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
     """The modes that only use a run."""
     if mode == "predict":
         assert paths.target is not None
-        return predict(lambda: load(config, paths, extensions), paths.source, paths.target)
+        return predict(lambda: load(config, paths, extensions), paths.source, paths.target, paths.series)
     workdir = paths.workdir
     config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":
