@@ -232,24 +232,19 @@ def _grid(path: Path, header: Any, size: tuple[int, int, int]) -> Grid:
     if not axes.min() > 1e-6 or not abs(np.linalg.det(affine[:3, :3] / axes)) > 1e-3:
         raise _not_placed(path)
     corners = np.array([[i, j, k, 1] for i in (0, size[0]) for j in (0, size[1]) for k in (0, size[2])], float).T
-    if len(placements) == 2:
-        other = placements["qform"]
-        if np.linalg.norm((affine - other) @ corners, axis=0).max() > _APART * axes.min():
-            log.warning(
-                "%s is placed twice, and differently: by its sform with the axes %s and the origin %s, by its qform "
-                "with %s "
-                "and %s (RAS, mm): the sform is used; if the qform is right, set sform_code to 0",
-                path, _axes(affine), numbers(affine[:3, 3]), _axes(other), numbers(other[:3, 3]),
-            )  # fmt: skip
-    if name == "sform":
-        if np.allclose(axes, np.abs(mm), rtol=1e-5, atol=0.0):
-            axes = np.abs(mm)  # without the rounding of the matrix
-        elif not np.allclose(axes, np.abs(mm), rtol=1e-3, atol=0.0):
-            log.warning(
-                "%s has the voxel size %s mm in pixdim and %s mm in its sform: the sform is used; if pixdim is right, "
-                "correct "
-                "the sform", path, numbers(mm), numbers(axes),
-            )  # fmt: skip
+    other = placements.get("qform", affine)
+    if np.linalg.norm((affine - other) @ corners, axis=0).max() > _APART * axes.min():
+        log.warning(
+            "%s is placed twice, and differently: by its sform with %s, by its qform with %s: the sform is used; if "
+            "the qform is right, set sform_code to 0", path, _placement(affine), _placement(other),
+        )  # fmt: skip
+    elif name == "sform" and not np.allclose(axes, np.abs(mm), rtol=1e-3, atol=0.0):
+        log.warning(
+            "%s has the voxel size %s mm in pixdim and %s mm in its sform: the sform is used; if pixdim is right, "
+            "correct the sform", path, numbers(mm), numbers(axes),
+        )  # fmt: skip
+    if name == "sform" and np.allclose(axes, np.abs(mm), rtol=1e-5, atol=0.0):
+        axes = np.abs(mm)  # without the rounding of the matrix
     scale = _MM.get(forms.units & 7, 1.0)
     matrix = (_LPS @ affine)[:3]
     direction = matrix[:, :3] / np.linalg.norm(matrix[:, :3], axis=0)
@@ -291,8 +286,10 @@ def _not_placed(path: Path) -> UserError:
     return UserError(f"{path} does not say where its voxels lie: expected a finite qform and sform; export it again")
 
 
-def _axes(affine: np.ndarray) -> str:
-    return "".join(nib.aff2axcodes(affine))
+def _placement(affine: np.ndarray) -> str:
+    """An affine to RAS as messages show it."""
+    axes, spacing = "".join(nib.aff2axcodes(affine)), np.linalg.norm(affine[:3, :3], axis=0)
+    return f"axes to {axes}, spacing {numbers(spacing)} and origin {numbers(affine[:3, 3])} mm"
 
 
 def _affine_of(grid: Grid) -> np.ndarray:

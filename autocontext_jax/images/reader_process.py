@@ -97,14 +97,13 @@ class _Process:
             self.end()
             raise UserError(
                 f"{path} is not read after {SECONDS + held / BYTES_A_SECOND:.0f} s: it is damaged, or on a disk that "
-                f"does "
-                "not answer; copy or export it again"
+                "does not answer; copy or export it again"
             )
         if not line.endswith(b"\n"):
             self.end()
             raise UserError(
-                f"{path} cannot be read: the library that reads it crashed or ran out of memory, so that it is probably "
-                "damaged; copy or export it again"
+                f"{path} cannot be read: the library that reads it crashed or ran out of memory; it is probably damaged: "
+                "copy or export it again"
             )
         answer: dict[str, Any] = json.loads(line)
         result = answer["result"] or {}
