@@ -151,7 +151,7 @@ def _read_voxels(path: Path, file: IO[bytes], header: Any, size: tuple[int, int,
     check_size(path, size)
     try:
         dtype = header.get_data_dtype()
-    except nib.spatialimages.HeaderDataError:
+    except (nib.spatialimages.HeaderDataError, KeyError):
         dtype = np.dtype("V1")
     if dtype.kind not in "iuf":
         raise UserError(

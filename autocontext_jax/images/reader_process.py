@@ -102,7 +102,7 @@ class _Process:
         if not line.endswith(b"\n"):
             self.end()
             raise UserError(
-                f"{path} cannot be read: the library that reads it crashed or ran out of memory; it is probably damaged: "
+                f"{path} cannot be read: the library that reads it crashed or ran out of memory: it is damaged: "
                 "copy or export it again"
             )
         answer: dict[str, Any] = json.loads(line)

@@ -128,7 +128,7 @@ def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, 
         if not strangers:  # otherwise the cast could overflow, and the array is not needed any more
             np.copyto(target, plane if plane.dtype.kind != "f" else np.rint(plane), casting="unsafe")
     if strangers:
-        found = ", ".join(f"{value:.9g} ({count} voxels)" for value, count in strangers.most_common(8))
+        found = ", ".join(f"{value:.6g} ({count} voxels)" for value, count in strangers.most_common(8))
         raise UserError(
             f"case {case}: {path} holds the label values {found}{', …' * (len(strangers) > 8)}; expected only "
             f"{', '.join(map(str, sorted(labels)))}: correct the mask or name its labels in dataset.json"
