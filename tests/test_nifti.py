@@ -264,3 +264,13 @@ def test_a_large_axis_makes_a_mask_of_version_2(tmp_path):
     with gzip.open(tmp_path / "a.nii.gz") as file:
         assert struct.unpack("<i", file.read(4)) == (540,)
     assert scans.read_scan(tmp_path / "a.nii.gz").voxels.shape == size
+
+
+def test_the_same_mask_is_the_same_file(tmp_path):
+    """No time of day is in it: a data set's checksums would change."""
+    for name in ("a.nii.gz", "b.nii.gz"):
+        scans.write_scan(tmp_path / name, np.zeros((4, 5, 6), np.int16), (1.0, 1.0, 1.0))
+    content = (tmp_path / "a.nii.gz").read_bytes()
+    assert content == (tmp_path / "b.nii.gz").read_bytes()
+    assert content[4:8] == bytes(4)
+    assert b"a.nii" not in content

@@ -87,7 +87,9 @@ def write_nifti(path: Path, stored: np.ndarray, grid: Grid, affine: np.ndarray |
     with path.open("wb") as file:
         packed = path.name.lower().endswith(".gz")
         with (
-            igzip.IGzipFile(fileobj=file, mode="wb", compresslevel=2) if packed else contextlib.nullcontext(file) as out
+            igzip.IGzipFile(fileobj=file, mode="wb", compresslevel=2, mtime=0)
+            if packed
+            else contextlib.nullcontext(file) as out
         ):
             image.to_file_map({"image": nib.FileHolder(fileobj=out)})
 
