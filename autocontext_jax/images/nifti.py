@@ -84,13 +84,10 @@ def write_nifti(path: Path, stored: np.ndarray, grid: Grid, affine: np.ndarray |
         if affine is None:
             header.set_qform(placed, 1)
     image = (nib.Nifti2Image if kind is nib.Nifti2Header else nib.Nifti1Image)(stored.T, None, header)
+    # Neither the name nor the time is written, so that the same image makes the same file.
     with path.open("wb") as file:
         packed = path.name.lower().endswith(".gz")
-        with (
-            igzip.IGzipFile(fileobj=file, mode="wb", compresslevel=2, mtime=0)
-            if packed
-            else contextlib.nullcontext(file) as out
-        ):
+        with igzip.IGzipFile("", "wb", fileobj=file, mtime=0) if packed else contextlib.nullcontext(file) as out:
             image.to_file_map({"image": nib.FileHolder(fileobj=out)})
 
 
