@@ -11,9 +11,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        # What it quotes may come from a broken file: a line end in a name must not make two lines of it.
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-        super().__init__(line if len(line) <= 4000 else f"{line[:4000]} …")
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text on one line: what it quotes may come from a broken file, and a name may hold a line end."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return line if len(line) <= 4000 else f"{line[:4000]} …"
 
 
 class InvalidField(ValueError):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import write_json
 from autocontext_jax.jobs import config_files as configuration
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, to_config_dict
 from autocontext_jax.jobs.restore import make_model
@@ -216,6 +217,14 @@ def test_a_written_config_is_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_run_folder_from_before_a_key_was_added_is_read(tmp_path):
+    configuration.write_config(changed(data__root="somewhere"), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_bytes())
+    del content["config"]["data"]["outside_paths"], content["checksum"]
+    write_json(tmp_path / "config.json", content)
+    assert configuration.read_config(tmp_path) == changed(data__root="somewhere")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -257,8 +266,8 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
 
 
 CHANGEABLE = {
-    "data__root": "elsewhere", "data__prepared": "there", "data__workers": 3, "data__cache_mib": 1,
-    "data__new_cases": "train", "loader__threads": 1, "loader__prefetch": 1, "predict__tile": 64,
+    "data__root": "elsewhere", "data__outside_paths": True, "data__prepared": "there", "data__workers": 3,
+    "data__cache_mib": 1, "data__new_cases": "train", "loader__threads": 1, "loader__prefetch": 1, "predict__tile": 64,
     "predict__overlap": 0.25, "predict__plane": 256, "predict__checkpoint": "latest", "train__steps": 5,
     "train__log_every": 1, "train__checkpoint_every": 2, "train__keep": 9, "train__deterministic": False,
 }  # fmt: skip
@@ -281,5 +290,8 @@ def test_inference_takes_the_runs_own_keys_but_those_it_may_change(tmp_path):
     # A config file given again without --config.data.root does not take the run's data set away.
     at = changed(data__root="/data", augmentation__flip=True)
     assert configuration.for_inference(changed(), at, tmp_path).data.root == "/data"
+    outside = changed(data__outside_paths=True, augmentation__flip=True)
+    assert configuration.for_inference(changed(), outside, tmp_path).data.outside_paths
+    assert configuration.for_inference(outside, at, tmp_path).data.outside_paths
     with pytest.raises(UserError, match=r"model\.base_channels \(the run has 32, given is 8\).*leave --config out"):
         configuration.for_inference(changed(model__base_channels=8), saved, tmp_path)

@@ -158,14 +158,14 @@ def test_bad_labels(nnunet, labels, part):
 
 def test_bad_labels_of_msd(msd):
     describe(msd, MSD, labels={"0": "background", "1": "artery", "2": "artery"})
-    refused(lambda: datasets.read_dataset(msd), "artery 2", "once each")
+    refused(lambda: datasets.read_dataset(msd), "labels 1 and 2", "artery", "once")
     describe(msd, MSD, labels={"0": "background", "one": "artery"})
     refused(lambda: datasets.read_dataset(msd), "'one'")
 
 
 def test_more_than_one_channel_of_nnunet(nnunet):
     touch(nnunet, "imagesTr/a_0001.nii.gz")
-    refused(lambda: datasets.read_dataset(nnunet), "case a", "a_0001.nii.gz", "further channel")
+    refused(lambda: datasets.read_dataset(nnunet), "case a", "a_0000.nii.gz, a_0001.nii.gz", "one channel")
     describe(nnunet, NNUNET, channel_names={"0": "CT", "1": "PET"})
     refused(lambda: datasets.read_dataset(nnunet), "2 channels (CT, PET)")
 
@@ -189,7 +189,7 @@ def test_nnunet_folders_and_ending(nnunet):
     describe(nnunet, NNUNET, file_ending=".png")
     refused(lambda: datasets.read_dataset(nnunet), "file_ending", ".png", ".nii.gz")
     describe(nnunet, NNUNET, file_ending=".mha")
-    refused(lambda: datasets.read_dataset(nnunet), "no training case")
+    refused(lambda: datasets.read_dataset(nnunet), '"file_ending" is ".mha"', "found a_0000.nii.gz, b_1_0000.nii.gz")
     describe(nnunet, NNUNET)
     (nnunet / "labelsTr").rename(nnunet / "labels")
     refused(lambda: datasets.read_dataset(nnunet), "no folder labelsTr")
@@ -208,8 +208,8 @@ def test_msd_lists(msd):
     describe(msd, MSD, training=[{"label": "labelsTr/a.nii.gz"}])
     refused(lambda: datasets.read_dataset(msd), 'lacks the key "image"')
     describe(msd, MSD, training={"image": "imagesTr/a.nii.gz"})
-    refused(lambda: datasets.read_dataset(msd), '"training" is a dict')
-    describe(msd, MSD, training=[])
+    refused(lambda: datasets.read_dataset(msd), '"training" is an object: expected a list')
+    describe(msd, MSD, training=[], test=[])
     refused(lambda: datasets.read_dataset(msd), "no training case")
     describe(msd, MSD)
     (msd / "labelsTr/a.nii.gz").unlink()

@@ -1,36 +1,42 @@
-"""Folder layouts -> lists of cases: nnU-Net v2 and the Medical Segmentation Decathlon (MSD).
+"""A data set's folder -> its classes and cases: nnU-Net v2 and the Medical Segmentation Decathlon (MSD).
 
-Nothing here opens a scan, and nothing is unpickled: a layout is its `dataset.json` and the names beside it.
+Nothing here opens a scan, and nothing is unpickled: a data set is its `dataset.json` and the files of `layouts.py`.
 """
 
+import collections
 import dataclasses
-import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocontext_jax.data.layouts import (
+    Case,
+    Root,
+    check_ending,
+    counted,
+    get,
+    listed_cases,
+    named_cases,
+    paired_cases,
+    read_description,
+    shown,
+    some,
+    visible,
+    warn_of_unlisted,
+)
 from autocontext_jax.errors import UserError
-from autocontext_jax.files import is_file
-from autocontext_jax.images.formats import FORMATS, scan_name
 
+log = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One patient's scan, and its label map where there is one.
-
-    Attributes:
-      name: of the case.
-      image: file of the scan.
-      label: file of the label map; None if there is none.
-      checksum: of both files' content, where it is known; "" elsewhere.
-    """
-
-    name: str
-    image: Path
-    label: Path | None
-    checksum: str = ""
+# Keys of dataset.json that a layout has: "relase" is how some data sets of MSD spell it.
+ABOUT = {
+    "name", "dataset_name", "description", "reference", "citation", "licence", "license", "release", "relase",
+    "tensorImageSize", "converted_by", "numTraining", "numTest", "labels", "modality", "training", "test",
+}  # fmt: skip
+NNUNET = ABOUT | {"channel_names", "file_ending", "dataset", "regions_class_order", "overwrite_image_reader_writer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,83 +56,156 @@ class Dataset:
     test: tuple[Case, ...]
 
 
-def read_dataset(root: str | os.PathLike) -> Dataset:
+def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dataset:
     """Lists the cases of a folder in the nnU-Net v2 or the MSD layout, told apart by the keys of its `dataset.json`.
+
+    Warns of keys that are not known, and of files that belong to no case.
+
+    Args:
+      root: the folder.
+      outside_paths: whether `dataset.json` may name files outside the folder.
 
     Raises:
       UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not 0..K-1 with
         background at 0; there are several channels; an image lacks its label or a label its image; a case is named
-        twice; a path leads out of the folder; there is no training case; there are not as many as the file says.
+        twice; a path leads out of the folder; there is no case; there are not as many as the file says.
     """
-    root = Path(root)
-    if not root.is_dir():
+    place = Root(Path(root), outside_paths)
+    if not place.folder.is_dir():
         raise UserError(f"{root} is not a folder: expected a data set in the nnU-Net v2 or the MSD layout")
-    path = root / "dataset.json"
-    if not path.is_file():
+    if not place.json.is_file():
         raise UserError(f"{root} has no dataset.json: expected a data set in the nnU-Net v2 or the MSD layout")
-    description = read_description(path)
+    description = read_description(place.json)
     if not isinstance(description, dict):
-        raise UserError(f"{path} holds a {type(description).__name__}: expected an object with the data set's keys")
+        raise UserError(f"{place.json} is {shown(description)}: expected an object with the data set's keys")
     if "channel_names" in description:
-        _one_channel(path, "channel_names", description)
-        labels = _labels(path, _get(path, description, "labels", dict))
-        training, test = _nnunet_cases(root, _get(path, description, "file_ending", str))
-        for key, folder, cases in (("numTraining", "imagesTr", training), ("numTest", "imagesTs", test)):
-            # Where image and label are both lost nothing else tells; without any training case, see below.
-            if training and description.get(key, len(cases)) != len(cases):
-                raise UserError(
-                    f'{path}: "{key}" is {description[key]!r}, and {root / folder} has {len(cases)} cases: bring the '
-                    "others back or correct the number"
-                )
+        dataset = _nnunet(place, description)
     elif "training" in description:
-        _one_channel(path, "modality", description)
-        labels = _labels(path, {str(name): value for value, name in _get(path, description, "labels", dict).items()})
-        training = _msd_cases(root, _get(path, description, "training", list), None)
-        test = _msd_cases(root, _get(path, description, "test", list) if "test" in description else [], "labelsTs")
+        dataset = _msd(place, description)
     else:
         raise UserError(
-            f'{path} has neither the key "channel_names" (nnU-Net v2) nor "training" (MSD): found '
+            f'{place.json} has neither the key "channel_names" (nnU-Net v2) nor "training" (MSD): found '
             f"{', '.join(description) or 'no key'}"
         )
-    names = [case.name for case in (*training, *test)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    _check_cases(dataset)
+    return dataset
+
+
+def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
+    """nnU-Net v2: labels by name; cases lie side by side, or the key "dataset" names their files."""
+    _one_channel(root.json, "channel_names", description)
+    labels = _labels(root.json, get(str(root.json), description, "labels", dict))
+    ending = get(str(root.json), description, "file_ending", str)
+    check_ending(root, ending)
+    _warn_of_keys(root, description, NNUNET)
+    if "dataset" in description:
+        training = named_cases(root, get(str(root.json), description, "dataset", dict))
+        warn_of_unlisted(root, 'its key "dataset" does not name them', training, ("imagesTr", "labelsTr"))
+        _warn_of_number(root, description, "numTraining", "dataset", training)
+    else:
+        for folder in ("imagesTr", "labelsTr"):
+            needed = visible(root.folder / "imagesTr") or not visible(root.folder / "imagesTs")
+            if needed and not (root.folder / folder).is_dir():
+                raise UserError(
+                    f"{root.folder} has no folder {folder}: expected the training cases' {folder.removesuffix('Tr')} "
+                    "there"
+                )
+        training = paired_cases(root, ending, "Tr")
+        _check_number(root, description, "numTraining", "imagesTr", training)
+        _warn_of_other_labels(root, description, training)
+    test = paired_cases(root, ending, "Ts")
+    _check_number(root, description, "numTest", "imagesTs", test)
+    return Dataset(root.folder, labels, training, test)
+
+
+def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
+    """MSD and nnU-Net v1: labels by value, cases in lists."""
+    _one_channel(root.json, "modality", description)
+    by_value = get(str(root.json), description, "labels", dict)
+    values: dict[str, str] = {}
+    for value, name in by_value.items():
+        if (other := values.setdefault(str(name), value)) != value:
+            raise UserError(f'{root.json}: the labels {other} and {value} are both "{name}": expected each name once')
+    labels = _labels(root.json, values)
+    _warn_of_keys(root, description, ABOUT)
+    training = listed_cases(root, "training", get(str(root.json), description, "training", list))
+    _warn_of_number(root, description, "numTraining", "training", training)
+    if "test" in description:
+        test = listed_cases(root, "test", get(str(root.json), description, "test", list), "labelsTs")
+        _warn_of_number(root, description, "numTest", "test", test)
+    else:
+        test = ()
+    warn_of_unlisted(root, "no list of it names them", (*training, *test))
+    return Dataset(root.folder, labels, training, test)
+
+
+def _check_cases(dataset: Dataset) -> None:
+    """What holds for the cases of every layout."""
+    cases = (*dataset.training, *dataset.test)
+    if not cases:
         raise UserError(
-            f"{root} names the case {twice[0]} more than once: expected each case once, in training or test"
+            f"{dataset.root} has no training case and no test case: expected images in imagesTr and their labels in "
+            "labelsTr"
         )
-    for case in training:
+    names = collections.Counter(case.name for case in cases)
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise UserError(
+            f"{dataset.root} names the case {twice[0]} more than once: expected each case once, in training or test"
+        )
+    for case in dataset.training:
         if case.label is None:
-            raise UserError(f"case {case.name}: {case.image} has no label: add it or move it away")
-    if not training:
-        raise UserError(f"{root} has no training case: expected images in imagesTr and their labels in labelsTr")
-    return Dataset(root, labels, training, test)
+            raise UserError(f"case {case.name}: {case.image} has no label: add it or take the case out")
+    first: dict[Path, str] = {}
+    if shared := [case for case in cases if first.setdefault(case.image, case.name) != case.name]:
+        pairs = (f"{first[case.image]} and {case.name}" for case in shared)
+        log.warning(
+            "%s: different cases have the same image, and may be trained on and scored: %s", dataset.root, some(pairs)
+        )
 
 
-def read_description(path: Path) -> Any:
-    """The JSON that a data set's folder has in a file.
-
-    Raises:
-      UserError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text: expected JSON in UTF-8") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        raise UserError(f"{path} holds what no data set needs ({error}): expected plain JSON") from None
+def _warn_of_keys(root: Root, description: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := [key for key in description if key not in known]:
+        log.warning("%s: these keys are not known and have no effect: %s", root.json, some(unknown))
 
 
-def _get(path: Path, description: Mapping[str, Any], key: str, kind: type) -> Any:
-    if key not in description:
-        raise UserError(f'{path} lacks the key "{key}": found {", ".join(description) or "none"}')
-    if not isinstance(value := description[key], kind):
-        raise UserError(f'{path}: "{key}" is a {type(value).__name__}: expected a {kind.__name__}')
-    return value
+def _check_number(root: Root, description: Mapping[str, Any], key: str, folder: str, cases: Sequence[Case]) -> None:
+    """Where image and label are both lost, nothing but the number tells."""
+    found, number = len(cases), description.get(key, len(cases))
+    if number == found:
+        return
+    if not isinstance(number, int):
+        raise UserError(f'{root.json}: "{key}" is {shown(number)}: expected a whole number, that of the cases, {found}')
+    raise UserError(
+        f'{root.json}: "{key}" is {number}, and {root.folder / folder} has {counted(found, "case")}: '
+        f"{'bring the others back' if number > found else 'take the others away'} or correct the number"
+    )
+
+
+def _warn_of_number(root: Root, description: Mapping[str, Any], key: str, lists: str, cases: Sequence[Case]) -> None:
+    """Where a list names every case, the list counts."""
+    number = description.get(key, len(cases))
+    if number not in (len(cases), len(description[lists])):  # the list may name hidden files, which are no cases
+        log.warning(
+            '%s: "%s" is %s, and "%s" names %s: no others are taken; correct the number, or name the others',
+            root.json, key, shown(number), lists, counted(len(cases), "case"),
+        )  # fmt: skip
+
+
+def _warn_of_other_labels(root: Root, description: Mapping[str, Any], training: Sequence[Case]) -> None:
+    """nnU-Net v2 does not read MSD's lists, which a data set may still have; they could name other files."""
+    entries = description.get("training")
+    listed = [entry.get("label") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    taken = {os.path.relpath(case.label, root.folder) for case in training if case.label}
+    other = [label for label in listed if isinstance(label, str) and os.path.normpath(label) not in taken]
+    if other:
+        log.warning(
+            '%s: with "channel_names" it is of nnU-Net v2, where the labels are those in labelsTr; the list "training" '
+            "names others, which are left out: %s", root.json, some(other),
+        )  # fmt: skip
 
 
 def _one_channel(path: Path, key: str, description: Mapping[str, Any]) -> None:
-    channels = _get(path, description, key, dict)
+    channels = get(str(path), description, key, dict)
     if len(channels) != 1:
         found = ", ".join(map(str, channels.values())) or "none"
         raise UserError(f'{path}: "{key}" has {len(channels)} channels ({found}): expected one, the CT')
@@ -151,69 +230,3 @@ def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
     if names[0].lower() != "background":
         raise UserError(f'{path}: label 0 is "{names[0]}": expected "background"')
     return ("background", *(names[value] for value in range(1, len(names))))
-
-
-def _nnunet_cases(root: Path, ending: str) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Pairs imagesTr/<case>_0000<ending> with labelsTr/<case><ending>, and the same of Ts."""
-    if ending not in FORMATS:
-        raise UserError(f'{root / "dataset.json"}: "file_ending" is "{ending}": expected one of {", ".join(FORMATS)}')
-    for folder in ("imagesTr", "labelsTr"):
-        if not (root / folder).is_dir():
-            raise UserError(f"{root} has no folder {folder}: expected the training cases' images and labels there")
-    training = _nnunet_pairs(root / "imagesTr", root / "labelsTr", ending)
-    return training, _nnunet_pairs(root / "imagesTs", root / "labelsTs", ending)
-
-
-def _nnunet_pairs(images: Path, labels: Path, ending: str) -> tuple[Case, ...]:
-    found = {}
-    for path in _visible(images, ending):
-        name, _, channel = path.name.removesuffix(ending).rpartition("_")
-        if not name or not re.fullmatch(r"\d{4}", channel):
-            raise UserError(f"{path} is not named as nnU-Net's images: expected <case>_0000{ending}")
-        if channel != "0000":
-            raise UserError(f"case {name}: {path} is a further channel: expected one, the CT (_0000)")
-        found[name] = path
-    truth = {path.name.removesuffix(ending): path for path in _visible(labels, ending)}
-    if orphans := sorted(truth.keys() - found.keys()):
-        raise UserError(
-            f"case {orphans[0]}: {truth[orphans[0]]} has no image: expected {images / orphans[0]}_0000{ending}, or no "
-            "label"
-        )
-    return tuple(Case(name, found[name], truth.get(name)) for name in sorted(found))
-
-
-def _visible(folder: Path, ending: str) -> list[Path]:
-    """Files by their ending, but for hidden ones: macOS leaves "._" files that are no scans."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
-
-
-def _msd_cases(root: Path, entries: Sequence[Any], labels: str | None) -> tuple[Case, ...]:
-    """Cases of one of MSD's lists: {"image": path, "label": path}, or a path, whose label may lie in `labels`."""
-    cases = []
-    for entry in entries:
-        parts = entry if isinstance(entry, dict) else {"image": entry}
-        image = _inside(root, _get(root / "dataset.json", parts, "image", str))
-        if image.name.startswith("."):
-            continue
-        name = scan_name(image)
-        if not is_file(image):
-            raise UserError(f"case {name}: {image} does not exist: add the image or take it out of dataset.json")
-        label = None
-        if "label" in parts:
-            label = _inside(root, parts["label"])
-            if not is_file(label):
-                raise UserError(f"case {name}: its label {label} does not exist: add it or take the case out")
-        elif labels and is_file(root / labels / image.name):
-            label = root / labels / image.name
-        cases.append(Case(name, image, label))
-    return tuple(sorted(cases, key=lambda case: case.name))
-
-
-def _inside(root: Path, relative: Any) -> Path:
-    """A path of dataset.json, kept inside the folder; by its words, so that imagesTr may be a link to another disk."""
-    path = os.path.normpath(str(relative))
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        raise UserError(f'{root / "dataset.json"} names "{relative}": expected a path inside {root}')
-    return root / path

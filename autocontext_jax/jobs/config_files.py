@@ -17,12 +17,14 @@ FORMAT = 3  # of config.json
 
 # Keys that a later start of a run may change: they change neither the parameters' shapes nor the sequence of batches.
 CHANGEABLE = (
-    "data.root", "data.prepared", "data.workers", "data.cache_mib", "data.new_cases", "loader.threads",
-    "loader.prefetch", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep", "train.non_finite",
-    "train.deterministic", "predict.", "evaluate.", "export.", "experiment", "mesh.",
+    "data.root", "data.outside_paths", "data.prepared", "data.workers", "data.cache_mib", "data.new_cases",
+    "loader.threads", "loader.prefetch", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep",
+    "train.non_finite", "train.deterministic", "predict.", "evaluate.", "export.", "experiment", "mesh.",
 )  # fmt: skip
 # Keys that prediction and evaluation take from the command line; the others are the run's own.
-INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.workers")
+INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_paths", "data.workers")
+# Keys that came since the format, with what runs before them did.
+ADDED = {"data.outside_paths": False}
 # Keys that prediction and evaluation depend on: a config file that contradicts the run in one of them is refused.
 MODEL = ("levels.", "model.", "pyramid.")
 
@@ -60,9 +62,13 @@ def read_config(workdir: Path) -> RunConfig | None:
     path = workdir / "config.json"
     if not path.exists():
         return None
-    saved = read_json(path, FORMAT)
+    saved = read_json(path, FORMAT).get("config")
+    for key, value in ADDED.items():
+        section, name = key.split(".")
+        if isinstance(saved, dict) and isinstance(saved.get(section), dict):
+            saved[section].setdefault(name, value)
     try:
-        return config_from_dict(saved.get("config"))
+        return config_from_dict(saved)
     except UserError as error:
         raise UserError(f"{path}: {error}: choose another --workdir, or bring the file back") from None
 
@@ -97,7 +103,7 @@ def for_inference(given: RunConfig, saved: RunConfig, workdir: Path) -> RunConfi
     values = as_dict(saved)
     for key, value in flat_keys(as_dict(given)).items():
         # A config file that names no data set does not take the run's own away.
-        if key.startswith(INFERENCE) and (key, value) != ("data.root", ""):
+        if key.startswith(INFERENCE) and (key, value) not in (("data.root", ""), ("data.outside_paths", False)):
             _set(values, key, value)
     return config_from_dict(values)
 

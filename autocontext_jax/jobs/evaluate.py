@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.layouts import counted
 from autocontext_jax.data.split import Split, content_checksum
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics, pictures, report
@@ -26,7 +27,7 @@ from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import chosen_step, restore_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import RunData, counted, known_split, read_data
+from autocontext_jax.jobs.run_folder import RunData, known_split, read_data
 from autocontext_jax.jobs.scan_pipeline import in_stages
 from autocontext_jax.sections import as_dict
 
@@ -82,11 +83,16 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions
 
     def read() -> tuple[Dataset, Split, np.ndarray]:
         split = known_split(workdir)
-        dataset = read_dataset(Path(config.evaluate.root).expanduser())
+        dataset = read_dataset(Path(config.evaluate.root).expanduser(), outside_paths=config.data.outside_paths)
         return dataset, split, label_mapping(dataset, split.classes, config.evaluate.label_mapping)
 
     dataset, split, numbers = processes.agree(read)
     cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
+    if not cases:
+        raise UserError(f"data set {dataset.root} has no case with a label: expected labels in labelsTs or labelsTr")
+    if len(cases) < len(dataset.training) + len(dataset.test):
+        unlabelled = [case.name for case in dataset.test if case.label is None]
+        log.warning("%s: test cases without a label are not scored: %s", dataset.root, ", ".join(unlabelled))
 
     def cases_are(number: int) -> str:
         return f"{counted(number, 'labelled case')} of {dataset.root.resolve().name}"

@@ -24,6 +24,7 @@ class DataConfig:
 
     Attributes:
       root: the data set's folder, in the layout of nnU-Net v2 or of the Medical Segmentation Decathlon.
+      outside_paths: whether `dataset.json` may name files outside that folder; otherwise one line refuses it.
       prepared: where prepared cases go; "" is `prepared/` in the run folder. Runs of equal `levels` can share one.
       validation_fraction: share of the training cases held out for validation.
       splits: a file of folds (nnU-Net's splits_final.json) that says it instead.
@@ -35,6 +36,7 @@ class DataConfig:
     """
 
     root: str = ""
+    outside_paths: bool = False
     prepared: str = ""
     validation_fraction: float = 0.1
     splits: str = ""

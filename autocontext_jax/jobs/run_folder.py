@@ -13,6 +13,7 @@ from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
 from autocontext_jax.data.fingerprint import Fingerprint, fingerprint
+from autocontext_jax.data.layouts import counted
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.split import (
     FORMAT,
@@ -87,11 +88,13 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
     Raises:
       UserError: the data set cannot be read; cases of the split are lost; its classes have changed.
     """
+    read = []  # once, since reading warns
 
     def prepare() -> None:
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
         dataset = _read_dataset(config, workdir, generate=True)
+        read.append(dataset)
         known = read_split(workdir)
         split = _first_split(config, dataset) if known is None else _checked(config, dataset, known, workdir)
         if split != known:
@@ -102,7 +105,8 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
     processes.first_does(prepare)
     split = read_split(workdir)
     assert split is not None
-    return RunData(_read_dataset(config, workdir), split, read_fingerprint(workdir), _store(config, workdir))
+    dataset = read.pop() if read else _read_dataset(config, workdir)
+    return RunData(dataset, split, read_fingerprint(workdir), _store(config, workdir))
 
 
 def read_data(config: RunConfig, workdir: Path) -> RunData:
@@ -169,10 +173,16 @@ def _read_dataset(config: RunConfig, workdir: Path, *, generate: bool = False) -
         )
     elif not config.data.root and not config.phantom.training:
         raise UserError("config key data.root is empty; expected the folder of the data set: --config.data.root=FOLDER")
-    return read_dataset(root)
+    return read_dataset(root, outside_paths=config.data.outside_paths)
 
 
 def _first_split(config: RunConfig, dataset: Dataset) -> Split:
+    if not dataset.training:
+        raise UserError(
+            f"data set {dataset.root} has no training case, only test cases: expected images in imagesTr and their "
+            "labels in labelsTr to train on; a trained run scores it by --mode evaluate "
+            f"--config.evaluate.root={dataset.root}"
+        )
     if config.data.splits:
         training, validation = read_fold(dataset.training, Path(config.data.splits), config.data.fold)
     else:
@@ -220,7 +230,8 @@ def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> 
         raise UserError(
             f"data set {dataset.root} lacks {_some(changes.lost)}, which {workdir / 'split.json'} names: bring "
             f"{'it' if len(changes.lost) == 1 else 'them'} back, name the folder that has "
-            f"{'it' if len(changes.lost) == 1 else 'them'} (--config.data.root=FOLDER), or start in another --workdir"
+            f"{'it' if len(changes.lost) == 1 else 'them'} (--config.data.root=FOLDER), or start in another --workdir; "
+            "--mode evaluate scores another data set by --config.evaluate.root=FOLDER"
         )
     if changes.classes:
         raise UserError(
@@ -233,8 +244,3 @@ def _some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number with its noun: "1 case", "2 cases"."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
