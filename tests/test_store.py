@@ -327,16 +327,15 @@ def test_finest_spacing_holds_for_every_scanner():
 
 def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
     root = str(tmp_path / "store")
-    empty, good = write_case(tmp_path, "empty", organs=False), write_case(tmp_path, "good")
+    small, good = write_case(tmp_path, "small", organs=False), write_case(tmp_path, "good")
+    scans.write_scan(small.label, np.zeros((5, 5, 5), np.uint8), SPACING, ORIGIN)
     unlabelled, lost = Case("unlabelled", good.image, None), Case("lost", tmp_path / "lost.nii.gz", good.label)
     done: list[str] = []
-    cases = [empty, unlabelled, good, lost]
+    cases = [small, unlabelled, good, lost]
     bad = preparation.prepare_cases(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)
-    assert sorted(done) == ["empty", "good", "lost", "unlabelled"]
-    assert [case for case, _ in bad] == [empty, unlabelled, lost]
-    for (case, message), expected in zip(
-        bad, ("none of the 0 labelled voxels", "no label", "lost.nii.gz"), strict=True
-    ):
+    assert sorted(done) == ["good", "lost", "small", "unlabelled"]
+    assert [case for case, _ in bad] == [small, unlabelled, lost]
+    for (case, message), expected in zip(bad, ("5", "no label", "lost.nii.gz"), strict=True):
         assert message.startswith(f"case {case.name}: ")
         assert expected in message
     assert not preparation.prepare_case(good, root, SETTINGS, LABELS)  # it is there

@@ -31,10 +31,11 @@ from autocontext_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Keys of dataset.json that a layout has: "relase" is how some data sets of MSD spell it.
+# Keys that dataset.json may have: "relase" is how some data sets of MSD spell it, "phantom" is of generated scans.
 ABOUT = {
     "name", "dataset_name", "description", "reference", "citation", "licence", "license", "release", "relase",
     "tensorImageSize", "converted_by", "numTraining", "numTest", "labels", "modality", "training", "test",
+    "phantom",
 }  # fmt: skip
 NNUNET = ABOUT | {"channel_names", "file_ending", "dataset", "regions_class_order", "overwrite_image_reader_writer"}
 

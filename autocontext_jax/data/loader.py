@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from autocontext_jax.data.augment import Augment, make_augment
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
-from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_anywhere, draw_entry
+from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_centre
 from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import require
@@ -31,7 +31,7 @@ class LoaderConfig:
       sampling: how a patch's centre is drawn: `foreground`, uniformly over all foreground voxels, as in the paper; or
         `classes`, uniformly over the classes and then over the class's voxels, so that small ones are seen as often.
       background_fraction: share of the patches whose centre is drawn from the whole scan instead. What lies far from
-        every class is seen in no other way, and could be taken for one.
+        every class is seen in no other way, and could be taken for one. Of a case without any class all are.
       threads: that read ahead; TensorStore decodes in threads of its own.
       prefetch: batches read ahead.
     """
@@ -186,16 +186,20 @@ def host_batches(
 
     def draw(numbers: np.ndarray, rng: np.random.Generator) -> list[tuple[PreparedCase, Triple, Margins]]:
         # Every process draws for the whole batch, so that the sequence does not depend on how many there are.
-        drawn = []
-        for number in numbers:
-            entry = draw_entry(cases[number].foreground_offsets, rng, sampling=config.sampling)
-            drawn.append(
-                (number, entry, draw_anywhere(cases[number].shapes[-1], rng, share=config.background_fraction))
+        centres = [
+            draw_centre(
+                cases[number].foreground_offsets,
+                cases[number].shapes[-1],
+                rng,
+                sampling=config.sampling,
+                background_fraction=config.background_fraction,
             )
-        own = drawn[rows or slice(None)]
+            for number in numbers
+        ]
+        own = list(zip(numbers, centres, strict=True))[rows or slice(None)]
         return [
-            (cases[number], cases[number].foreground_voxel(entry) if voxel is None else voxel, margins[number])
-            for number, entry, voxel in own
+            (cases[number], cases[number].foreground_voxel(at) if isinstance(at, int) else at, margins[number])
+            for number, at in own
         ]
 
     def read(index: int, crops: list[tuple[PreparedCase, Triple, Margins]]) -> dict[str, Any]:

@@ -6,10 +6,13 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
-from autocontext_jax.data.datasets import Case
+import numpy as np
+
+from autocontext_jax.data.layouts import Case, counted, some
 from autocontext_jax.data.split import content_checksum
 from autocontext_jax.data.store.format import FORMAT, read_attributes
 from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.data.workers import WorkerDiedError, in_processes
 from autocontext_jax.errors import UserError
@@ -31,7 +34,7 @@ def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ..
       True if written, False if it was there.
 
     Raises:
-      UserError: the case has no label; a file cannot be read (see `scans`); no labelled voxel reaches the finest level.
+      UserError: the case has no label; a file cannot be read (see `scans`).
     """
     if case.label is None:
         raise UserError(f"case {case.name}: {case.image} has no label: add one or leave the case out of training")
@@ -95,6 +98,30 @@ def prepare_cases(
             f"prepare: the system ended one of {workers} workers, likely for want of memory: run again with fewer"
         ) from None
     return [(case, bad[case.name]) for case in cases if case.name in bad]
+
+
+def check_classes(cases: Sequence[Case], root: str, labels: tuple[str, ...], dataset: str) -> None:
+    """Looks at what the prepared training cases hold; warns of cases without any class and of classes without any case.
+
+    Args:
+      cases: prepared, those to train on.
+      root: folder or URL of the store.
+      labels: [K] names, background first.
+      dataset: name of the data set, for messages.
+
+    Raises:
+      UserError: no case holds a labelled voxel.
+    """
+    voxels = np.array([np.diff(PreparedCase.open(root, case.name).foreground_offsets) for case in cases])
+    if not voxels.any():
+        raise UserError(
+            f"data set {dataset}: in its {counted(len(cases), 'training case')} no voxel is labelled at the finest "
+            f"level: expected at least one of {some(labels[1:])}: correct the labels, or choose finer levels"
+        )
+    if empty := [case.name for case, has in zip(cases, voxels, strict=True) if not has.any()]:
+        log.warning("%s: no class is labelled in these cases, trained on as background: %s", dataset, some(empty))
+    if absent := [name for name, has in zip(labels[1:], voxels.T, strict=True) if not has.any()]:
+        log.warning("%s: no training case has these classes, which cannot be learned: %s", dataset, some(absent))
 
 
 def _digest(case: Case, grids: LevelGrids, labels: tuple[str, ...]) -> str:

@@ -28,11 +28,32 @@ def case_batches(cases: int, batch: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(2**62).map(draw)
 
 
+def draw_centre(
+    offsets: Sequence[int], shape: Triple, rng: np.random.Generator, *, sampling: str, background_fraction: float
+) -> int | Triple:
+    """Where a patch of a case has its centre.
+
+    Args:
+      offsets: [K], as `draw_entry` takes them; all are 0 where the case has no foreground.
+      shape: voxels of the case's finest level.
+      rng: always gives six numbers.
+      sampling: see `loader.LoaderConfig`.
+      background_fraction: see `loader.LoaderConfig`; a case without foreground is drawn from anywhere.
+
+    Returns:
+      The number of an entry of the foreground list, or a voxel (z, y, x).
+    """
+    empty = offsets[-1] == 0
+    entry = draw_entry((0, 1) if empty else offsets, rng, sampling=sampling)
+    voxel = draw_anywhere(shape, rng, share=1.0 if empty else background_fraction)
+    return entry if voxel is None else voxel
+
+
 def draw_entry(offsets: Sequence[int], rng: np.random.Generator, *, sampling: str) -> int:
     """Number of a random entry of a case's foreground list.
 
     Args:
-      offsets: [K], where class k's entries are offsets[k - 1] ... offsets[k] - 1.
+      offsets: [K], where class k's entries are offsets[k - 1] ... offsets[k] - 1; there must be one.
       rng: always gives two numbers, whatever the case, so that other draws do not depend on this case's contents.
       sampling: see `loader.LoaderConfig`.
 

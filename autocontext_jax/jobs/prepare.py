@@ -20,7 +20,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
     Of files that have not changed since `split.json` was written nothing is read.
 
     Raises:
-      UserError: names every case that cannot be prepared; the others are.
+      UserError: names every case that cannot be prepared, the others are; or no training case has a labelled voxel.
     """
     data = open_data(config, workdir)
     cases = processes.mine([*data.training, *data.validation])
@@ -43,4 +43,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
             log.error("%s", message)
         count = len(data.training) + len(data.validation)
         raise UserError(f"{messages[-1]} ({len(messages)} of {count} cases cannot be prepared)")
+    processes.first_does(
+        lambda: preparation.check_classes(data.training, data.store, data.classes, str(data.dataset.root))
+    )
     return data

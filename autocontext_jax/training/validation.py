@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from autocontext_jax.data.loader import Margins, read_batch
-from autocontext_jax.data.sampling import draw_entry
+from autocontext_jax.data.sampling import draw_anywhere, draw_entry
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.training.dice import class_dice, mean_dice
 from autocontext_jax.training.sharding import place
@@ -27,7 +27,8 @@ def validation_batches(
     spatial_dims: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Fixed patches, as `loader.read_batch` gives them; the classes are drawn equally often.
+    """Fixed patches, as `loader.read_batch` gives them; the classes are drawn equally often; a case
+    without any class is drawn from anywhere.
 
     Args:
       cases: held out; without any there are no batches.
@@ -45,8 +46,12 @@ def validation_batches(
     crops = []
     for number in range(-(-patches // batch_size) * batch_size):
         case = cases[number % len(cases)]
-        entry = draw_entry(case.foreground_offsets, rng, sampling="classes")
-        crops.append((case, case.foreground_voxel(entry), margins))
+        centre = None
+        if not case.foreground_offsets[-1]:
+            centre = draw_anywhere(case.shapes[-1], rng, share=1.0)
+        if centre is None:
+            centre = case.foreground_voxel(draw_entry(case.foreground_offsets, rng, sampling="classes"))
+        crops.append((case, centre, margins))
     batches = [crops[start : start + batch_size] for start in range(0, len(crops), batch_size)]
     return [read_batch(some, patch_size, margins, spatial_dims) for some in batches]
 

@@ -63,7 +63,7 @@ class PreparedCase:
       spacing: mm of the finest level, (z, y, x).
       factors: [S] native voxels per voxel along (z, y, x), coarsest level first.
       shapes: [S] voxels (z, y, x), coarsest level first.
-      foreground_offsets: [K]; entries [k - 1] to [k] of the foreground are the voxels of class k.
+      foreground_offsets: [K]; entries [k - 1] to [k] of the foreground are the voxels of class k; none if all are 0.
       cache_bytes: most memory for decompressed chunks, shared by all cases of this process that have the same number
         here: what is read often stays, whichever case it is of.
     """
@@ -96,7 +96,7 @@ class PreparedCase:
             spacing = times(_three(float, ours["native"]["spacing"]), factors[-1])
             whole = all(isinstance(label, str) for label in labels) and len(shapes) == len(factors)
             whole &= all(0 < size < 2**32 for shape in shapes for size in shape)
-            whole &= len(offsets) == len(labels) and [0, *offsets] == sorted([0, *offsets]) and offsets[-1] > 0
+            whole &= len(offsets) == len(labels) and [0, *offsets] == sorted([0, *offsets])
             whole &= bool(np.isfinite(spacing).all()) and all(0 < f < 1e9 for row in (spacing, *factors) for f in row)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError):
             whole = False

@@ -1,6 +1,7 @@
 """Writes a prepared case from a scan's voxels and labels; the files are described in `format.py`."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import tensorstore as ts
 
 from autocontext_jax.data import resampling
+from autocontext_jax.data.layouts import counted
 from autocontext_jax.data.store.format import (
     CHUNK,
     FORMAT,
@@ -21,7 +23,8 @@ from autocontext_jax.data.store.format import (
     storage_errors,
 )
 from autocontext_jax.data.store.level_grids import AIR, LevelGrids, Triple, times
-from autocontext_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def write_case(
@@ -37,7 +40,8 @@ def write_case(
     direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     digest: str = "",
 ) -> None:
-    """Writes one case's levels; an older case of this name is replaced.
+    """Writes one case's levels; an older case of this name is replaced. A label may be background alone;
+    a class that is too small for the finest level's grid is named in a warning.
 
     Args:
       root: folder or URL of the store.
@@ -52,18 +56,14 @@ def write_case(
       digest: says what the case was made from; recorded only.
 
     Raises:
-      UserError: no labelled voxel is left at the finest level; the store cannot be written.
+      UserError: the store cannot be written.
     """
     factors = grids.level_factors(spacing)
     masks = [resampling.downsample_label(label, level, len(classes)) for level in factors]
     images = [resampling.downsample_image(voxels, level) for level in factors]
     foreground = np.flatnonzero(masks[-1])
     numbers = masks[-1].ravel()[foreground]
-    if not foreground.size:
-        raise UserError(
-            f"case {name}: none of the {np.count_nonzero(label)} labelled voxels of its label is left at the "
-            f"finest level's {times(spacing, factors[-1])} mm: correct the label or leave the case out"
-        )
+    _warn_of_lost_classes(name, label, masks[-1], classes, times(spacing, factors[-1]))
     arrays = {"foreground/": foreground[np.argsort(numbers, kind="stable")].astype(np.uint32)}
     for level, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
         arrays |= {f"level_{level}/": image, f"labels/classes/level_{level}/": mask}
@@ -81,6 +81,21 @@ def write_case(
     }
     with storage_errors(root, name, "written", "see that the disk has room and the folder lets you write"):
         _write(case_url(root, name), arrays, groups)
+
+
+def _warn_of_lost_classes(name: str, label: np.ndarray, finest: np.ndarray, classes: Sequence[str], mm: Triple) -> None:
+    """Names the classes that are too small for the finest level's grid."""
+    if finest is label:
+        return
+    native, left = np.zeros((2, len(classes)), np.int64)
+    for mask, counts in ((label, native), (finest, left)):
+        for plane in mask:  # a plane at a time: counting takes 8 bytes a voxel
+            counts += np.bincount(plane.ravel(), minlength=len(classes))
+    for number in np.flatnonzero((native > 0) & (left == 0)).tolist():
+        log.warning(
+            "case %s: %s has %s, and none is left at the finest level's %s mm",
+            name, classes[number], counted(int(native[number]), "voxel"), " × ".join(f"{length:g}" for length in mm),
+        )  # fmt: skip
 
 
 def _write(url: str, arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any]) -> None:
@@ -108,7 +123,7 @@ def _write_array(url: str, array: np.ndarray) -> Any:
         "codecs": [little, blosc, {"name": "crc32c"}],
         "index_codecs": [little, {"name": "crc32c"}],
     }
-    file = [min(shard, -(-size // chunk) * chunk) for size in array.shape]
+    file = [min(shard, max(1, -(-size // chunk)) * chunk) for size in array.shape]
     metadata = {
         "shape": array.shape,
         "data_type": array.dtype.name,
