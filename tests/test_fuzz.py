@@ -107,6 +107,12 @@ ONCE_FAILED = {
         "two lines: a label's name": ("dataset.json", node("labels", value={"a\nb": 0, "c": 1})),
         "not UTF-8": ("dataset.json", whole(b"\xff\xfe{}")),
     },
+    "dataset.json nnU-Net, files named": {
+        "OSError: a name of 5000 letters": ("dataset.json", node("dataset", "a", "label", value="a" * 5000)),
+        "a name with a zero byte": ("dataset.json", node("dataset", "a", "label", value="/a\0b")),
+        "a name with half a character": ("dataset.json", node("dataset", "a", "images", 0, value="/\ud800")),
+        "two lines: a case's name": ("dataset.json", node("dataset", value={"a\nb": 3})),
+    },
     "dataset.json MSD": {
         "OSError: a name of 5000 letters": ("dataset.json", node("training", 0, "image", value="a" * 5000)),
         "a name with a zero byte": ("dataset.json", node("training", 0, "image", value="a\0b")),

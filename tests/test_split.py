@@ -63,6 +63,8 @@ def test_split_from_file(tmp_path):
         refused(lambda fold=fold: read_fold(cases, path, fold), f"no fold {fold}", "its 2")
     refused(lambda: read_fold(cases[1:], path, 1), "'c00'", "fold 1")
     refused(lambda: read_fold(cases, tmp_path / "gone.json", 0), "gone.json does not exist")
+    path.write_text("[]", encoding="utf-8")
+    refused(lambda: read_fold(cases, path, 0), path, "has no fold: expected")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_split_from_file(tmp_path):
         ('[{"train": ["c00"]}]', 'lacks the key "val"'),
         ('[{"train": "c00", "val": []}]', '"train" is not a list'),
         ('[{"train": ["c00", "c01"], "val": ["c01"]}]', "c01 is in both"),
-        ('[{"train": [["c00"]], "val": []}]', "not in the data set"),
+        ('[{"train": [["c00"]], "val": []}]', "1 name of no training case of the data set"),
     ],
 )
 def test_bad_split_files(tmp_path, content, part):

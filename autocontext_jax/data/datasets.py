@@ -155,7 +155,10 @@ def _check_cases(dataset: Dataset) -> None:
         )
     for case in dataset.training:
         if case.label is None:
-            raise UserError(f"case {case.name}: {case.image} has no label: add it or take the case out")
+            raise UserError(
+                f'case {case.name}: "training" in {dataset.root / "dataset.json"} names no label of {case.image}: '
+                'expected {"image": path, "label": path}, or the case taken out'
+            )
     first: dict[Path, str] = {}
     if shared := [case for case in cases if first.setdefault(case.image, case.name) != case.name]:
         pairs = (f"{first[case.image]} and {case.name}" for case in shared)
@@ -196,8 +199,12 @@ def _warn_of_other_labels(root: Root, description: Mapping[str, Any], training: 
     """nnU-Net v2 does not read MSD's lists, which a data set may still have; they could name other files."""
     entries = description.get("training")
     listed = [entry.get("label") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    taken = {os.path.relpath(case.label, root.folder) for case in training if case.label}
-    other = [label for label in listed if isinstance(label, str) and os.path.normpath(label) not in taken]
+    taken = {os.path.abspath(case.label) for case in training if case.label}
+    other = [
+        label
+        for label in listed
+        if isinstance(label, str) and os.path.abspath(os.path.join(root.folder, label)) not in taken
+    ]
     if other:
         log.warning(
             '%s: with "channel_names" it is of nnU-Net v2, where the labels are those in labelsTr; the list "training" '
@@ -222,12 +229,18 @@ def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
             )
         if name == "ignore":
             raise UserError(f'{path}: label "ignore" ({value}) is not supported: expected every voxel labelled')
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
             raise UserError(f'{path}: label "{name}" has the value {value!r}: expected a whole number from 0')
         names[int(value)] = name
-    if sorted(names) != list(range(len(values))) or not 2 <= len(values) <= 256:
+    if sorted(names) == [0]:
+        raise UserError(f"{path}: the only label is {names[0]} 0: expected one or more beside the background")
+    if len(values) > 256:
+        raise UserError(f"{path} has {len(values)} labels: expected at most 256, background included")
+    if sorted(names) != list(range(len(values))) or not values:
         found = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise UserError(f"{path}: labels are {found or 'none'}: expected the values 0, 1, 2, ... once each, up to 255")
+        raise UserError(f"{path}: labels are {found or 'none'}: expected the values 0, 1, 2, ... once each")
     if names[0].lower() != "background":
         raise UserError(f'{path}: label 0 is "{names[0]}": expected "background"')
     return ("background", *(names[value] for value in range(1, len(names))))

@@ -92,6 +92,8 @@ def read_description(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text: expected JSON in UTF-8") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
@@ -198,10 +200,17 @@ def _with_ending(folder: Path, ending: str) -> list[Path]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder but for hidden files: macOS leaves "._" files that are no scans."""
+    """What lies in a folder but for hidden files: macOS leaves "._" files that are no scans.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def named_cases(root: Root, entries: Mapping[str, Any]) -> tuple[Case, ...]:

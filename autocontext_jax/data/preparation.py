@@ -94,8 +94,10 @@ def prepare_cases(
                 bad[case.name] = str(error)
             progress(case.name)
     except WorkerDiedError:
+        running = min(workers, len(cases))
+        remedy = f"run again with fewer, --config.data.workers={running // 2}" if running > 1 else "free some memory"
         raise UserError(
-            f"prepare: the system ended one of {workers} workers, likely for want of memory: run again with fewer"
+            f"prepare: the system ended one of {counted(running, 'worker')}, likely for want of memory: {remedy}"
         ) from None
     return [(case, bad[case.name]) for case in cases if case.name in bad]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from autocontext_jax.data.datasets import Case, Dataset, read_description
+from autocontext_jax.data.datasets import Dataset
+from autocontext_jax.data.layouts import Case, counted, read_description
 from autocontext_jax.errors import UserError
 
 FORMAT = 1  # of split.json
@@ -209,14 +210,16 @@ def read_fold(cases: Iterable[Case], path: str | os.PathLike, fold: int) -> tupl
     folds = read_description(path)
     if not isinstance(folds, list) or not all(isinstance(entry, dict) for entry in folds):
         raise UserError(f'{path} is not a list of folds: expected [{{"train": [names], "val": [names]}}, ...]')
+    if not folds:
+        raise UserError(f'{path} has no fold: expected [{{"train": [names], "val": [names]}}, ...]')
     if not 0 <= fold < len(folds):
         raise UserError(f"{path} has no fold {fold}: expected one of its {len(folds)}, counted from 0")
     known = {case.name: case for case in cases}
     sides = [_names(path, folds[fold], side) for side in ("train", "val")]
     if unknown := [name for side in sides for name in side if name not in known]:
         raise UserError(
-            f"{path}, fold {fold}: {len(unknown)} of its cases are not in the data set, the first {unknown[0]!r}: "
-            "expected the names of its training cases"
+            f"{path}, fold {fold}: {counted(len(unknown), 'name')} of no training case of the data set, the first "
+            f"{unknown[0]!r}: expected the names of its training cases"
         )
     if both := sorted(set(sides[0]) & set(sides[1])):
         raise UserError(f"{path}, fold {fold}: case {both[0]} is in both train and val: expected it in one")

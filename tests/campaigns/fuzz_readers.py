@@ -103,6 +103,14 @@ def write_nnunet(folder: Path) -> None:
     _write_layout(folder, description, "_0000")
 
 
+def write_named(folder: Path) -> None:
+    """The nnU-Net v2 layout whose `dataset.json` names the files."""
+    write_nnunet(folder)
+    path = folder / "dataset.json"
+    files = {n: {"images": [f"imagesTr/{n}_0000.nii.gz"], "label": f"labelsTr/{n}.nii.gz"} for n in "ab"}
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"dataset": files}), encoding="utf-8")
+
+
 def write_msd(folder: Path) -> None:
     """The Medical Segmentation Decathlon's layout, likewise."""
     pairs = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in "ab"]
@@ -318,8 +326,9 @@ READERS = {
     "scan .nrrd": _scan_reader(".nrrd", 0.03),
     "scan .nrrd, plain": _scan_reader(".nrrd", 0.03, write_plain_scans),
     "scan DICOM": Reader(0.03, write_series, r".*\.dcm", scans.read_scan),
-    "dataset.json nnU-Net": Reader(0.19, write_nnunet, "dataset.json", read_layout),
-    "dataset.json MSD": Reader(0.19, write_msd, "dataset.json", read_layout),
+    "dataset.json nnU-Net": Reader(0.13, write_nnunet, "dataset.json", read_layout),
+    "dataset.json nnU-Net, files named": Reader(0.12, write_named, "dataset.json", read_layout),
+    "dataset.json MSD": Reader(0.13, write_msd, "dataset.json", read_layout),
     "splits_final.json": Reader(0.16, write_splits, "splits_final.json", read_splits),
     "store": Reader(0.03, write_store, r"a\.ome\.zarr/.*", read_store),
     "checkpoint": Reader(0.0015, write_checkpoints, r"c/2/.*", read_checkpoints, fresh=True),
