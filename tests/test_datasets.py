@@ -147,13 +147,20 @@ def test_a_missing_key_of_msd(msd, key):
         ({"background": 0, "artery": 1.5}, "1.5"),
         ({"background": 0, "artery": True}, "True"),
         ({"background": 0, "artery": -1}, "-1"),
-        ({"background": 0}, "background 0"),
+        ({"background": 0}, "the only label is background 0: expected one or more beside"),
+        ({f"organ {value}": value for value in range(257)}, "257 labels: expected at most 256"),
+        ({}, "labels are none"),
         (["background", "artery"], '"labels" is a list'),
     ],
 )
 def test_bad_labels(nnunet, labels, part):
     describe(nnunet, NNUNET, labels=labels)
     refused(lambda: datasets.read_dataset(nnunet), "dataset.json", part)
+
+
+def test_labels_that_are_whole_numbers_of_another_kind(nnunet):
+    describe(nnunet, NNUNET, labels={"background": 0.0, "artery": 1.0, "vein": "2"})
+    assert datasets.read_dataset(nnunet).labels == ("background", "artery", "vein")
 
 
 def test_bad_labels_of_msd(msd):
@@ -198,6 +205,21 @@ def test_nnunet_folders_and_ending(nnunet):
 def test_a_case_named_twice(nnunet):
     touch(nnunet, "imagesTs/a_0000.nii.gz")
     refused(lambda: datasets.read_dataset(nnunet), "case a more than once")
+
+
+def test_a_folder_that_cannot_be_read(nnunet, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    refused(lambda: datasets.read_dataset(nnunet), nnunet / "imagesTr", "cannot be read: Permission denied")
+
+
+def test_a_file_ending_in_capitals(nnunet):
+    for path in list(nnunet.glob("*T*/*.nii.gz")):
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    describe(nnunet, NNUNET, file_ending=".NII.GZ")
+    assert [case.name for case in datasets.read_dataset(nnunet).training] == ["a", "b_1"]
 
 
 def test_msd_lists(msd):

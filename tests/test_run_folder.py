@@ -161,6 +161,28 @@ def test_a_start_on_a_prepared_set_reads_no_voxel_of_it(root, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (workdir / "prepared").rglob("*")} == before
 
 
+def test_a_test_case_that_is_added_is_named_without_advice_that_does_not_help(root, tmp_path, caplog):
+    for folder, end in (("imagesTs", "_0000.nii.gz"), ("labelsTs", ".nii.gz")):
+        (root / folder / f"phantom_005{end}").rename(tmp_path / f"{folder}{end}")
+    describe(root, numTest=0)
+    open_data(small(root), tmp_path / "run")
+    for folder, end in (("imagesTs", "_0000.nii.gz"), ("labelsTs", ".nii.gz")):
+        (tmp_path / f"{folder}{end}").rename(root / folder / f"phantom_005{end}")
+    describe(root, numTest=1)
+    with caplog.at_level(logging.WARNING):
+        open_data(small(root, data={"new_cases": "train"}), tmp_path / "run")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("neither trained on nor scored: phantom_005")
+
+
+def test_what_is_odd_in_a_data_set_is_told_once(root, tmp_path, caplog):
+    describe(root, colour="red")
+    with caplog.at_level(logging.WARNING):
+        open_data(small(root), tmp_path / "run")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("these keys are not known and have no effect: colour")
+
+
 def test_the_same_data_set_in_another_folder_is_the_same(root, tmp_path, caplog):
     workdir = tmp_path / "run"
     open_data(small(root), workdir)

@@ -217,10 +217,11 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
         every = {name: case.side for name, case in now.cases.items()} | dict.fromkeys(taken, "training")
         now = make_split(dataset, every, known=now)
     if left := [name for name in changes.new if name not in taken]:
+        remedy = ". --config.data.new_cases=train takes new training cases into training"
         log.warning(
-            "%s: %s since the run began, neither trained on nor scored: %s. --config.data.new_cases=train takes new "
-            "training cases into training", dataset.root, counted(len(left), "case was added", "cases were added"),
-            _some(left),
+            "%s: %s since the run began, neither trained on nor scored: %s%s",
+            dataset.root, counted(len(left), "case was added", "cases were added"), _some(left),
+            remedy if trainable & set(left) else "",
         )  # fmt: skip
     return now
 
