@@ -195,7 +195,9 @@ def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple
     suffix = "" if path.is_dir() else suffix_of(path)
     if not suffix:
         # What `find_scans` found is an identifier already.
-        uid = series if series is not None and re.fullmatch(r"[0-9.]{8,64}", series) else series_of(path, series)
+        uid = (
+            series if series is not None and re.fullmatch(r"[0-9]+(\.[0-9]+){3,}", series) else series_of(path, series)
+        )
         found = reader_process.call("dicom", path, series=uid, header_only=header_only)
         return found.get("voxels"), found["grid"]
     if series is not None:
