@@ -55,7 +55,7 @@ def list_series(place: Path) -> dict[str, Any]:
     most = max((entry["planes"] for entry in scans), default=0)
     for entry in listed if scans else []:
         if not entry["left_out"] and entry["planes"] < FEW <= most:
-            entry["left_out"] = f"{entry['planes']} image(s), beside a series of {most}"
+            entry["left_out"] = f"few beside the {most} of another series"
         entry["left_out"] = entry["left_out"] or unfit[entry["uid"]]
     listed.sort(key=lambda entry: (entry["number"], entry["uid"]))
     return {"series": listed, "others": others, "strangers": strangers}

@@ -4,7 +4,6 @@ import collections
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,7 +35,7 @@ def arrange(place: Path, folder: Path, planes: Sequence[Plane]) -> tuple[list[Pl
       UserError: planes lack what places them, contradict each other, lie at one position, or are missing.
     """
     planes = _without_localizers(place, folder, planes)
-    _check_equal(place, planes)
+    _check_equal(place, planes, _BELONGS)
     planes = _without_copies(place, folder, planes)
     if any(not mm > 0 for mm in planes[0].spacing or ()):
         raise UserError(f"{folder / planes[0].name} has the PixelSpacing {planes[0].spacing}: expected mm above 0")
@@ -45,6 +44,7 @@ def arrange(place: Path, folder: Path, planes: Sequence[Plane]) -> tuple[list[Pl
     order = np.argsort(heights, kind="stable")
     planes, heights = [planes[number] for number in order], heights[order]
     _check_single(place, planes, heights)
+    _check_equal(place, planes, _LIES)  # two phases can have a frame of reference each
     _check_gaps(place, planes, heights)
 
     y, x = planes[0].spacing or (0.0, 0.0)
@@ -102,15 +102,18 @@ def _across(plane: Plane, other: Plane) -> bool:
     return abs(np.dot(a, b)) < np.cos(np.pi / 4) * np.linalg.norm(a) * np.linalg.norm(b)
 
 
-def _check_equal(place: Path, planes: Sequence[Plane]) -> None:
+# What must be the same in all planes.
+_BELONGS: dict[str, Callable[[Plane], str]] = {
+    "Rows × Columns": lambda plane: f"{plane.size[1]} × {plane.size[0]}",
+    "PixelSpacing": lambda plane: numbers(plane.spacing or ()),
+    "PatientID": lambda plane: plane.patient,
+    "Modality": lambda plane: str(plane.dataset.get("Modality") or ""),
+}
+_LIES: dict[str, Callable[[Plane], str]] = {"FrameOfReferenceUID": lambda plane: plane.frame_of_reference}
+
+
+def _check_equal(place: Path, planes: Sequence[Plane], properties: dict[str, Callable[[Plane], str]]) -> None:
     """Refuses planes that contradict each other; the value that most have counts as right."""
-    properties: dict[str, Callable[[Plane], Any]] = {
-        "Rows × Columns": lambda plane: f"{plane.size[1]} × {plane.size[0]}",
-        "PixelSpacing": lambda plane: numbers(plane.spacing or ()),
-        "PatientID": lambda plane: plane.patient,
-        "FrameOfReferenceUID": lambda plane: plane.frame_of_reference,
-        "Modality": lambda plane: str(plane.dataset.get("Modality") or ""),
-    }
     for name, get in properties.items():
         found = collections.Counter(value for plane in planes if (value := get(plane)))
         if len(found) < 2:
