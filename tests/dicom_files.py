@@ -76,7 +76,7 @@ def save_series(folder, hu=None, change=None, name="slice_{:03d}.dcm", skip=()):
 def save(file, path):
     """Writes a DICOM file in the transfer syntax that it says; not in one that needs packing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file.save_as(path, enforce_file_format=True)
+    pydicom.dcmwrite(path, file, enforce_file_format=True)
     return path
 
 
@@ -126,7 +126,7 @@ def check_as_itk_sees_it(scan, folder):
     """Each voxel of each file lies where SimpleITK places it, has the value that it reads, and no other is there."""
     count = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
-        image = sitk.ReadImage(str(path))
+        image = sitk.ReadImage(str(path), imageIO="GDCMImageIO")
         values = sitk.GetArrayFromImage(image)
         index = np.indices(values.shape).reshape(3, -1)[::-1]  # i, j, k
         matrix = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
