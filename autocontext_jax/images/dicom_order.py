@@ -200,7 +200,8 @@ def _check_gaps(place: Path, planes: Sequence[Plane], heights: np.ndarray) -> No
     runs = np.convolve(large, np.ones(_RUN), "valid") >= _RUN if len(large) >= _RUN else np.array([])
     even_run = runs.any() and np.ptp(distances[large]) < 0.1 * usual
     if not large.any() or large.sum() > max(1, _SHARE * len(large)) or even_run:
-        large = _alone(distances)
+        alone = _alone(distances)
+        large = large | alone if alone.any() and not even_run else alone
     if not large.any():
         return
     gaps = np.flatnonzero(large)
