@@ -186,6 +186,11 @@ def test_two_modalities_are_refused(tmp_path):
     refused_scan(tmp_path, "slice_001.dcm has the Modality PT", "slice_000.dcm has CT")
 
 
+def test_two_series_of_one_identifier_are_refused(tmp_path):
+    save_series(tmp_path, None, lambda k, file: setattr(file, "SeriesNumber", 1 + k % 2))
+    refused_scan(tmp_path, "slice_001.dcm has the SeriesNumber 2", "slice_000.dcm has 1")
+
+
 def test_a_single_slice_takes_its_thickness(tmp_path):
     save_series(tmp_path, hu_of()[:1], all_of(SliceThickness=4.0))
     scan = scans.read_scan(tmp_path)

@@ -175,6 +175,13 @@ def test_several_series_and_none_named_are_listed(tmp_path):
             "series 3 'venous'", "--series NUMBER", "series=")  # fmt: skip
 
 
+def test_one_slice_of_a_series_by_its_path_is_named_as_such(tmp_path, caplog):
+    path = series(tmp_path, 2, "nativ") / "s2_000.dcm"
+    (source,) = find_scans(path)
+    assert scans.read_scan(source.path, series=source.series).voxels.shape == (1, 12, 10)
+    assert warned(caplog) == f"{path} is a single slice and read by itself: for its whole series give the folder"
+
+
 def test_a_series_that_is_not_there(tmp_path):
     series(tmp_path, 2, "nativ")
     refused(lambda: scans.read_scan(tmp_path, series="7"), "holds no DICOM series '7'", "it has series 2 'nativ'")

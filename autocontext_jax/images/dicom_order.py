@@ -9,7 +9,7 @@ import numpy as np
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.checks import RIGHT_ANGLE, make_grid, numbers
-from autocontext_jax.images.dicom_planes import Plane
+from autocontext_jax.images.dicom_planes import Plane, whole
 from autocontext_jax.images.dicom_voxels import stored_values
 from autocontext_jax.images.grid import Grid
 from autocontext_jax.images.stack import IN_PLANE, Stack, along
@@ -44,7 +44,7 @@ def arrange(place: Path, folder: Path, planes: Sequence[Plane]) -> tuple[list[Pl
     order = np.argsort(heights, kind="stable")
     planes, heights = [planes[number] for number in order], heights[order]
     _check_single(place, planes, heights)
-    _check_equal(place, planes, _LIES)  # two phases can have a frame of reference each
+    _check_equal(place, planes, _LIES)  # two phases can differ in these
     _check_gaps(place, planes, heights)
 
     y, x = planes[0].spacing or (0.0, 0.0)
@@ -109,7 +109,10 @@ _BELONGS: dict[str, Callable[[Plane], str]] = {
     "PatientID": lambda plane: plane.patient,
     "Modality": lambda plane: str(plane.dataset.get("Modality") or ""),
 }
-_LIES: dict[str, Callable[[Plane], str]] = {"FrameOfReferenceUID": lambda plane: plane.frame_of_reference}
+_LIES: dict[str, Callable[[Plane], str]] = {
+    "FrameOfReferenceUID": lambda plane: plane.frame_of_reference,
+    "SeriesNumber": lambda plane: str(whole(plane.dataset, "SeriesNumber", 0) or ""),
+}
 
 
 def _check_equal(place: Path, planes: Sequence[Plane], properties: dict[str, Callable[[Plane], str]]) -> None:

@@ -1,5 +1,6 @@
 """The values of DICOM planes, each scaled as its own file says."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from pydicom.uid import (
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.dicom_planes import Plane, whole
 
+log = logging.getLogger(__name__)
+
 _PLAIN = {ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian}
 
 
@@ -30,14 +33,35 @@ def read_values(folder: Path, planes: Sequence[Plane]) -> np.ndarray:
     integers = all(float(number or 0).is_integer() for plane in planes for number in (plane.slope, plane.intercept))
     columns, rows = planes[0].size
     voxels = np.empty((len(planes), rows, columns), np.int16 if integers else np.float32)
+    surplus = []
     for number, plane in enumerate(planes):
+        if _has_surplus(plane):
+            surplus.append(plane.name)
         values = _scaled(folder, plane)
         if voxels.dtype != np.float32 and not np.can_cast(values.dtype, voxels.dtype):
             voxels = _widened(voxels, values)
         voxels[number] = values
         if "PixelData" in plane.dataset and whole(plane.dataset, "NumberOfFrames", 1) == 1:
             del plane.dataset.PixelData  # or all files would be held twice
+    if surplus:
+        log.warning(
+            "%s: %d slice(s), the first %s, hold more bytes than their Rows and Columns say: what is beyond these is "
+            "left out", folder, len(surplus), surplus[0],
+        )  # fmt: skip
     return voxels
+
+
+def _has_surplus(plane: Plane) -> bool:
+    """Whether a file holds more voxels than it says, beside a byte that makes their number even."""
+    dataset, (columns, rows) = plane.dataset, plane.size
+    try:
+        if plane.frame or "PixelData" not in dataset or _syntax(dataset).is_compressed:
+            return False
+        held = len(dataset.PixelData)
+    except Exception:  # pydicom raises many kinds; `stored_values` tells
+        return False
+    bits = columns * rows * whole(dataset, "BitsAllocated", 16) * max(1, whole(dataset, "NumberOfFrames", 1))
+    return held > (bits + 7) // 8 + 1
 
 
 def stored_values(folder: Path, plane: Plane) -> np.ndarray:

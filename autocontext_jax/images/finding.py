@@ -82,6 +82,8 @@ def series_of(place: Path, series: str | None) -> str:
         _name_others(place, listed, series)
     chosen = _chosen(listed, series)
     if len(chosen) == 1:
+        if not place.is_dir() and chosen[0]["planes"] == 1:
+            log.warning("%s is a single slice and read by itself: for its whole series give the folder", place)
         return str(chosen[0]["uid"])
     if not listed["series"]:
         if place.is_dir():
@@ -136,6 +138,7 @@ def _series_in(folder: Path, below: Path, series: str | None) -> list[Source]:
 def _chosen(listed: dict[str, Any], series: str | None) -> list[dict[str, Any]]:
     if series is None:
         return [entry for entry in listed["series"] if not entry["left_out"]]
+    series = " ".join(series.split())  # as descriptions are
     by_uid = [entry for entry in listed["series"] if entry["uid"] == series]
     return by_uid or [entry for entry in listed["series"] if series in (str(entry["number"]), entry["description"])]
 
