@@ -34,7 +34,9 @@ def list_series(place: Path) -> dict[str, Any]:
     Raises:
       UserError: a file is damaged.
     """
-    found, others, strangers = _files(place)
+    seen = _state(place)
+    _last.clear()
+    found, others, strangers = _last[seen] = _files(place)
     listed: list[dict[str, Any]] = []
     unfit = {}
     for uid, files in found.items():
@@ -72,7 +74,8 @@ def read_series(place: Path, uid: str | None, *, header_only: bool = False) -> t
     Raises:
       UserError: a file is damaged; the planes do not belong together, or do not make one stack without gaps.
     """
-    found, _, _ = _files(place)
+    seen = _state(place)
+    found, _, _ = _last.pop(seen) if seen in _last else _files(place)
     folder = place if place.is_dir() else place.parent
     planes = [plane for path, dataset in found.get(uid or "", []) for plane in planes_of(path, dataset)]
     if not planes:
@@ -88,9 +91,19 @@ def read_series(place: Path, uid: str | None, *, header_only: bool = False) -> t
 
 
 _Files = list[tuple[Path, Any]]
+_Found = tuple[dict[str, _Files], dict[str, str], list[str]]
+
+# What was found last, by the state of its files: a series is listed, then read, and its headers are read once.
+_last: dict[tuple, _Found] = {}
 
 
-def _files(place: Path) -> tuple[dict[str, _Files], dict[str, str], list[str]]:
+def _state(place: Path) -> tuple:
+    """What changes when a folder or a file does."""
+    files = [(path.name, path.stat()) for path in (place.iterdir() if place.is_dir() else [place]) if path.exists()]
+    return place.absolute(), *sorted((name, file.st_ino, file.st_size, file.st_mtime_ns) for name, file in files)
+
+
+def _files(place: Path) -> _Found:
     """The images by series, other DICOM objects, and the names of other files; not those that are hidden."""
     images: dict[str, _Files] = {}
     others: dict[str, str] = {}

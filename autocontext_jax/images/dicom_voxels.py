@@ -57,7 +57,8 @@ def _has_surplus(plane: Plane) -> bool:
     try:
         if plane.frame or "PixelData" not in dataset or _syntax(dataset).is_compressed:
             return False
-        held = len(dataset.PixelData)
+        element = dataset.get_item("PixelData", keep_deferred=True)
+        held = element.length if element.value is None else len(element.value)
     except Exception:  # pydicom raises many kinds; `stored_values` tells
         return False
     bits = columns * rows * whole(dataset, "BitsAllocated", 16) * max(1, whole(dataset, "NumberOfFrames", 1))
@@ -80,7 +81,7 @@ def stored_values(folder: Path, plane: Plane) -> np.ndarray:
             return _significant(path, array.astype(array.dtype.newbyteorder("="), copy=False), dataset)
         signed = int(dataset.get("PixelRepresentation", 0)) == 1
         size = rows * columns * allocated // 8
-        data = dataset.PixelData[plane.frame * size : (plane.frame + 1) * size]
+        data = _bytes_of(dataset, syntax, plane.frame * size, size)
     except UserError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
@@ -90,6 +91,16 @@ def stored_values(folder: Path, plane: Plane) -> np.ndarray:
         raise UserError(f"{path} holds {len(data)} of the {size} bytes of its voxels: it is truncated; copy it again")
     kind = np.dtype(f"<{'i' if signed else 'u'}{allocated // 8}")
     return _significant(path, np.frombuffer(data, kind).reshape(rows, columns), dataset)
+
+
+def _bytes_of(dataset: Any, syntax: Any, start: int, count: int) -> bytes:
+    """Some of the bytes of the voxels; where pydicom left them in the file, they are read there, which is faster."""
+    element = dataset.get_item("PixelData", keep_deferred=True)
+    if element.value is not None or syntax == DeflatedExplicitVRLittleEndian:
+        return dataset.PixelData[start : start + count]
+    with open(dataset.filename, "rb") as file:
+        file.seek(element.value_tell + start)
+        return file.read(max(0, min(count, element.length - start)))
 
 
 def _syntax(dataset: Any) -> Any:
