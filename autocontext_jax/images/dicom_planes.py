@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
 from autocontext_jax.errors import UserError
@@ -192,7 +193,7 @@ def _plane(path: Path, dataset: Any, frame: int, sources: Sequence[Any], name: s
         return next((value for source in sources if (value := source.get(key)) not in (None, "")), None)
 
     def floats(key: str, count: int) -> tuple[float, ...] | None:
-        value = find(key)
+        value = next((value for source in sources if (value := _decimals(source, key)) not in (None, "")), None)
         if value is None or (hasattr(value, "__len__") and not len(value)):
             return None
         found = tuple(float(number) for number in (value if hasattr(value, "__len__") else [value]))
@@ -221,6 +222,19 @@ def _plane(path: Path, dataset: Any, frame: int, sources: Sequence[Any], name: s
         patient=str(dataset.get("PatientID") or ""),
         frame_of_reference=str(dataset.get("FrameOfReferenceUID") or ""),
     )
+
+
+def _decimals(source: Any, key: str) -> Any:
+    """The value of an element of decimals: straight from its text, as pydicom's own numbers take long to make."""
+    element = source.get_item(_TAG_OF[key])
+    if isinstance(element, RawDataElement) and element.value and element.VR in ("DS", None):
+        return [
+            float(number) for number in element.value.decode("ascii").strip(" \0").split("\\") if number.strip()
+        ] or None
+    return source.get(key)
+
+
+_TAG_OF = {name: Tag(name) for name in _NAMES}
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
