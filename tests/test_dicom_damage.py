@@ -4,8 +4,10 @@ import struct
 
 import numpy as np
 import pytest
-from dicom_files import check_as_itk_sees_it, check_read, pack, refused_scan, save_series, store, warned
+from dicom_files import check_as_itk_sees_it, check_read, hu_of, pack, refused_scan, save_series, store, warned
 from pydicom.uid import RLELossless
+
+from autocontext_jax.images.finding import find_scans
 
 
 def test_a_file_truncated_in_its_voxels(tmp_path):
@@ -89,3 +91,21 @@ def test_an_odd_number_of_bytes_is_made_even_without_a_word(tmp_path, caplog):
 def test_more_voxels_than_bytes_are_refused(tmp_path):
     save_series(tmp_path, None, lambda k, file: setattr(file, "Rows", 4000))
     refused_scan(tmp_path, "slice_000.dcm", "240 of the 80000 bytes", "truncated")
+
+
+def test_a_packing_that_nobody_knows_is_not_called_damaged(tmp_path):
+    for path in save_series(tmp_path).iterdir():
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0"))
+    line = refused_scan(tmp_path, "slice_000.dcm is packed in the transfer syntax 1.2.840.10008.1.2.9", "export it")
+    assert "damaged" not in line
+
+
+def test_voxels_without_a_number_of_bits_are_refused(tmp_path):
+    save_series(tmp_path, None, lambda k, file: k == 2 and delattr(file, "BitsAllocated"))
+    refused_scan(tmp_path, "slice_002.dcm has no BitsAllocated")
+
+
+def test_a_series_that_changes_between_listing_and_reading_is_seen(tmp_path):
+    (source,) = find_scans(save_series(tmp_path / "scan"))
+    save_series(tmp_path / "scan", hu_of() + 1)
+    check_read(source.path, hu_of() + 1, series=source.series)

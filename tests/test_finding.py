@@ -240,6 +240,21 @@ def test_a_series_of_which_folders_hold_parts_is_named(tmp_path, caplog):
     assert f"the DICOM series {SERIES} lies in 2 folders" in warned(caplog)
 
 
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path, caplog):
+    series(tmp_path, 1, "ct")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert len(find_scans(tmp_path)) == 1
+    assert warned(caplog) == f"{tmp_path / 'loop'}: left out, as it is a link to a folder that it lies in"
+
+
+def test_a_link_to_another_folder_is_followed(tmp_path):
+    folder = series(tmp_path / "a", 1, "ct")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "link").symlink_to(folder)
+    (source,) = find_scans(tmp_path / "b")
+    check_read(source.path, series=source.series)
+
+
 def test_a_damaged_series_does_not_hide_the_scans_beside_it(tmp_path):
     write_nifti(tmp_path / "a.nii.gz")
     series(tmp_path / "good", 1, "good")

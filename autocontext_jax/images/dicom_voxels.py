@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.pixels import apply_modality_lut, pixel_array
+from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -73,9 +73,10 @@ def stored_values(folder: Path, plane: Plane) -> np.ndarray:
     """
     dataset, (columns, rows) = plane.dataset, plane.size
     path = folder / plane.name
+    if not (allocated := whole(dataset, "BitsAllocated", 0)):
+        raise UserError(f"{path} has no BitsAllocated: expected the bits of a voxel; export it again")
     try:
         syntax = _syntax(dataset)
-        allocated = int(dataset.BitsAllocated)
         if syntax not in _PLAIN or allocated not in (8, 16, 32) or "PixelData" not in dataset:
             array = np.asarray(pixel_array(dataset, index=plane.frame, raw=True)).reshape(rows, columns)
             return _significant(path, array.astype(array.dtype.newbyteorder("="), copy=False), dataset)
@@ -85,12 +86,24 @@ def stored_values(folder: Path, plane: Plane) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
+        if not _can_unpack(syntax := dataset.file_meta.get("TransferSyntaxUID")):
+            raise UserError(
+                f"{path} is packed in the transfer syntax {getattr(syntax, 'name', syntax)}, which cannot be unpacked "
+                "here: expected plain voxels, RLE, JPEG, JPEG-LS or JPEG 2000; export it uncompressed"
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{path} cannot be decoded ({reason}): it is damaged; copy or export it again") from None
     if len(data) < size:
         raise UserError(f"{path} holds {len(data)} of the {size} bytes of its voxels: it is truncated; copy it again")
     kind = np.dtype(f"<{'i' if signed else 'u'}{allocated // 8}")
     return _significant(path, np.frombuffer(data, kind).reshape(rows, columns), dataset)
+
+
+def _can_unpack(syntax: Any) -> bool:
+    try:
+        return get_decoder(syntax).is_available
+    except Exception:  # pydicom raises many kinds
+        return False
 
 
 def _bytes_of(dataset: Any, syntax: Any, start: int, count: int) -> bytes:

@@ -101,15 +101,25 @@ def series_of(place: Path, series: str | None) -> str:
     raise UserError(f"{place} {found} {series!r}: {'it has ' * (not chosen)}{shown}; expected one: give its UID")
 
 
-def _in_folder(folder: Path, below: Path, series: str | None) -> list[Source]:
-    """The scans of a folder and of those in it; `below` is the folder's path from where the search began."""
+def _in_folder(folder: Path, below: Path, series: str | None, above: tuple[Path, ...] = ()) -> list[Source]:
+    """The scans of a folder and of those in it.
+
+    Args:
+      folder: where to look.
+      below: its path from where the search began.
+      series: as in `find_scans`.
+      above: the folders that it lies in, resolved: a link to one of them leads round and round.
+    """
     found: list[Source] = []
+    if (resolved := folder.resolve()) in above:
+        log.warning("%s: left out, as it is a link to a folder that it lies in", folder)
+        return found
     rest = []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += _in_folder(entry, below / entry.name, series)
+            found += _in_folder(entry, below / entry.name, series, (*above, resolved))
         elif suffix_of(entry):
             if series is None:
                 found.append(Source(entry, None, below / scan_name(entry)))
