@@ -131,6 +131,12 @@ def test_an_intercept_in_slice_0_alone_that_would_overflow(tmp_path):
     check_as_itk_sees_it(check_read(tmp_path), tmp_path)
 
 
+def test_an_intercept_beyond_int16(tmp_path):
+    hu = hu_of() + 1500
+    save_series(tmp_path, hu, stored_as(hu, np.int16, intercept=33000, only=[0, 3]))
+    check_as_itk_sees_it(check_read(tmp_path, hu), tmp_path)
+
+
 def test_fractional_slopes_are_exact_to_rounding(tmp_path):
     rng = np.random.default_rng(1)
     stored = rng.integers(0, 4096, SIZE)
