@@ -210,7 +210,7 @@ def test_the_mask_of_irregular_distances_by_source_frame(tmp_path):
     image = as_image((organ(points_of(scan)) > 0).astype(np.uint8), scan.grid)
     assert image.GetSize() == SIZE[::-1]
     depth = organ(slices.points)
-    sure = np.abs(depth) > 2
+    sure = np.abs(depth) > 1.05  # these slices lie at most 1 mm from a plane of the grid
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image)[sure], depth[sure] > 0)
     heights = [float(height) for height in image.GetMetaData("slice_heights").split()]
     np.testing.assert_allclose(heights, slices.firsts[:, 2] - slices.firsts[0, 2], atol=1e-3)
