@@ -192,11 +192,8 @@ def serve() -> None:
     package = logging.getLogger("autocontext_jax")
     package.addHandler(handler)
     package.propagate = False
-    memory = -1
     for line in sys.stdin.buffer:
-        if memory >= 0:
-            os.close(memory)
-            memory = -1
+        _free()
         request = json.loads(line)
         warnings.clear()
         answer: dict[str, Any] = {"result": None, "mistake": None, "failure": None, "warnings": warnings}
@@ -207,7 +204,7 @@ def serve() -> None:
             with one_line(path, UNREADABLE):
                 result = _FUNCTIONS[request["function"]](path, **request["arguments"])
             if "voxels" in result:
-                memory, result["voxels"] = _share(result["voxels"])
+                result["voxels"] = _share(result["voxels"])
             if "grid" in result:
                 result["grid"] = dataclasses.asdict(result["grid"])
             answer["result"] = result
@@ -221,15 +218,37 @@ def serve() -> None:
         answers.flush()
 
 
-def _share(voxels: np.ndarray) -> tuple[int, dict[str, Any]]:
-    """A copy in memory that the other process can map."""
+_given: list[tuple[int, np.ndarray]] = []
+
+
+def _shared_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """As np.empty, in memory that the other process can map: what is made there needs no copy."""
     memory = os.memfd_create("voxels")
-    os.ftruncate(memory, max(1, voxels.nbytes))
-    with mmap.mmap(memory, max(1, voxels.nbytes)) as mapped:
-        target = np.frombuffer(mapped, voxels.dtype).reshape(voxels.shape)
-        np.copyto(target, voxels)
-        del target
-    return memory, {"file": memory, "shape": list(voxels.shape), "dtype": voxels.dtype.str}
+    size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    os.ftruncate(memory, size)
+    try:
+        mapped = mmap.mmap(memory, size)
+    except OSError:
+        os.close(memory)
+        raise MemoryError from None
+    array = np.frombuffer(mapped, dtype, int(np.prod(shape))).reshape(shape)
+    _given.append((memory, array))
+    return array
+
+
+def _share(voxels: np.ndarray) -> dict[str, Any]:
+    """Voxels in memory that the other process can map."""
+    if not any(array is voxels for _, array in _given):
+        np.copyto(_shared_empty(voxels.shape, voxels.dtype), voxels)
+        voxels = _given[-1][1]
+    memory = next(memory for memory, array in _given if array is voxels)
+    return {"file": memory, "shape": list(voxels.shape), "dtype": voxels.dtype.str}
+
+
+def _free() -> None:
+    """Gives back what was shared for the last request; the other process has mapped it by now."""
+    while _given:
+        os.close(_given.pop()[0])
 
 
 def _limit_memory(held: int) -> None:
@@ -257,7 +276,7 @@ def _itk(path: Path, *, header_only: bool) -> dict[str, Any]:
 def _dicom(path: Path, *, series: str | None, header_only: bool) -> dict[str, Any]:
     from autocontext_jax.images.dicom import read_series
 
-    voxels, grid = read_series(path, series, header_only=header_only)
+    voxels, grid = read_series(path, series, header_only=header_only, empty=_shared_empty)
     return {"grid": grid} | ({} if voxels is None else {"voxels": voxels})
 
 
