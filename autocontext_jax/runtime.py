@@ -163,7 +163,7 @@ def available_cpus() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of the host that programs can still take: of the machine, or of the control groups that hold this process."""
+    """Bytes of the host that programs can still take: of the machine, or of a control group that holds this process."""
     kept: dict[str, str] = {}
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -57,7 +57,12 @@ def test_a_level_that_fits_is_one_tile(size):
 
 @pytest.mark.parametrize(
     ("size", "most", "times"),
-    [((100, 512, 512), 8e6, 1.42), ((300, 512, 512), 8e6, 1.55), ((800, 512, 512), 8e6, 1.55), ((300, 512, 512), 2e6, 2.15)],
+    [
+        ((100, 512, 512), 8e6, 1.42),
+        ((300, 512, 512), 8e6, 1.55),
+        ((800, 512, 512), 8e6, 1.55),
+        ((300, 512, 512), 2e6, 2.15),
+    ],
 )
 def test_boxes_compute_few_voxels_within_the_memory(size, most, times):
     """Cubes of 96 voxels that overlap by half compute 6 to 7 times the voxels of such scans."""
@@ -144,6 +149,3 @@ def test_a_tile_takes_no_more_memory_than_it_may():
 def test_memory_is_that_of_the_small_tile_times_its_voxels():
     predictor = Predictor(trained_pyramid(2, width=4), PredictorConfig(), align=2)
     assert 4 * 12 * 2 < predictor._bytes_a_voxel < 4 * 100 * 4
-
-
-

@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from autocontext_jax.inference.tiling import Blend, axis_tiles, cubes, gaussian, largest_extents, native_lookup, pyramid_tiles
+from autocontext_jax.inference.tiling import (
+    Blend,
+    axis_tiles,
+    cubes,
+    gaussian,
+    largest_extents,
+    native_lookup,
+    pyramid_tiles,
+)
 
 
 def flat(tile: int, border: int) -> Blend:

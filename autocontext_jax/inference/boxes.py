@@ -54,9 +54,7 @@ def ladder(align: int, largest: int) -> list[int]:
     raise AssertionError("the ladder has no end")
 
 
-def choose_box(
-    regions: Sequence[tuple[int, int]], *, margin: int, align: int, fits: Callable[[Triple], bool]
-) -> Box:
+def choose_box(regions: Sequence[tuple[int, int]], *, margin: int, align: int, fits: Callable[[Triple], bool]) -> Box:
     """The box whose tiles cover a level with the fewest voxels computed.
 
     Args:

@@ -185,9 +185,7 @@ class Predictor:
             image = downsample_image(voxels, factor)
             context = None
             if streams:
-                context = ContextWindow(
-                    streams[-1], plan[level - 2], plan[level - 1], self._spatial_dims, self._whole
-                )
+                context = ContextWindow(streams[-1], plan[level - 2], plan[level - 1], self._spatial_dims, self._whole)
             chunks = self._chunks(level, image, axes, context, advance)
             if level in requested:
                 writers[level] = MaskWriter(
@@ -233,13 +231,14 @@ class Predictor:
         if level > 1:
             maps = (jax.ShapeDtypeStruct((*context_size(tile, self._spatial_dims), self._classes), CONTEXT_DTYPE),)
         place = jax.ShapeDtypeStruct((3,), jnp.int32)
-        program = self._add_tile[level - 1].lower(
-            (jax.ShapeDtypeStruct((*tile, self._classes), jnp.float32),), self._state, jax.ShapeDtypeStruct(tile, jnp.int16),
-            maps, tuple(jax.ShapeDtypeStruct((size,), jnp.float32) for size in tile), place, None if maps is None else place,
-        )  # fmt: skip
+        slab = jax.ShapeDtypeStruct((*tile, self._classes), jnp.float32)
+        image = jax.ShapeDtypeStruct(tile, jnp.int16)
+        weights = tuple(jax.ShapeDtypeStruct((size,), jnp.float32) for size in tile)
+        offset = None if maps is None else place
+        program = self._add_tile[level - 1].lower((slab,), self._state, image, maps, weights, place, offset)
         needed = program.compile().memory_analysis()
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
-        return (needed.temp_size_in_bytes + needed.argument_size_in_bytes - weights) / float(np.prod(tile))
+        state = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        return (needed.temp_size_in_bytes + needed.argument_size_in_bytes - state) / float(np.prod(tile))
 
     def compilations(self) -> int:
         """Number of programs compiled so far; it should stay the same from the second scan on."""

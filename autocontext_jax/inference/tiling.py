@@ -51,7 +51,7 @@ class PredictorConfig:
         require(0 <= self.overlap < 1, self, "overlap", "a fraction in [0, 1)")
         require(self.memory >= 0, self, "memory", "GB, 0 or more")
         require(self.space >= 1, self, "space", "at least 1")
-        require(self.space == 1 or self.tile > 0, self, "tile", "above 0 where predict.space devices share each tile")
+        require(self.space == 1 or self.tile > 0, self, "space", "1 where tile is 0: devices share cubes alone")
 
 
 @dataclasses.dataclass(frozen=True)
