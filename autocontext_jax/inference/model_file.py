@@ -203,7 +203,10 @@ def read_description(path: Path) -> Description:
 
 
 def _described(path: Path, content: dict[str, Any]) -> Description:
-    return from_dict(Description, content.get("model"), place=f"{path}: {DESCRIPTION}: key", prefix="model.")
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("tiling"), dict):
+        model["tiling"].setdefault("margin", PredictorConfig.margin)  # not in the first files, whose tiles were cubes
+    return from_dict(Description, model, place=f"{path}: {DESCRIPTION}: key", prefix="model.")
 
 
 def check_weights(path: Path, found: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
