@@ -1,31 +1,39 @@
 """MetaImage and NRRD files, and images in memory, through SimpleITK."""
 
 import math
+import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import is_file
 from autocontext_jax.images.checks import check_kind, check_packing, check_size, make_grid
 from autocontext_jax.images.grid import Grid
 
 
-def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
+def read_itk(
+    path: Path, *, header_only: bool = False, allocate: Callable[[Sequence[int], Any], np.ndarray] = np.empty
+) -> tuple[np.ndarray | None, Grid]:
     """The voxels of a file as it stores them, [k, j, i], and its grid. ITK can crash on a damaged file.
 
     Args:
       path: of a MetaImage or NRRD file.
       header_only: the voxels are not read.
+      allocate: makes the array of the voxels from its shape and type.
 
     Raises:
       UserError: it is no 3D image of numbers; its voxels are in a file outside its folder; it promises too much.
       RuntimeError: ITK cannot read it.
+      MemoryError: there is not enough for its voxels.
     """
     runtime.silence_itk()
-    held = path.stat().st_size + sum(part.stat().st_size for part in _parts(path))
+    held = bytes_held(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if path.name.lower().endswith(".nrrd") else "MetaImageIO")
     reader.SetFileName(str(path))
@@ -43,10 +51,18 @@ def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | Non
         reader.SetExtractSize([*size, *[0] * (len(reader.GetSize()) - 3)])
     elif header_only:
         return None, grid_of(path, reader)
-    image = reader.Execute()
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        if "alloc" in str(error):  # "Failed to allocate memory for image", "std::bad_alloc"
+            raise MemoryError from None
+        raise
     if header_only:
         return None, grid_of(path, image)
-    return sitk.GetArrayFromImage(image), grid_of(path, image)  # a view would not keep the image's memory
+    view = sitk.GetArrayViewFromImage(image)
+    voxels = allocate(view.shape, view.dtype)
+    np.copyto(voxels, view)
+    return voxels, grid_of(path, image)
 
 
 def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
@@ -58,43 +74,57 @@ def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
     return make_grid(path, source.GetSize(), source.GetSpacing(), source.GetOrigin(), source.GetDirection())
 
 
+def bytes_held(path: Path) -> int:
+    """Bytes of a MetaImage or NRRD file, and of those beside it that hold its voxels.
+
+    Raises:
+      UserError: one of these does not exist, or lies outside the header's folder.
+    """
+    return path.stat().st_size + sum(part.stat().st_size for part in _parts(path))
+
+
+_MOST_HEADER = 1 << 26  # bytes that are searched for where the voxels are
+
+
 def _parts(path: Path) -> list[Path]:
     """The other files that hold a header's voxels.
 
     Raises:
       UserError: one does not exist, or lies outside the header's folder.
     """
-    with path.open("rb") as file:
-        lines = file.read(1 << 20).split(b"\n")
-    nrrd = lines[0].startswith(b"NRRD")
+    nrrd = path.name.lower().endswith(".nrrd")
     names: list[str] = []
-    for number, raw in enumerate(lines):
-        line = raw.decode("latin-1").strip()
-        key, separator, value = line.partition(":" if nrrd else "=")
-        if nrrd and not line:
+    left = _MOST_HEADER
+    with path.open("rb") as file:
+        while left > 0 and (raw := file.readline(left)):
+            left -= len(raw)
+            if nrrd and not raw.strip():
+                break
+            if not (found := re.match(_NRRD_DATA if nrrd else _METAIMAGE_DATA, raw.replace(b"\r", b"\n"))):
+                continue
+            value = os.fsdecode(found[1].strip())
+            words = value.split()
+            if words and words[0].upper() == "LIST":
+                names = [os.fsdecode(more.strip()) for more in file.read(left).splitlines() if more.strip()]
+            elif words and value.upper() != "LOCAL":
+                names = [words[0] if "%" in words[0] else value]
             break
-        if not separator or key.strip().lower() not in ("elementdatafile", "data file", "datafile"):
-            continue
-        words = value.split()
-        listed = bool(words) and words[0].upper() == "LIST"
-        if listed:
-            names = [entry for more in lines[number + 1 :] if (entry := more.decode("latin-1").strip())]
-        elif value.strip() and value.strip().upper() != "LOCAL":
-            names = [words[0] if "%" in words[0] else value.strip()]
-        break
-    found = []
+    found_parts = []
     for name in names:
-        place = Path(name)
-        if place.is_absolute() or ".." in place.parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(
                 f"{path} has its voxels in {name!r}: expected a file in its own folder; move the file there and "
-                f"correct "
-                "the header"
+                "correct the header"
             )
-        if "%" in name:
-            found += [entry for entry in path.parent.iterdir() if entry.is_file()]
-        elif not (path.parent / name).is_file():
+        if "%" in name:  # a pattern of names, of which the format can make any in the folder
+            found_parts += [entry for entry in (path.parent / name).parent.iterdir() if entry.is_file()]
+        elif not is_file(path.parent / name):
             raise UserError(f"{path} has its voxels in {name!r}, which does not exist: copy that file too")
         else:
-            found.append(path.parent / name)
-    return found
+            found_parts.append(path.parent / name)
+    return found_parts
+
+
+# As the libraries that ITK reads these formats with find the field.
+_NRRD_DATA = re.compile(rb"data ?file\s*:=?(.*)", re.IGNORECASE | re.DOTALL)
+_METAIMAGE_DATA = re.compile(rb"(?:.*\n)?\s*ElementDataFile\s*[=:]?(.*)", re.IGNORECASE | re.DOTALL)

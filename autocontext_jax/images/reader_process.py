@@ -1,27 +1,29 @@
-"""A process that reads files on behalf of this one, for libraries that a damaged file can crash, hang or fill memory "
-"with.
+"""A process that reads files for this one, with libraries that a damaged file can crash, hang or fill memory with.
 
 `call` names a function of `_FUNCTIONS`, which runs in a process of its own. Voxels come back in memory that both
-processes see, everything else as one line of JSON. If the process dies, takes too long or too much memory, one line
-says so, and the next call starts another.
+processes can map, everything else as one line of JSON. If the process dies, or takes too long or too much memory, one
+line says so, and the next call starts another.
 """
 
+import array
 import atexit
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import math
 import mmap
 import os
 import resource
-import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +39,47 @@ log = logging.getLogger(__name__)
 UNREADABLE = "read: it is truncated, damaged or not what its name says; copy or export it again"
 
 # A file may take these seconds, and one more for each of these bytes.
-SECONDS, BYTES_A_SECOND = 60, 2_000_000
-# The process may take this memory beyond what it has at rest, and what the file's bytes can hold.
-_MEMORY = 4 << 30
+SECONDS, BYTES_A_SECOND = 60.0, 2_000_000
+# The process may take this memory beyond what it has at rest, and three times what the file's bytes can hold.
+MEMORY = 4 << 30
+_LARGEST = 1 << 36  # bytes: no file is thought to hold more
+_START_SECONDS = 300.0  # to import the libraries, from a slow disk too
+_START = f"from {__name__} import serve; serve()"  # what the process runs
 
 
-def call(function: str, path: Path, **arguments: Any) -> dict[str, Any]:
+def call(function: str, path: Path, *, held: int | None = None, **arguments: Any) -> dict[str, Any]:
     """Runs a function on a file or folder in the reading process.
 
     Args:
       function: of `_FUNCTIONS`.
       path: its first argument.
+      held: bytes that are read, from which the limits of time and memory follow; by default those of the file, or of
+        the files in the folder.
       arguments: further ones, as JSON has them.
 
     Returns:
       What the function returned; `voxels` is an array, `grid` a Grid. Its warnings have been logged.
 
     Raises:
-      UserError: the function's own; or the process died, or took too long.
+      UserError: the function's own; or the process died, took too long or too much memory, or did not start.
     """
+    try:
+        folder = os.getcwd()
+    except OSError:
+        folder = ""
+        if not path.is_absolute():
+            raise UserError(f"{path} does not exist: the current folder was deleted; go to another one") from None
+    held = _bytes(path) if held is None else held
+    request = {
+        "function": function,
+        "path": str(path),
+        "folder": folder,
+        "seconds": SECONDS + held / BYTES_A_SECOND,
+        "memory": MEMORY + 3 * min(held * DEFLATE, _LARGEST),
+        "arguments": arguments,
+    }
     with _lock:
-        answer = _process().ask(function, path, arguments)
+        answer = _process().ask(request)
     for warning in answer["warnings"]:
         log.warning("%s", warning)
     if answer["mistake"] is not None:
@@ -68,82 +90,126 @@ def call(function: str, path: Path, **arguments: Any) -> dict[str, Any]:
 
 
 class _Process:
-    """One reading process, and the pipes to and from it."""
+    """One reading process, and the socket to and from it."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", f"from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+        package = str(Path(__file__).resolve().parents[2])
+        paths = [entry or package for entry in sys.path]  # "" is the current folder, which may have changed
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-W", "ignore", "-c", _START],
+                    stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                self.socket.close()
+                raise UserError(f"the process that reads scans cannot be started ({error}): free some memory") from None
+        ready = b""
+        try:
+            with contextlib.suppress(TimeoutError):
+                ready, _ = self._line(time.monotonic() + _START_SECONDS)
+        finally:
+            if not ready.endswith(b"\n"):
+                self.end()
+        if not ready.endswith(b"\n"):
+            raise UserError(
+                "the process that reads scans did not start: expected Python to import what it needs; "
+                f'{sys.executable} -c "import {__name__}" says why it does not'
+            )
 
     def usable(self) -> bool:
         return self.owner == os.getpid() and self.process.poll() is None
 
-    def ask(self, function: str, path: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-        held = _bytes(path)
-        stop = time.monotonic() + SECONDS + held / BYTES_A_SECOND
-        request = {"function": function, "path": str(path), "folder": os.getcwd(), "held": held}
-        assert self.process.stdin is not None
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        path, seconds = request["path"], request["seconds"]
+        stop = time.monotonic() + seconds
         try:
-            self.process.stdin.write(json.dumps(request | {"arguments": arguments}).encode() + b"\n")
-            self.process.stdin.flush()
-            line = self._line(stop)
-        except OSError:
-            line = b""
-        if line is None:
+            line, files = self._exchange(json.dumps(request).encode() + b"\n", stop)
+        except TimeoutError:
             self.end()
             raise UserError(
-                f"{path} is not read after {SECONDS + held / BYTES_A_SECOND:.0f} s: it is damaged, or on a disk that "
-                "does not answer; copy or export it again"
-            )
-        if not line.endswith(b"\n"):
+                f"{path} is not read after {seconds:.0f} s: expected less for a file of its size; it is damaged, or "
+                "its disk does not answer: copy or export it again"
+            ) from None
+        except BaseException:  # such as Ctrl-C: the next call must not take this one's answer for its own
             self.end()
-            raise UserError(
-                f"{path} cannot be read: the library that reads it crashed or ran out of memory: it is damaged: "
-                "copy or export it again"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        result = answer["result"] or {}
-        if "voxels" in result:
-            result["voxels"] = self._shared(**result["voxels"])
+            raise
+        try:
+            if not line.endswith(b"\n"):
+                raise UserError(f"{path} cannot be read: {self._death()}")
+            answer: dict[str, Any] = json.loads(line)
+            result = answer["result"] or {}
+            if "voxels" in result:
+                result["voxels"] = _mapped(files[0], **result["voxels"])
+        finally:
+            for file in files:
+                os.close(file)
         if "grid" in result:
             stack = result["grid"].pop("stack")
             fields: Any = {name: tuple(of) if isinstance(of, list) else of for name, of in result["grid"].items()}
             result["grid"] = Grid(**fields, stack=stack and _stack(**stack))
         return answer
 
-    def _line(self, stop: float) -> bytes | None:
-        """One line of the process; without its end if the process died; None after the time."""
-        assert self.process.stdout is not None
-        line, file = b"", self.process.stdout.fileno()
-        with selectors.DefaultSelector() as selector:
-            selector.register(file, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not selector.select(max(0.0, stop - time.monotonic())):
-                    return None
-                if not (more := os.read(file, 1 << 20)):
-                    return line
-                line += more
-        return line
+    def _exchange(self, request: bytes, stop: float) -> tuple[bytes, list[int]]:
+        try:
+            self.socket.settimeout(max(0.01, stop - time.monotonic()))
+            self.socket.sendall(request)
+        except (BrokenPipeError, ConnectionResetError):
+            return b"", []
+        return self._line(stop)
 
-    def _shared(self, *, file: int, shape: list[int], dtype: str) -> np.ndarray:
-        """Memory of the process, mapped: what is written to it stays this process's own."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        with open(f"/proc/{self.process.pid}/fd/{file}", "rb") as memory:
-            mapped = mmap.mmap(memory.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        return np.frombuffer(mapped, dtype).reshape(shape)
+    def _line(self, stop: float) -> tuple[bytes, list[int]]:
+        """A line of the process, without its end if the process died; and the files that came with it.
+
+        Raises:
+          TimeoutError: it did not come by then.
+        """
+        line, files = b"", array.array("i")
+        room = socket.CMSG_SPACE(files.itemsize)
+        try:
+            while not line.endswith(b"\n"):
+                self.socket.settimeout(max(0.01, stop - time.monotonic()))
+                try:
+                    more, ancillary, _, _ = self.socket.recvmsg(1 << 20, room, socket.MSG_CMSG_CLOEXEC)
+                except ConnectionResetError:
+                    break
+                for _, _, content in ancillary:
+                    files.frombytes(content)
+                if not more:
+                    break
+                line += more
+        except BaseException:
+            for file in files:
+                os.close(file)
+            raise
+        return line, files.tolist()
+
+    def _death(self) -> str:
+        """Why the process died, and what to do."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+        self.end()
+        cause = -self.process.returncode
+        if cause == signal.SIGKILL:
+            return (
+                "the process that read it was killed, as Linux does where memory runs out: free some memory, or use a "
+                "machine with more"
+            )
+        name = signal.Signals(cause).name if cause in set(signal.Signals) else f"exit status {-cause}"
+        return (
+            f"the library that reads it crashed ({name}), as happens where a file is damaged: copy or export it again"
+        )
 
     def end(self) -> None:
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not yet sent
-                    pipe.close()
+        else:  # a copy, in a forked process, of what is its parent's
+            self.process.returncode = 0
+        self.socket.close()
 
 
 _lock = threading.Lock()
@@ -164,6 +230,16 @@ def _end() -> None:
         _running.pop().end()
 
 
+def _forget() -> None:
+    """In a forked process: the reading process is its parent's, and another thread may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+    _end()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 def _bytes(path: Path) -> int:
     """Of a file, or of the files in a folder."""
     try:
@@ -171,6 +247,13 @@ def _bytes(path: Path) -> int:
         return sum(file.stat().st_size for file in files if file.is_file())
     except OSError:
         return 0
+
+
+def _mapped(file: int, *, shape: list[int], dtype: str) -> np.ndarray:
+    """Memory of the other process: what is written to it stays this process's own."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    mapped = mmap.mmap(file, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return np.frombuffer(mapped, dtype).reshape(shape)
 
 
 def _stack(heights: Any, offsets: Any, size: Any, spacing: Any) -> Stack:
@@ -181,10 +264,15 @@ def _stack(heights: Any, offsets: Any, size: Any, spacing: Any) -> Stack:
 
 
 def serve() -> None:
-    """Answers requests until the pipe ends."""
+    """Answers requests, which come through the socket that is its standard input, until that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    connection = socket.socket(fileno=os.dup(0))
+    connection.setblocking(True)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # what a patient's scan left in memory stays off the disk
+    limits = resource.getrlimit(resource.RLIMIT_AS)
     _end_first()
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -192,53 +280,94 @@ def serve() -> None:
     package = logging.getLogger("autocontext_jax")
     package.addHandler(handler)
     package.propagate = False
-    memory = -1
-    for line in sys.stdin.buffer:
-        if memory >= 0:
-            os.close(memory)
-            memory = -1
+    memory = _Memory()
+    connection.sendall(b"\n")
+    for line in connection.makefile("rb"):
         request = json.loads(line)
         warnings.clear()
-        answer: dict[str, Any] = {"result": None, "mistake": None, "failure": None, "warnings": warnings}
-        path = Path(request["path"])  # as the user gave it, for the messages
-        _limit_memory(request["held"])
-        try:
-            os.chdir(request["folder"])
-            with one_line(path, UNREADABLE):
-                result = _FUNCTIONS[request["function"]](path, **request["arguments"])
-            if "voxels" in result:
-                memory, result["voxels"] = _share(result["voxels"])
-            if "grid" in result:
-                result["grid"] = dataclasses.asdict(result["grid"])
-            answer["result"] = result
-        except UserError as mistake:
-            answer["mistake"] = str(mistake)
-        except MemoryError:
-            answer["mistake"] = f"{path} needs more memory than there is: it is damaged, or too large for this machine"
-        except BaseException:
-            answer["failure"] = traceback.format_exc()
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
+        # Linux ends this process by itself if the other one is not there any more to do so.
+        signal.alarm(math.ceil(request["seconds"]) + 5)
+        _limit_memory(request["memory"], limits)
+        answer = _answer(request, warnings, memory)
+        signal.alarm(0)
+        if memory.file is None:
+            connection.sendall(answer)
+        else:
+            sent = socket.send_fds(connection, [answer], [memory.file])
+            connection.sendall(answer[sent:])
+        memory.free()
 
 
-def _share(voxels: np.ndarray) -> tuple[int, dict[str, Any]]:
-    """A copy in memory that the other process can map."""
-    memory = os.memfd_create("voxels")
-    os.ftruncate(memory, max(1, voxels.nbytes))
-    with mmap.mmap(memory, max(1, voxels.nbytes)) as mapped:
-        target = np.frombuffer(mapped, voxels.dtype).reshape(voxels.shape)
-        np.copyto(target, voxels)
-        del target
-    return memory, {"file": memory, "shape": list(voxels.shape), "dtype": voxels.dtype.str}
+def _answer(request: dict[str, Any], warnings: list[str], memory: "_Memory") -> bytes:
+    """One line of JSON."""
+    answer: dict[str, Any] = {"result": None, "mistake": None, "failure": None, "warnings": warnings}
+    path = Path(request["path"])  # as the user gave it, for the messages
+    try:
+        with one_line(path, UNREADABLE):
+            if not path.is_absolute():
+                os.chdir(request["folder"])
+            result = _FUNCTIONS[request["function"]](path, memory, **request["arguments"])
+        if "voxels" in result:
+            result["voxels"] = memory.hold(result["voxels"])
+        if "grid" in result:
+            result["grid"] = dataclasses.asdict(result["grid"])
+        return json.dumps(answer | {"result": result}).encode() + b"\n"
+    except UserError as mistake:
+        answer["mistake"] = str(mistake)
+    except MemoryError:
+        answer["mistake"] = f"{path} needs more memory than there is: it is damaged, or too large for this machine"
+    except BaseException:
+        answer["failure"] = traceback.format_exc()
+    finally:
+        os.chdir("/")  # a disk can be taken out
+    memory.free()
+    return json.dumps(answer).encode() + b"\n"
 
 
-def _limit_memory(held: int) -> None:
-    """Beyond what the process has now, no more than what the file can hold: its voxels, unpacked, and copies of "
-    "them.
+class _Memory:
+    """An array in memory that the other process can map.
+
+    Attributes:
+      file: its descriptor; None if there is no array.
     """
+
+    def __init__(self) -> None:
+        self.file: int | None = None
+        self._array: np.ndarray | None = None
+
+    def allocate(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """An array of zeros; an earlier one is not sent any more."""
+        self.free()
+        dtype = np.dtype(dtype)
+        size = math.prod(shape) * dtype.itemsize
+        self.file = os.memfd_create("voxels")
+        try:
+            os.ftruncate(self.file, size)
+            mapped = mmap.mmap(self.file, size)
+        except OSError as error:
+            raise MemoryError if error.errno == errno.ENOMEM else error from None
+        self._array = np.frombuffer(mapped, dtype).reshape(shape)
+        return self._array
+
+    def hold(self, voxels: np.ndarray) -> dict[str, Any]:
+        """How the other process is to see an array, which is copied there unless it is the one that lies there."""
+        if voxels is not self._array:
+            np.copyto(self.allocate(voxels.shape, voxels.dtype), voxels)
+        return {"shape": list(voxels.shape), "dtype": voxels.dtype.str}
+
+    def free(self) -> None:
+        """Closes it here; the other process keeps what it has mapped."""
+        self._array = None
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+
+def _limit_memory(more: int, limits: tuple[int, int]) -> None:
+    """Beyond what the process has now, no more than these bytes, nor than what it was allowed when it started."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * mmap.PAGESIZE + _MEMORY + 3 * min(held * DEFLATE, 1 << 36)
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    most = [pages * mmap.PAGESIZE + more, *(limit for limit in limits if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(most), limits[1]))
 
 
 def _end_first() -> None:
@@ -247,21 +376,21 @@ def _end_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
-def _itk(path: Path, *, header_only: bool) -> dict[str, Any]:
+def _itk(path: Path, memory: _Memory, *, header_only: bool) -> dict[str, Any]:
     from autocontext_jax.images.itk import read_itk
 
-    voxels, grid = read_itk(path, header_only=header_only)
+    voxels, grid = read_itk(path, header_only=header_only, allocate=memory.allocate)
     return {"grid": grid} | ({} if voxels is None else {"voxels": voxels})
 
 
-def _dicom(path: Path, *, series: str | None, header_only: bool) -> dict[str, Any]:
+def _dicom(path: Path, memory: _Memory, *, series: str | None, header_only: bool) -> dict[str, Any]:
     from autocontext_jax.images.dicom import read_series
 
     voxels, grid = read_series(path, series, header_only=header_only)
     return {"grid": grid} | ({} if voxels is None else {"voxels": voxels})
 
 
-def _list_series(path: Path) -> dict[str, Any]:
+def _list_series(path: Path, memory: _Memory) -> dict[str, Any]:
     from autocontext_jax.images.dicom import list_series
 
     return list_series(path)

@@ -25,7 +25,7 @@ from autocontext_jax.images.finding import series_of
 from autocontext_jax.images.formats import NIFTI, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
 from autocontext_jax.images.in_memory import as_image, sheared_affine
-from autocontext_jax.images.itk import grid_of
+from autocontext_jax.images.itk import bytes_held, grid_of
 from autocontext_jax.images.nifti import read_nifti, write_nifti
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple
     if suffix in NIFTI:
         with one_line(path, reader_process.UNREADABLE):
             return read_nifti(path, header_only=header_only)
-    found = reader_process.call("itk", path, header_only=header_only)
+    found = reader_process.call("itk", path, held=bytes_held(path), header_only=header_only)
     return found.get("voxels"), found["grid"]
 
 
