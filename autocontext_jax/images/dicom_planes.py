@@ -119,7 +119,16 @@ def planes_of(path: Path, dataset: Any) -> list[Plane]:
         raise _damaged(path, error) from None
 
 
+_COUNTS = (
+    "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation",
+)  # fmt: skip
+
+
 def _planes(path: Path, dataset: Any) -> list[Plane]:
+    for name in _COUNTS:
+        if (value := dataset.get(name)) is not None and not isinstance(value, int):
+            raise UserError(f"{path} has the {name} {value!r}: expected a whole number; copy or export it again")
     pixels = [name for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if name in dataset]
     if not pixels or not dataset.get("Rows") or not dataset.get("Columns"):
         raise UserError(f"{path} is truncated: it has no voxels, though it is an image; copy or export it again")
