@@ -28,6 +28,11 @@ _NAMES = (
     "DoubleFloatPixelData", "PixelData",
 )  # fmt: skip
 _TAGS: list[Any] = [Tag(name) for name in _NAMES]
+_COUNTS = {
+    "SeriesNumber", "SamplesPerPixel", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation",
+}  # fmt: skip
+_BULK = {"ExtendedOffsetTable", "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData", "PixelData"}
 _LARGE = 4096  # bytes of an element that is left in its file until it is used
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # what counts is checked below
@@ -89,7 +94,12 @@ def read_dataset(path: Path) -> Any:
         dataset = pydicom.dcmread(path, defer_size=_LARGE, force=not marked, specific_tags=_TAGS)
         if not marked and "SOPClassUID" not in dataset:
             return None
-        str(dataset.get("SOPClassUID", "")), int(dataset.get("Rows") or 0)
+        for name in _NAMES:  # decoded here, where what a damaged one raises is expected
+            value = None if name in _BULK else dataset.get(name)
+            if name in _COUNTS and value is not None and not isinstance(value, int):
+                raise UserError(f"{path} has the {name} {value}: expected a whole number; copy or export it again")
+    except UserError:
+        raise
     except Exception as error:  # pydicom raises many kinds
         raise _damaged(path, error) from None
     return dataset
@@ -119,16 +129,7 @@ def planes_of(path: Path, dataset: Any) -> list[Plane]:
         raise _damaged(path, error) from None
 
 
-_COUNTS = (
-    "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit",
-    "PixelRepresentation",
-)  # fmt: skip
-
-
 def _planes(path: Path, dataset: Any) -> list[Plane]:
-    for name in _COUNTS:
-        if (value := dataset.get(name)) is not None and not isinstance(value, int):
-            raise UserError(f"{path} has the {name} {value!r}: expected a whole number; copy or export it again")
     pixels = [name for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if name in dataset]
     if not pixels or not dataset.get("Rows") or not dataset.get("Columns"):
         raise UserError(f"{path} is truncated: it has no voxels, though it is an image; copy or export it again")
