@@ -1,9 +1,10 @@
 """MetaImage and NRRD files, and images in memory, through SimpleITK."""
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import SimpleITK as sitk
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
-from autocontext_jax.files import is_file
+from autocontext_jax.files import exists, is_file
 from autocontext_jax.images.checks import check_kind, check_packing, check_size, make_grid
 from autocontext_jax.images.grid import Grid
 
@@ -33,17 +34,26 @@ def read_itk(
       MemoryError: there is not enough for its voxels.
     """
     runtime.silence_itk()
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path} has a name that is not UTF-8: expected one that is, as ITK opens no other; rename the file or its "
+            "folder"
+        ) from None
     held = bytes_held(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if path.name.lower().endswith(".nrrd") else "MetaImageIO")
     reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    with _explained(path):
+        reader.ReadImageInformation()
     size = reader.GetSize()
     while len(size) > 3 and size[-1] == 1:
         size = size[:-1]
     check_kind(path, size, reader.GetNumberOfComponents())
-    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())  # such as "16-bit signed integer"
-    if not (bits := re.match(r"(\d+)-bit (?:un)?(?:signed integer|float)", kind)):
+    # Such as "16-bit signed integer"; "vector of" it if an axis of NRRD, of length 1, has the kind "list".
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    if not (bits := re.match(r"(?:vector of )?(\d+)-bit (?:un)?(?:signed integer|float)", kind)):
         raise UserError(f"{path} holds voxels of the kind {kind}: expected integers or floats; export it again")
     check_size(path, size)
     check_packing(path, math.prod(size) * int(bits[1]) // 8, held)
@@ -51,18 +61,38 @@ def read_itk(
         reader.SetExtractSize([*size, *[0] * (len(reader.GetSize()) - 3)])
     elif header_only:
         return None, grid_of(path, reader)
-    try:
+    with _explained(path):
         image = reader.Execute()
-    except RuntimeError as error:
-        if "alloc" in str(error):  # "Failed to allocate memory for image", "std::bad_alloc"
-            raise MemoryError from None
-        raise
     if header_only:
         return None, grid_of(path, image)
     view = sitk.GetArrayViewFromImage(image)
-    voxels = allocate(view.shape, view.dtype)
-    np.copyto(voxels, view)
+    voxels = allocate(view.shape[:3], view.dtype)
+    np.copyto(voxels, view.reshape(voxels.shape))
     return voxels, grid_of(path, image)
+
+
+_LONGEST = 295  # bytes of a line of MetaImage that ITK has room for, whatever the field; some may have up to 32767
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Gives what ITK cannot do its own name, so that no whole file is called damaged."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "alloc" in str(error):  # "Failed to allocate memory for image", "std::bad_alloc"
+            raise MemoryError from None
+        if "bzip2 encoding not available" in str(error):
+            raise UserError(f"{path} is packed with bzip2, which ITK does not read: export it with gzip") from None
+        if not path.name.lower().endswith(".nrrd"):
+            with path.open("rb") as file:
+                longest = max(len(line) for line in file.read(1 << 20).split(b"ElementDataFile")[0].split(b"\n"))
+            if longest > _LONGEST:
+                raise UserError(
+                    f"{path} cannot be read: its header has a line of {longest} bytes, and ITK has no room for long "
+                    "ones, such as a comment of more than 499; remove that line, or copy the file again"
+                ) from None
+        raise
 
 
 def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
@@ -116,12 +146,13 @@ def _parts(path: Path) -> list[Path]:
                 f"{path} has its voxels in {name!r}: expected a file in its own folder; move the file there and "
                 "correct the header"
             )
-        if "%" in name:  # a pattern of names, of which the format can make any in the folder
-            found_parts += [entry for entry in (path.parent / name).parent.iterdir() if entry.is_file()]
-        elif not is_file(path.parent / name):
+        place = path.parent / name
+        if "%" in name and exists(place.parent):  # a pattern of names, of which any may be in the folder
+            found_parts += [entry for entry in place.parent.iterdir() if entry.is_file()]
+        elif not is_file(place):
             raise UserError(f"{path} has its voxels in {name!r}, which does not exist: copy that file too")
         else:
-            found_parts.append(path.parent / name)
+            found_parts.append(place)
     return found_parts
 
 

@@ -75,6 +75,7 @@ def call(function: str, path: Path, *, held: int | None = None, **arguments: Any
         "path": str(path),
         "folder": folder,
         "seconds": SECONDS + held / BYTES_A_SECOND,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("AUTOCONTEXT_")},
         "memory": MEMORY + 3 * min(held * DEFLATE, _LARGEST),
         "arguments": arguments,
     }
@@ -288,6 +289,9 @@ def serve() -> None:
         # Linux ends this process by itself if the other one is not there any more to do so.
         signal.alarm(math.ceil(request["seconds"]) + 5)
         _limit_memory(request["memory"], limits)
+        for name in [name for name in os.environ if name.startswith("AUTOCONTEXT_")]:
+            del os.environ[name]
+        os.environ.update(request["environment"])
         answer = _answer(request, warnings, memory)
         signal.alarm(0)
         if memory.file is None:

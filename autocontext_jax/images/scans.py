@@ -18,7 +18,7 @@ import SimpleITK as sitk
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
-from autocontext_jax.files import is_file
+from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
 from autocontext_jax.images.checks import check_kind, check_size, make_grid, not_finite, numbers, one_line
 from autocontext_jax.images.finding import series_of
@@ -192,7 +192,7 @@ def looks_like_ct(voxels: np.ndarray) -> bool:
 
 def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple[Any, Grid]:
     """The voxels of a file or a series as they are stored, [k, j, i], or None, and their grid."""
-    suffix = "" if path.is_dir() else suffix_of(path)
+    suffix = "" if exists(path) and path.is_dir() else suffix_of(path)
     if not suffix:
         # What `find_scans` found is an identifier already.
         uid = series if series is not None and re.fullmatch(r"[0-9.]{8,64}", series) else series_of(path, series)

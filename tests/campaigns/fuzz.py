@@ -11,8 +11,8 @@ of ours shows, the first of a new wording of refusal.
 Readers run in a process of their own, which is started again when it dies. An input fails when the reader raises
 anything but a `UserError`, raises one of several lines, ends the process, takes more than 10 s, grows the process by
 more than 64 MiB of resident memory, asks for more than 1 GiB beside what is there (all inputs are under 1 MiB), or
-leaves files open. The same holds for the reading process that it has for some formats; but this one may crash, or be
-ended after 2 s, where one line then says so. The table counts both.
+leaves files open. The same holds for the reading process that it has for some formats; but this one may crash, be
+ended after 2 s, or be refused memory by its limit, where one line then says so. The table counts these.
 `--keep` saves the inputs that failed. The table is over all seeds. The same flags make the same inputs as long as the
 same lines are reached.
 """
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fuzz_process import Input, Worker, files_in
+from fuzz_process import LIMITED, Input, Worker, files_in
 from fuzz_readers import READERS
 from mutations import mutate
 from results import print_results
@@ -76,6 +76,7 @@ def fuzz(
         outcome = worker.outcome(changed)
         counts[outcome.kind] += 1
         counts["crashed"] += outcome.kind == "refused" and "the library that reads it crashed" in outcome.text
+        counts["out of memory"] += outcome.kind == "refused" and LIMITED in outcome.text
         counts["out of time"] += outcome.kind == "refused" and "is not read after" in outcome.text
         slowest = max(slowest, outcome.seconds)
         plain = re.sub(r"'.*'|\".*\"|/[^ ]*|[^a-zA-Z ]+", "", outcome.text.replace(str(home), ""))
@@ -100,6 +101,7 @@ def fuzz(
         "refused with one line": counts["refused"],
         "of these crashed": counts["crashed"],
         "out of time": counts["out of time"],
+        "out of memory": counts["out of memory"],
         "failed": counts["failed"],
         "kept for new coverage": kept,
         "slowest ms": 1e3 * slowest,
@@ -110,7 +112,7 @@ def fuzz(
 
 def total(rows: Sequence[dict[str, Any]], reader: str) -> dict[str, Any]:
     """One row of the table from several: numbers of inputs added up, the slowest, the mean time."""
-    counts = ("inputs", "read", "refused with one line", "of these crashed", "out of time", "failed",
+    counts = ("inputs", "read", "refused with one line", "of these crashed", "out of time", "out of memory", "failed",
               "kept for new coverage")  # fmt: skip
     return {
         "reader": reader,

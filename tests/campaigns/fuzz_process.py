@@ -24,6 +24,7 @@ from autocontext_jax.images import reader_process
 PACKAGE = str(Path(autocontext_jax.__file__).parent)
 SECONDS, GROWTH, ADDRESSES = 10.0, 2**26, 2**30  # the limits of one input: s, bytes, bytes
 READING_SECONDS = 2.0  # those of one call of the reading process
+LIMITED = "needs more memory than there is"  # than the reading process is allowed; it was not taken
 FILES = 3  # that may be open after an input beyond those before the first: what Python's collector has not closed yet
 
 # What is written over a part of the reader's folder: path -> bytes.
@@ -110,7 +111,11 @@ def _observe(reader: Reader, folder: Path, seen: set[str], notes: Path, rest: tu
         outcome = Outcome("refused", text)
         if len(text.splitlines()) != 1 or not text.isprintable():
             outcome = Outcome("failed", f"not one line: {text!r}")
-        elif re.search(r"bad_?alloc|memory|allocate\b|allocation", text.replace(str(folder), ""), re.IGNORECASE):
+        elif re.search(
+            r"bad_?alloc|memory|allocate\b|allocation",
+            text.replace(str(folder), "").replace(LIMITED, ""),
+            re.IGNORECASE,
+        ):
             outcome = Outcome("failed", f"took memory before it refused: {text}")
     except Exception as error:  # whatever escapes a reader is what is looked for
         sys.settrace(None)

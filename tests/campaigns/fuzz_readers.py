@@ -83,7 +83,7 @@ def write_second_scans(folder: Path, suffix: str) -> None:
     """The same in NIfTI-2."""
     write_scans(folder, suffix)
     for path in folder.iterdir():
-        image: Any = nib.load(path)
+        image: Any = nib.load(path, mmap=False)
         second: Any = nib.Nifti2Image(np.asanyarray(image.dataobj), image.affine)
         second.header.set_xyzt_units("mm")
         second.set_qform(image.affine, 1)
