@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.tag import Tag
+from pydicom.uid import MediaStorageDirectoryStorage
 
 from autocontext_jax.errors import UserError
 
@@ -94,6 +95,9 @@ def read_dataset(path: Path) -> Any:
         dataset = pydicom.dcmread(path, defer_size=_LARGE, force=not marked, specific_tags=_TAGS)
         if not marked and "SOPClassUID" not in dataset:
             return None
+        kind = dataset.file_meta.get("MediaStorageSOPClassUID", "")
+        if not ("SOPClassUID" in dataset or "Modality" in dataset or kind == MediaStorageDirectoryStorage):
+            raise UserError(f"{path} is truncated or damaged: it has no SOPClassUID; copy or export it again")
         for name in _NAMES:  # decoded here, where what a damaged one raises is expected
             value = None if name in _BULK else dataset.get(name)
             if name in _COUNTS and value is not None and not isinstance(value, int):
