@@ -4,9 +4,8 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,15 +17,12 @@ from autocontext_jax.images.checks import check_kind, check_packing, check_size,
 from autocontext_jax.images.grid import Grid
 
 
-def read_itk(
-    path: Path, *, header_only: bool = False, allocate: Callable[[Sequence[int], Any], np.ndarray] = np.empty
-) -> tuple[np.ndarray | None, Grid]:
+def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
     """The voxels of a file as it stores them, [k, j, i], and its grid. ITK can crash on a damaged file.
 
     Args:
       path: of a MetaImage or NRRD file.
       header_only: the voxels are not read.
-      allocate: makes the array of the voxels from its shape and type.
 
     Raises:
       UserError: it is no 3D image of numbers; its voxels are in a file outside its folder; it promises too much.
@@ -65,10 +61,8 @@ def read_itk(
         image = reader.Execute()
     if header_only:
         return None, grid_of(path, image)
-    view = sitk.GetArrayViewFromImage(image)
-    voxels = allocate(view.shape[:3], view.dtype)
-    np.copyto(voxels, view.reshape(voxels.shape))
-    return voxels, grid_of(path, image)
+    voxels = sitk.GetArrayFromImage(image)  # a view would not keep the image's memory
+    return voxels.reshape(voxels.shape[:3]), grid_of(path, image)
 
 
 _LONGEST = 295  # bytes of a line of MetaImage that ITK has room for, whatever the field; some may have up to 32767

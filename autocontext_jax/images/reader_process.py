@@ -1,15 +1,13 @@
 """A process that reads files for this one, with libraries that a damaged file can crash, hang or fill memory with.
 
-`call` names a function of `_FUNCTIONS`, which runs in a process of its own. Voxels come back in memory that both
-processes can map, everything else as one line of JSON. If the process dies, or takes too long or too much memory, one
-line says so, and the next call starts another.
+`call` names a function of `_FUNCTIONS`, which runs in a process of its own. Through a socket comes one line of JSON,
+then the voxels: two copies, which on Linux are faster than memory that both processes map, as that has no huge pages.
+If the process dies, or takes too long or too much memory, one line says so, and the next call starts another.
 """
 
-import array
 import atexit
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -23,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +106,16 @@ class _Process:
             except OSError as error:
                 self.socket.close()
                 raise UserError(f"the process that reads scans cannot be started ({error}): free some memory") from None
-        ready = b""
         try:
-            with contextlib.suppress(TimeoutError):
-                ready, _ = self._line(time.monotonic() + _START_SECONDS)
-        finally:
-            if not ready.endswith(b"\n"):
-                self.end()
-        if not ready.endswith(b"\n"):
+            self._line(time.monotonic() + _START_SECONDS)
+        except BaseException as error:
+            self.end()
+            if not isinstance(error, TimeoutError | EOFError | ConnectionError):
+                raise
             raise UserError(
                 "the process that reads scans did not start: expected Python to import what it needs; "
                 f'{sys.executable} -c "import {__name__}" says why it does not'
-            )
+            ) from None
 
     def usable(self) -> bool:
         return self.owner == os.getpid() and self.process.poll() is None
@@ -128,65 +124,61 @@ class _Process:
         path, seconds = request["path"], request["seconds"]
         stop = time.monotonic() + seconds
         try:
-            line, files = self._exchange(json.dumps(request).encode() + b"\n", stop)
+            self._wait_until(stop)
+            self.socket.sendall(json.dumps(request).encode() + b"\n")
+            line, more = self._line(stop)
+            answer: dict[str, Any] = json.loads(line)
+            result = answer["result"] or {}
+            if "voxels" in result:
+                result["voxels"] = self._voxels(more, stop, **result["voxels"])
         except TimeoutError:
             self.end()
             raise UserError(
                 f"{path} is not read after {seconds:.0f} s: expected less for a file of its size; it is damaged, or "
                 "its disk does not answer: copy or export it again"
             ) from None
+        except (EOFError, ConnectionError):
+            raise UserError(f"{path} cannot be read: {self._death()}") from None
         except BaseException:  # such as Ctrl-C: the next call must not take this one's answer for its own
             self.end()
             raise
-        try:
-            if not line.endswith(b"\n"):
-                raise UserError(f"{path} cannot be read: {self._death()}")
-            answer: dict[str, Any] = json.loads(line)
-            result = answer["result"] or {}
-            if "voxels" in result:
-                result["voxels"] = _mapped(files[0], **result["voxels"])
-        finally:
-            for file in files:
-                os.close(file)
         if "grid" in result:
             stack = result["grid"].pop("stack")
             fields: Any = {name: tuple(of) if isinstance(of, list) else of for name, of in result["grid"].items()}
             result["grid"] = Grid(**fields, stack=stack and _stack(**stack))
         return answer
 
-    def _exchange(self, request: bytes, stop: float) -> tuple[bytes, list[int]]:
-        try:
-            self.socket.settimeout(max(0.01, stop - time.monotonic()))
-            self.socket.sendall(request)
-        except (BrokenPipeError, ConnectionResetError):
-            return b"", []
-        return self._line(stop)
-
-    def _line(self, stop: float) -> tuple[bytes, list[int]]:
-        """A line of the process, without its end if the process died; and the files that came with it.
+    def _line(self, stop: float) -> tuple[bytes, bytes]:
+        """A line of the process, and what came with it of that which follows.
 
         Raises:
           TimeoutError: it did not come by then.
+          EOFError, ConnectionError: the process died.
         """
-        line, files = b"", array.array("i")
-        room = socket.CMSG_SPACE(files.itemsize)
-        try:
-            while not line.endswith(b"\n"):
-                self.socket.settimeout(max(0.01, stop - time.monotonic()))
-                try:
-                    more, ancillary, _, _ = self.socket.recvmsg(1 << 20, room, socket.MSG_CMSG_CLOEXEC)
-                except ConnectionResetError:
-                    break
-                for _, _, content in ancillary:
-                    files.frombytes(content)
-                if not more:
-                    break
-                line += more
-        except BaseException:
-            for file in files:
-                os.close(file)
-            raise
-        return line, files.tolist()
+        parts: list[bytes] = []
+        while not parts or b"\n" not in parts[-1]:
+            self._wait_until(stop)
+            parts.append(self.socket.recv(1 << 20))
+            if not parts[-1]:
+                raise EOFError
+        line, _, more = b"".join(parts).partition(b"\n")
+        return line, more
+
+    def _voxels(self, begun: bytes, stop: float, *, shape: list[int], dtype: str) -> np.ndarray:
+        """An array that follows a line; errors as in `_line`."""
+        voxels = np.empty(shape, dtype)
+        memory = memoryview(voxels.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        memory[: len(begun)] = begun
+        filled = len(begun)
+        while filled < len(memory):
+            self._wait_until(stop)
+            if not (count := self.socket.recv_into(memory[filled:])):
+                raise EOFError
+            filled += count
+        return voxels
+
+    def _wait_until(self, stop: float) -> None:
+        self.socket.settimeout(max(0.01, stop - time.monotonic()))  # what is there already is taken in any case
 
     def _death(self) -> str:
         """Why the process died, and what to do."""
@@ -250,13 +242,6 @@ def _bytes(path: Path) -> int:
         return 0
 
 
-def _mapped(file: int, *, shape: list[int], dtype: str) -> np.ndarray:
-    """Memory of the other process: what is written to it stays this process's own."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    mapped = mmap.mmap(file, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return np.frombuffer(mapped, dtype).reshape(shape)
-
-
 def _stack(heights: Any, offsets: Any, size: Any, spacing: Any) -> Stack:
     return Stack(tuple(heights), tuple((i, j) for i, j in offsets), tuple(size), tuple(spacing))
 
@@ -281,7 +266,6 @@ def serve() -> None:
     package = logging.getLogger("autocontext_jax")
     package.addHandler(handler)
     package.propagate = False
-    memory = _Memory()
     connection.sendall(b"\n")
     for line in connection.makefile("rb"):
         request = json.loads(line)
@@ -292,30 +276,33 @@ def serve() -> None:
         for name in [name for name in os.environ if name.startswith("AUTOCONTEXT_")]:
             del os.environ[name]
         os.environ.update(request["environment"])
-        answer = _answer(request, warnings, memory)
-        signal.alarm(0)
-        if memory.file is None:
+        answer, voxels = _answer(request, warnings)
+        try:
             connection.sendall(answer)
-        else:
-            sent = socket.send_fds(connection, [answer], [memory.file])
-            connection.sendall(answer[sent:])
-        memory.free()
+            if voxels is not None:
+                connection.sendall(memoryview(voxels.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+        except ConnectionError:  # the other process does not want it any more
+            return
+        signal.alarm(0)
+        del voxels
 
 
-def _answer(request: dict[str, Any], warnings: list[str], memory: "_Memory") -> bytes:
-    """One line of JSON."""
+def _answer(request: dict[str, Any], warnings: list[str]) -> tuple[bytes, np.ndarray | None]:
+    """One line of JSON, and the voxels that follow it."""
     answer: dict[str, Any] = {"result": None, "mistake": None, "failure": None, "warnings": warnings}
     path = Path(request["path"])  # as the user gave it, for the messages
     try:
         with one_line(path, UNREADABLE):
             if not path.is_absolute():
                 os.chdir(request["folder"])
-            result = _FUNCTIONS[request["function"]](path, memory, **request["arguments"])
-        if "voxels" in result:
-            result["voxels"] = memory.hold(result["voxels"])
+            result = _FUNCTIONS[request["function"]](path, **request["arguments"])
+        voxels = result.get("voxels")
+        if voxels is not None:
+            voxels = np.ascontiguousarray(voxels)
+            result["voxels"] = {"shape": voxels.shape, "dtype": voxels.dtype.str}
         if "grid" in result:
             result["grid"] = dataclasses.asdict(result["grid"])
-        return json.dumps(answer | {"result": result}).encode() + b"\n"
+        return json.dumps(answer | {"result": result}).encode() + b"\n", voxels
     except UserError as mistake:
         answer["mistake"] = str(mistake)
     except MemoryError:
@@ -324,47 +311,7 @@ def _answer(request: dict[str, Any], warnings: list[str], memory: "_Memory") -> 
         answer["failure"] = traceback.format_exc()
     finally:
         os.chdir("/")  # a disk can be taken out
-    memory.free()
-    return json.dumps(answer).encode() + b"\n"
-
-
-class _Memory:
-    """An array in memory that the other process can map.
-
-    Attributes:
-      file: its descriptor; None if there is no array.
-    """
-
-    def __init__(self) -> None:
-        self.file: int | None = None
-        self._array: np.ndarray | None = None
-
-    def allocate(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        """An array of zeros; an earlier one is not sent any more."""
-        self.free()
-        dtype = np.dtype(dtype)
-        size = math.prod(shape) * dtype.itemsize
-        self.file = os.memfd_create("voxels")
-        try:
-            os.ftruncate(self.file, size)
-            mapped = mmap.mmap(self.file, size)
-        except OSError as error:
-            raise MemoryError if error.errno == errno.ENOMEM else error from None
-        self._array = np.frombuffer(mapped, dtype).reshape(shape)
-        return self._array
-
-    def hold(self, voxels: np.ndarray) -> dict[str, Any]:
-        """How the other process is to see an array, which is copied there unless it is the one that lies there."""
-        if voxels is not self._array:
-            np.copyto(self.allocate(voxels.shape, voxels.dtype), voxels)
-        return {"shape": list(voxels.shape), "dtype": voxels.dtype.str}
-
-    def free(self) -> None:
-        """Closes it here; the other process keeps what it has mapped."""
-        self._array = None
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
+    return json.dumps(answer).encode() + b"\n", None
 
 
 def _limit_memory(more: int, limits: tuple[int, int]) -> None:
@@ -380,21 +327,21 @@ def _end_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
-def _itk(path: Path, memory: _Memory, *, header_only: bool) -> dict[str, Any]:
+def _itk(path: Path, *, header_only: bool) -> dict[str, Any]:
     from autocontext_jax.images.itk import read_itk
 
-    voxels, grid = read_itk(path, header_only=header_only, allocate=memory.allocate)
+    voxels, grid = read_itk(path, header_only=header_only)
     return {"grid": grid} | ({} if voxels is None else {"voxels": voxels})
 
 
-def _dicom(path: Path, memory: _Memory, *, series: str | None, header_only: bool) -> dict[str, Any]:
+def _dicom(path: Path, *, series: str | None, header_only: bool) -> dict[str, Any]:
     from autocontext_jax.images.dicom import read_series
 
     voxels, grid = read_series(path, series, header_only=header_only)
     return {"grid": grid} | ({} if voxels is None else {"voxels": voxels})
 
 
-def _list_series(path: Path, memory: _Memory) -> dict[str, Any]:
+def _list_series(path: Path) -> dict[str, Any]:
     from autocontext_jax.images.dicom import list_series
 
     return list_series(path)
