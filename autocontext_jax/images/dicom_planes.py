@@ -29,11 +29,6 @@ _NAMES = (
     "DoubleFloatPixelData", "PixelData",
 )  # fmt: skip
 _TAGS: list[Any] = [Tag(name) for name in _NAMES]
-_COUNTS = {
-    "SeriesNumber", "SamplesPerPixel", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
-    "PixelRepresentation",
-}  # fmt: skip
-_BULK = {"ExtendedOffsetTable", "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData", "PixelData"}
 _LARGE = 4096  # bytes of an element that is left in its file until it is used
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # what counts is checked below
@@ -98,10 +93,9 @@ def read_dataset(path: Path) -> Any:
         kind = dataset.file_meta.get("MediaStorageSOPClassUID", "")
         if not ("SOPClassUID" in dataset or "Modality" in dataset or kind == MediaStorageDirectoryStorage):
             raise UserError(f"{path} is truncated or damaged: it has no SOPClassUID; copy or export it again")
-        for name in _NAMES:  # decoded here, where what a damaged one raises is expected
-            value = None if name in _BULK else dataset.get(name)
-            if name in _COUNTS and value is not None and not isinstance(value, int):
-                raise UserError(f"{path} has the {name} {value}: expected a whole number; copy or export it again")
+        _check_counts(path, dataset, "SeriesNumber", "NumberOfFrames", "Rows")
+        for name in ("SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesDescription"):
+            str(dataset.get(name))
     except UserError:
         raise
     except Exception as error:  # pydicom raises many kinds
@@ -133,7 +127,21 @@ def planes_of(path: Path, dataset: Any) -> list[Plane]:
         raise _damaged(path, error) from None
 
 
+def _check_counts(path: Path, dataset: Any, *names: str) -> None:
+    """Decodes whole numbers, so that what a damaged one raises comes here.
+
+    Raises:
+      UserError: it is of another kind, or several.
+    """
+    for name in names:
+        if (value := dataset.get(name)) is not None and not isinstance(value, int):
+            raise UserError(f"{path} has the {name} {value}: expected a whole number; copy or export it again")
+
+
 def _planes(path: Path, dataset: Any) -> list[Plane]:
+    _check_counts(
+        path, dataset, "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"
+    )
     pixels = [name for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if name in dataset]
     if not pixels or not dataset.get("Rows") or not dataset.get("Columns"):
         raise UserError(f"{path} is truncated: it has no voxels, though it is an image; copy or export it again")
