@@ -94,8 +94,8 @@ def _scaled(folder: Path, plane: Plane) -> np.ndarray:
             return np.asarray(apply_modality_lut(stored, plane.dataset)).astype(np.int32)
         except Exception as error:  # pydicom raises many kinds
             raise UserError(
-                f"{folder / plane.name} has a ModalityLUTSequence that cannot be used ({type(error).__name__}): expected "
-                "a table of its values; export it again"
+                f"{folder / plane.name} has a ModalityLUTSequence that cannot be used ({type(error).__name__}): "
+                "expected a table of its values; export it again"
             ) from None
     slope, intercept = 1.0 if plane.slope is None else plane.slope, plane.intercept or 0.0
     if stored.dtype.kind == "f" or not (slope.is_integer() and intercept.is_integer()):
