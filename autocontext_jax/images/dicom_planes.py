@@ -135,7 +135,9 @@ def _check_counts(path: Path, dataset: Any, *names: str) -> None:
     """
     for name in names:
         if (value := dataset.get(name)) is not None and not isinstance(value, int):
-            raise UserError(f"{path} has the {name} {value}: expected a whole number; copy or export it again")
+            raise UserError(
+                f"{path} has the {name} {str(value)[:60]}: expected a whole number; copy or export it again"
+            )
 
 
 def _planes(path: Path, dataset: Any) -> list[Plane]:

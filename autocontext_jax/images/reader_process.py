@@ -277,13 +277,13 @@ def serve() -> None:
             del os.environ[name]
         os.environ.update(request["environment"])
         answer, voxels = _answer(request, warnings)
+        signal.alarm(0)  # the other process may be stopped for a while, as by Ctrl-Z
         try:
             connection.sendall(answer)
             if voxels is not None:
                 connection.sendall(memoryview(voxels.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
         except ConnectionError:  # the other process does not want it any more
             return
-        signal.alarm(0)
         del voxels
 
 
