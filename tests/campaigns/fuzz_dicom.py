@@ -1,4 +1,4 @@
-"""Small valid DICOM series that inputs are made from: plain and compressed, single slices and many frames in a file."""
+"""Small valid DICOM series that inputs are made from, plain and compressed, single slices and many frames in a file."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,9 @@ import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
+
+from autocontext_jax.images import scans
+from autocontext_jax.images.finding import find_scans
 
 CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 COUNT, ROWS, COLUMNS = 3, 12, 10
@@ -55,6 +58,18 @@ def write_enhanced(folder: Path, syntax: str) -> None:
     dataset.PerFrameFunctionalGroupsSequence = frames
     _without_lengths(dataset)
     _save(dataset, folder / "0.dcm", syntax)
+
+
+def read_series(folder: Path) -> None:
+    """All that is done with a folder: what lies in it, and its scans."""
+    for source in find_scans(folder):
+        scans.read_scan(source.path, series=source.series)
+
+
+def read_frames(folder: Path) -> None:
+    """The same of a file that is named."""
+    scans.read_grid(folder / "0.dcm")
+    scans.read_scan(folder / "0.dcm")
 
 
 def _voxels() -> np.ndarray:

@@ -24,7 +24,6 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_json
 from autocontext_jax.images import scans
-from autocontext_jax.images.finding import find_scans
 from autocontext_jax.jobs import config_files as configuration
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import read_split
@@ -88,18 +87,6 @@ def write_second_scans(folder: Path, suffix: str) -> None:
         second.header.set_xyzt_units("mm")
         second.set_qform(image.affine, 1)
         nib.save(second, path)
-
-
-def read_series(folder: Path) -> None:
-    """All that is done with a folder: what lies in it, and its scans."""
-    for source in find_scans(folder):
-        scans.read_scan(source.path, series=source.series)
-
-
-def read_frames(folder: Path) -> None:
-    """The same of a file that is named."""
-    scans.read_grid(folder / "0.dcm")
-    scans.read_scan(folder / "0.dcm")
 
 
 def write_nnunet(folder: Path) -> None:
@@ -324,7 +311,7 @@ def _scan_reader(suffix: str, share: float, write: Callable[[Path, str], None] =
 
 
 def _series_reader(syntax: str, share: float) -> Reader:
-    return Reader(share, lambda folder: fuzz_dicom.write_series(folder, syntax), r".*\.dcm", read_series)
+    return Reader(share, lambda folder: fuzz_dicom.write_series(folder, syntax), r".*\.dcm", fuzz_dicom.read_series)
 
 
 def _frames_reader(syntax: str, share: float, read: Callable[[Path], object]) -> Reader:
@@ -347,10 +334,10 @@ READERS = {
     "DICOM, JPEG-LS": _series_reader("JPEG-LS", 0.03),
     "DICOM, JPEG": _series_reader("JPEG", 0.03),
     "DICOM, JPEG 2000": _series_reader("JPEG 2000", 0.03),
-    "DICOM, many frames": _frames_reader("explicit", 0.04, read_series),
-    "DICOM, many frames, JPEG-LS": _frames_reader("JPEG-LS", 0.03, read_series),
-    "DICOM, one file, RLE": _frames_reader("RLE", 0.03, read_frames),
-    "DICOM, one file, implicit VR": _frames_reader("implicit", 0.03, read_frames),
+    "DICOM, many frames": _frames_reader("explicit", 0.04, fuzz_dicom.read_series),
+    "DICOM, many frames, JPEG-LS": _frames_reader("JPEG-LS", 0.03, fuzz_dicom.read_series),
+    "DICOM, one file, RLE": _frames_reader("RLE", 0.03, fuzz_dicom.read_frames),
+    "DICOM, one file, implicit VR": _frames_reader("implicit", 0.03, fuzz_dicom.read_frames),
     "dataset.json nnU-Net": Reader(0.13, write_nnunet, "dataset.json", read_layout),
     "dataset.json nnU-Net, files named": Reader(0.12, write_named, "dataset.json", read_layout),
     "dataset.json MSD": Reader(0.13, write_msd, "dataset.json", read_layout),
