@@ -162,6 +162,29 @@ def available_cpus() -> int:
     return max(1, min([count, *(math.ceil(quota) for quota in quotas if quota > 0)]))
 
 
+def free_memory() -> int:
+    """Bytes of the host that programs can still take: of the machine, or of a control group that holds this process."""
+    kept: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kept = dict(line.split(":", 1) for line in lines)
+    free = [1024 * int(kept.get("MemAvailable", "4000000 kB").split()[0])]
+    groups = []
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup", "memory" if controllers else "")
+        most, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        for folder in {root, *(root / parent for parent in [Path(path[1:]), *Path(path[1:]).parents])}:
+            with contextlib.suppress(OSError, ValueError):  # a ValueError if the limit is "max"
+                limit, taken = (int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in (most, used))
+                free.append(max(0, limit - taken))
+    return min(free)
+
+
 @contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
     """For starting processes with `multiprocessing`: they have one thread for BLAS, and do not run the user's script.

@@ -44,7 +44,7 @@ class Sizes:
     steps: int = 10
     phantoms: tuple[int, tuple[int, int, int], tuple[float, float, float]] = (3, (96, 160, 160), (4.0, 2.4, 2.4))
     scan: tuple[int, int, int] = (300, 512, 512)
-    tile: int = 128
+    tile: int = 0
     plane: int = 512
 
 

@@ -46,6 +46,10 @@ def main() -> None:
     parser.add_argument("--slices", type=int, nargs="+", default=[100, 300, 800])
     for name, default in (("size", 512), ("width", 32), ("classes", 8), ("tile", 96), ("repeats", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--our-tile", type=int, default=0, help="edge of cubes; 0: boxes, as by default")
+    parser.add_argument(
+        "--memory", type=float, default=0.0, help="GB that a box of ours may take; 0: see PredictorConfig"
+    )
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0])
     parser.add_argument("--network", default="unet", choices=["unet", "trivial"])
@@ -100,7 +104,8 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     shape = (flags.slices[0], flags.size, flags.size)
     model = make_model(flags)
     predict = our_predictor(flags, model) if flags.only == "ours" else peer(flags, model)
-    predict(rng.integers(-WINDOW, WINDOW, (8, *shape[1:]), dtype=np.int16))
+    # Ours compiles for the sizes of the boxes, which follow from the scan's.
+    predict(rng.integers(-WINDOW, WINDOW, shape if flags.only == "ours" else (8, *shape[1:]), dtype=np.int16))
     voxels = rng.integers(-WINDOW, WINDOW, shape, dtype=np.int16)
     started = time.perf_counter()
     mask = predict(voxels)
@@ -131,7 +136,8 @@ def make_model(flags: argparse.Namespace) -> Any:
 
 def our_predictor(flags: argparse.Namespace, model: Pyramid) -> Callable[[np.ndarray], np.ndarray]:
     """From [D, H, W] int16 to its mask."""
-    predictor = Predictor(model, PredictorConfig(flags.tile, flags.overlap, plane=flags.size), align=8)
+    config = PredictorConfig(flags.our_tile, flags.overlap, memory=flags.memory, plane=flags.size)
+    predictor = Predictor(model, config, align=8)
     factors = tuple((factor,) * 3 for factor in flags.factors)
     return lambda voxels: predictor.masks(voxels, factors)[len(factors)]
 

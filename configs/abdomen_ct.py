@@ -23,5 +23,4 @@ def get_config():
     config.model.norm = "batch"
     config.optimizer.learning_rate = 1e-3
     config.train.steps = 20_000
-    config.predict.tile = 128
     return config

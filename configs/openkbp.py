@@ -51,7 +51,5 @@ def get_config():
     config.optimizer.warmup = 50
     config.train.steps = 2_800
     config.train.checkpoint_every = 280
-    config.predict.tile = 48
-    config.predict.plane = 128
     config.predict.flip = True
     return config

@@ -30,6 +30,4 @@ def get_config():
     config.train.steps = 1_150
     config.train.checkpoint_every = 275
     config.train.validation_patches = 14
-    config.predict.tile = 96
-    config.predict.plane = 96
     return config

@@ -129,7 +129,7 @@ BAD = [
     ("loader.patch_size", -8),
     ("loader.patch_size", 36),  # a multiple of 4, not of 2^3
     ("predict.tile", 100),
-    ("predict.tile", 0),
+    ("predict.tile", -4),
     ("train.mode", "all"),
     ("levels.factors", ()),
     ("levels.factors", (4, 3)),

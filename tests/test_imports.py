@@ -21,7 +21,7 @@ ORDER = [
     "models/normalization", "models/resizing",
     "models/blocks", "models/unet", "models/residual_unet", "models/fcn", "models/backbones", "models/pyramid",
     "training/*",
-    "inference/tiling", "inference/masks", "inference/context", "inference/predictor",
+    "inference/tiling", "inference/boxes", "inference/masks", "inference/context", "inference/predictor",
     "inference/model_file", "inference/model_card", "inference/model",
     "evaluation/*",
     "planning/*",

@@ -19,7 +19,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import next_level_start, pyramid_starts
 from autocontext_jax.images import scans
 from autocontext_jax.inference.predictor import Predictor, crop
-from autocontext_jax.inference.tiling import SLICES, PredictorConfig, pyramid_tiles
+from autocontext_jax.inference.tiling import SLICES, PredictorConfig, cubes, pyramid_tiles
 from autocontext_jax.models import convolution
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.fcn import FCN
@@ -200,7 +200,7 @@ def test_one_tile_of_slices_is_the_model_itself():
     model = at_inference(pyramid(2, 2))
     scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
     predictor = Predictor(model, PredictorConfig(32, 0.5, plane=32), align=2)
-    coarse, fine = pyramid_tiles(scan.shape, 2, predictor._blend, stride=predictor._stride, align=2, spatial_dims=2)
+    coarse, fine = pyramid_tiles(scan.shape, 2, cubes(predictor._blend, predictor._stride), align=2, spatial_dims=2)
     assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
     start = [int(axis.starts[0]) for axis in coarse]
     small = np.rint(scan.reshape(SLICES, 16, 2, 16, 2).astype(np.float32).mean((2, 4))).astype(np.int16)

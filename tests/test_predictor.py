@@ -20,7 +20,7 @@ from autocontext_jax.geometry import level_shape
 from autocontext_jax.inference import context as context_module
 from autocontext_jax.inference import predictor as predictor_module
 from autocontext_jax.inference.predictor import Predictor, crop
-from autocontext_jax.inference.tiling import Blend, PredictorConfig, pyramid_tiles
+from autocontext_jax.inference.tiling import Blend, PredictorConfig, cubes, pyramid_tiles
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
@@ -152,7 +152,7 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, overlap, shape, 
     config, blend = PredictorConfig(32, overlap, plane=48), unseen_border(32, SIGHT)
     predictor = Predictor(model, config, align=2, blend=blend)
     tiled = tiled_maps(predictor, voxels, factors, monkeypatch)
-    axes = pyramid_tiles(level_shape(shape, factors[-1]), levels, blend, stride=predictor._stride, align=2)
+    axes = pyramid_tiles(level_shape(shape, factors[-1]), levels, cubes(blend, predictor._stride), align=2)
     assert all(len(axis.starts) > 1 for axis in axes[-1])
     whole = whole_maps(model, voxels, factors, axes)
     for maps, expected in zip(tiled, whole, strict=True):

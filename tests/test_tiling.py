@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from autocontext_jax.inference.tiling import Blend, axis_tiles, gaussian, largest_extents, native_lookup, pyramid_tiles
+from autocontext_jax.inference.tiling import (
+    Blend,
+    axis_tiles,
+    cubes,
+    gaussian,
+    largest_extents,
+    native_lookup,
+    pyramid_tiles,
+)
 
 
 def flat(tile: int, border: int) -> Blend:
@@ -91,7 +99,7 @@ def test_gaussian_is_symmetric_and_never_zero():
 @pytest.mark.parametrize("blend", [gaussian(16), flat(24, 5)])
 def test_every_tile_finds_its_context(levels, blend):
     tile, finest = len(blend.weights), (5, 40, 33)
-    plan = pyramid_tiles(finest, levels, blend, stride=8, align=8 if blend.border == 0 else 2)
+    plan = pyramid_tiles(finest, levels, cubes(blend, 8), align=8 if blend.border == 0 else 2)
     assert len(plan) == levels
     assert [(axis.low, axis.high) for axis in plan[-1]] == [(0, size) for size in finest]
     for coarser, finer in itertools.pairwise(plan):
@@ -110,7 +118,7 @@ def test_largest_extents_hold_every_smaller_scan(blend, stride, align):
     for full in (40, 64, 96):
         held = largest_extents(full, 3, blend, stride=stride, align=align)
         spans = [
-            [level[2].extent for level in pyramid_tiles((1, 1, n), 3, blend, stride=stride, align=align)]
+            [level[2].extent for level in pyramid_tiles((1, 1, n), 3, cubes(blend, stride), align=align)]
             for n in (*range(1, full + 1, 5), full - 2, full - 1, full)
         ]
         assert (np.max(spans, axis=0) <= held).all()

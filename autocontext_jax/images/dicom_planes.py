@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
-from pydicom.uid import MediaStorageDirectoryStorage
 
 from autocontext_jax.errors import UserError
 
@@ -16,7 +16,7 @@ from autocontext_jax.errors import UserError
 NO_SCANS = {
     "RTSTRUCT": "contours", "RTPLAN": "a plan", "RTDOSE": "a dose", "RTRECORD": "a treatment record", "SR": "a report",
     "SEG": "a segmentation", "KO": "a list of images", "PR": "a way to show images", "REG": "a registration",
-    "DOC": "a document",
+    "DOC": "a document", "RTIMAGE": "a radiograph", "RWV": "a table of values",
 }  # fmt: skip
 
 _NAMES = (
@@ -72,6 +72,15 @@ class Plane:
         return int(self.dataset.Columns), int(self.dataset.Rows)
 
 
+def whole(dataset: Any, name: str, default: int) -> int:
+    """An element that is a whole number, or the default where it is missing or no number."""
+    try:
+        value = dataset.get(name)
+        return default if value is None or value == "" else int(value)
+    except Exception:  # pydicom raises many kinds
+        return default
+
+
 def read_dataset(path: Path) -> Any:
     """The elements of a DICOM file that are needed; None if it is no DICOM file.
 
@@ -83,31 +92,45 @@ def read_dataset(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(132)
     marked = head[128:] == b"DICM"
-    # Old files lack the mark: they begin with an element of group 2 or 8, of a small number.
-    if not marked and not (head[:2] in (b"\2\0", b"\x08\0") and head[3:4] == b"\0"):
+    if not marked and not _begins_with_element(head):
         return None
     try:
         dataset = pydicom.dcmread(path, defer_size=_LARGE, force=not marked, specific_tags=_TAGS)
         if not marked and "SOPClassUID" not in dataset:
             return None
-        kind = dataset.file_meta.get("MediaStorageSOPClassUID", "")
-        if not ("SOPClassUID" in dataset or "Modality" in dataset or kind == MediaStorageDirectoryStorage):
-            raise UserError(f"{path} is truncated or damaged: it has no SOPClassUID; copy or export it again")
-        _check_counts(path, dataset, "SeriesNumber", "NumberOfFrames", "Rows")
-        for name in ("SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesDescription"):
-            str(dataset.get(name))
-    except UserError:
-        raise
+        storage, _, _ = _storage(dataset), str(dataset.get("Modality", "")), int(dataset.get("Rows") or 0)
+        series = str(dataset.get("SeriesInstanceUID") or "")
     except Exception as error:  # pydicom raises many kinds
         raise _damaged(path, error) from None
+    if not storage or (not series and is_image(dataset)):
+        lacking = "SeriesInstanceUID" if storage else "SOPClassUID"
+        raise UserError(f"{path} is truncated or damaged: it has no {lacking}; copy or export it again")
     return dataset
+
+
+def _begins_with_element(head: bytes) -> bool:
+    """Whether a file begins with an element of group 2 or 8: old files lack the mark."""
+    group, number = int.from_bytes(head[:2], "little"), int.from_bytes(head[2:4], "little")
+    explicit = head[4:6].isalpha() and head[4:6].isupper()
+    return group in (2, 8) and number < 0x20 and (explicit or int.from_bytes(head[4:8], "little") < 256)
+
+
+def _storage(dataset: Any) -> str:
+    """What kind of object a file holds."""
+    return str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+
+
+def is_colour(dataset: Any) -> bool:
+    """Whether voxels are colours, or numbers of colours in a palette."""
+    kind = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
+    return whole(dataset, "SamplesPerPixel", 1) != 1 or not kind.startswith("MONOCHROME")
 
 
 def is_image(dataset: Any) -> bool:
     """Whether a file holds slices, or should."""
     if str(dataset.get("Modality", "")) in NO_SCANS:
         return False
-    storage = str(dataset.get("SOPClassUID", ""))
+    storage = _storage(dataset)
     # CT, MR, PET and their enhanced forms: without rows such a file is damaged, not something else.
     scanners = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128")
     return "Rows" in dataset or any(storage == kind or storage.startswith(f"{kind}.") for kind in scanners)
@@ -127,46 +150,27 @@ def planes_of(path: Path, dataset: Any) -> list[Plane]:
         raise _damaged(path, error) from None
 
 
-def _check_counts(path: Path, dataset: Any, *names: str) -> None:
-    """Decodes whole numbers, so that what a damaged one raises comes here.
-
-    Raises:
-      UserError: it is of another kind, or several.
-    """
-    for name in names:
-        if (value := dataset.get(name)) is not None and not isinstance(value, int):
-            raise UserError(
-                f"{path} has the {name} {str(value)[:60]}: expected a whole number; copy or export it again"
-            )
-
-
 def _planes(path: Path, dataset: Any) -> list[Plane]:
-    _check_counts(
-        path, dataset, "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"
-    )
     pixels = [name for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if name in dataset]
     if not pixels or not dataset.get("Rows") or not dataset.get("Columns"):
         raise UserError(f"{path} is truncated: it has no voxels, though it is an image; copy or export it again")
-    if int(dataset.get("SamplesPerPixel", 1)) != 1:
-        raise UserError(
-            f"{path} is a colour image ({dataset.get('PhotometricInterpretation', 'unknown')}): expected one value a "
-            f"voxel"
-        )
+    if is_colour(dataset):
+        kind = f"{dataset.get('SamplesPerPixel', 1)} value(s) a voxel, {dataset.get('PhotometricInterpretation', '')}"
+        raise UserError(f"{path} is a colour image ({kind}): expected one value a voxel; choose another series")
     count = int(dataset.get("NumberOfFrames") or 1)
     groups = dataset.get("PerFrameFunctionalGroupsSequence")
     if groups is None:
         if count > 1:
             raise UserError(
                 f"{path} holds {count} frames and does not say where they lie: expected an enhanced image, whose "
-                f"frames have "
-                "positions; export one file for each slice"
+                "frames have positions; export one file for each slice"
             )
         return [_plane(path, dataset, 0, [dataset], path.name)]
     if len(groups) != count:
         raise UserError(f"{path} holds {count} frames and places {len(groups)}: it is damaged; export it again")
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
     return [
-        _plane(path, dataset, number, _items(group) + _items(shared), f"{path.name}, frame {number + 1}")
+        _plane(path, dataset, number, [*_items(group), *_items(shared), dataset], f"{path.name}, frame {number + 1}")
         for number, group in enumerate(groups)
     ]
 
@@ -183,13 +187,13 @@ def _items(group: Any) -> list[Any]:
 
 
 def _plane(path: Path, dataset: Any, frame: int, sources: Sequence[Any], name: str) -> Plane:
-    """A plane; each property is of the first source that has it: of the frame, else of all frames."""
+    """A plane; each property is of the first source that has it: of the frame, else of all frames, else the file."""
 
     def find(key: str) -> Any:
         return next((value for source in sources if (value := source.get(key)) not in (None, "")), None)
 
     def floats(key: str, count: int) -> tuple[float, ...] | None:
-        value = find(key)
+        value = next((value for source in sources if (value := _decimals(source, key)) not in (None, "")), None)
         if value is None or (hasattr(value, "__len__") and not len(value)):
             return None
         found = tuple(float(number) for number in (value if hasattr(value, "__len__") else [value]))
@@ -218,6 +222,19 @@ def _plane(path: Path, dataset: Any, frame: int, sources: Sequence[Any], name: s
         patient=str(dataset.get("PatientID") or ""),
         frame_of_reference=str(dataset.get("FrameOfReferenceUID") or ""),
     )
+
+
+def _decimals(source: Any, key: str) -> Any:
+    """The value of an element of decimals: straight from its text, as pydicom's own numbers take long to make."""
+    element = source.get_item(_TAG_OF[key])
+    if isinstance(element, RawDataElement) and element.value and element.VR in ("DS", None):
+        return [
+            float(number) for number in element.value.decode("ascii").strip(" \0").split("\\") if number.strip()
+        ] or None
+    return source.get(key)
+
+
+_TAG_OF = {name: Tag(name) for name in _NAMES}
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

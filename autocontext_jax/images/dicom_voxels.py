@@ -1,38 +1,68 @@
 """The values of DICOM planes, each scaled as its own file says."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.pixels import apply_modality_lut, pixel_array
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.pixels import apply_modality_lut, get_decoder, pixel_array
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from autocontext_jax.errors import UserError
-from autocontext_jax.images.checks import numbers
-from autocontext_jax.images.dicom_planes import Plane
+from autocontext_jax.images.dicom_planes import Plane, whole
+
+log = logging.getLogger(__name__)
 
 _PLAIN = {ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian}
-_NO_RESCALE = "no RescaleSlope and RescaleIntercept"
 
 
-def read_values(folder: Path, planes: Sequence[Plane]) -> np.ndarray:
+def read_values(folder: Path, planes: Sequence[Plane], empty: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
     """The values of planes, [K, J, I]: integers, or float32 where a plane's slope or intercept is a fraction.
 
     Raises:
       UserError: some planes say how their values are scaled, and some do not; voxels are missing or cannot be decoded.
     """
     _check_rescale(folder, planes)
-    whole = all(float(number or 0).is_integer() for plane in planes for number in (plane.slope, plane.intercept))
+    integers = all(float(number or 0).is_integer() for plane in planes for number in (plane.slope, plane.intercept))
     columns, rows = planes[0].size
-    voxels = np.empty((len(planes), rows, columns), np.int16 if whole else np.float32)
+    voxels = empty((len(planes), rows, columns), np.int16 if integers else np.float32)
+    surplus = []
     for number, plane in enumerate(planes):
+        if _has_surplus(plane):
+            surplus.append(plane.name)
         values = _scaled(folder, plane)
         if voxels.dtype != np.float32 and not np.can_cast(values.dtype, voxels.dtype):
             voxels = _widened(voxels, values)
         voxels[number] = values
+        if "PixelData" in plane.dataset and whole(plane.dataset, "NumberOfFrames", 1) == 1:
+            del plane.dataset.PixelData  # or all files would be held twice
+    if surplus:
+        log.warning(
+            "%s: %d slice(s), the first %s, hold more bytes than their Rows and Columns say: what is beyond these is "
+            "left out", folder, len(surplus), surplus[0],
+        )  # fmt: skip
     return voxels
+
+
+def _has_surplus(plane: Plane) -> bool:
+    """Whether a file holds more voxels than it says, beside a byte that makes their number even."""
+    dataset, (columns, rows) = plane.dataset, plane.size
+    try:
+        if plane.frame or "PixelData" not in dataset or _syntax(dataset).is_compressed:
+            return False
+        element = dataset.get_item("PixelData", keep_deferred=True)
+        held = element.length if element.value is None else len(element.value)
+    except Exception:  # pydicom raises many kinds; `stored_values` tells
+        return False
+    bits = columns * rows * whole(dataset, "BitsAllocated", 16) * max(1, whole(dataset, "NumberOfFrames", 1))
+    return held > (bits + 7) // 8 + 1
 
 
 def stored_values(folder: Path, plane: Plane) -> np.ndarray:
@@ -43,42 +73,68 @@ def stored_values(folder: Path, plane: Plane) -> np.ndarray:
     """
     dataset, (columns, rows) = plane.dataset, plane.size
     path = folder / plane.name
+    if not (allocated := whole(dataset, "BitsAllocated", 0)):
+        raise UserError(f"{path} has no BitsAllocated: expected the bits of a voxel; export it again")
     try:
-        syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
-        allocated = int(dataset.BitsAllocated)
+        syntax = _syntax(dataset)
         if syntax not in _PLAIN or allocated not in (8, 16, 32) or "PixelData" not in dataset:
-            array = pixel_array(_complete(dataset, syntax), index=plane.frame, raw=True)
-            return _significant(np.asarray(array).reshape(rows, columns), dataset)
+            array = np.asarray(pixel_array(dataset, index=plane.frame, raw=True)).reshape(rows, columns)
+            return _significant(path, array.astype(array.dtype.newbyteorder("="), copy=False), dataset)
         signed = int(dataset.get("PixelRepresentation", 0)) == 1
         size = rows * columns * allocated // 8
-        data = dataset.PixelData[plane.frame * size : (plane.frame + 1) * size]
+        data = _bytes_of(dataset, syntax, plane.frame * size, size)
+    except UserError:
+        raise
     except Exception as error:  # pydicom and its decoders raise many kinds
+        if not _can_unpack(syntax := dataset.file_meta.get("TransferSyntaxUID")):
+            raise UserError(
+                f"{path} is packed in the transfer syntax {getattr(syntax, 'name', syntax)}, which cannot be unpacked "
+                "here: expected plain voxels, RLE, JPEG, JPEG-LS or JPEG 2000; export it uncompressed"
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{path} cannot be decoded ({reason}): it is damaged; copy or export it again") from None
     if len(data) < size:
         raise UserError(f"{path} holds {len(data)} of the {size} bytes of its voxels: it is truncated; copy it again")
     kind = np.dtype(f"<{'i' if signed else 'u'}{allocated // 8}")
-    return _significant(np.frombuffer(data, kind).reshape(rows, columns), dataset)
+    return _significant(path, np.frombuffer(data, kind).reshape(rows, columns), dataset)
 
 
-def _complete(dataset: Any, syntax: Any) -> Any:
+def _can_unpack(syntax: Any) -> bool:
+    try:
+        return get_decoder(syntax).is_available
+    except Exception:  # pydicom raises many kinds
+        return False
+
+
+def _bytes_of(dataset: Any, syntax: Any, start: int, count: int) -> bytes:
+    """Some of the bytes of the voxels; where pydicom left them in the file, they are read there, which is faster."""
+    element = dataset.get_item("PixelData", keep_deferred=True)
+    if element.value is not None or syntax == DeflatedExplicitVRLittleEndian:
+        return dataset.PixelData[start : start + count]
+    with open(dataset.filename, "rb") as file:
+        file.seek(element.value_tell + start)
+        return file.read(max(0, min(count, element.length - start)))
+
+
+def _syntax(dataset: Any) -> Any:
+    """How the values are packed; a file that does not say so has them as the elements before them."""
     if "TransferSyntaxUID" not in dataset.file_meta:
-        dataset.file_meta.TransferSyntaxUID = syntax
-    return dataset
+        little = dataset.original_encoding[1] is not False
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if little else ExplicitVRBigEndian
+    return dataset.file_meta.TransferSyntaxUID
 
 
-def _significant(stored: np.ndarray, dataset: Any) -> np.ndarray:
+def _significant(path: Path, stored: np.ndarray, dataset: Any) -> np.ndarray:
     """The bits that belong to the value; the others can hold an overlay (DICOM PS3.5, 8.1.1)."""
     if stored.dtype.kind not in "iu":
         return stored
     allocated = 8 * stored.dtype.itemsize
-    bits = int(dataset.get("BitsStored") or allocated)
-    high = int(dataset.get("HighBit", bits - 1))
+    bits = whole(dataset, "BitsStored", allocated)
+    high = whole(dataset, "HighBit", bits - 1)
     if not 1 <= bits <= high + 1 <= allocated:
         raise UserError(
-            f"{Path(dataset.filename)} has BitsStored {bits} and HighBit {high} of {allocated} bits: expected at most "
-            f"as many "
-            "bits as are allocated; export it again"
+            f"{path} has BitsStored {bits} and HighBit {high} of {allocated} bits: expected at most as many bits as "
+            "are allocated; export it again"
         )
     if bits == allocated:
         return stored
@@ -89,7 +145,7 @@ def _significant(stored: np.ndarray, dataset: Any) -> np.ndarray:
 def _scaled(folder: Path, plane: Plane) -> np.ndarray:
     """The values of a plane in the smallest of int16, int32 and int64 that holds them, or as floats."""
     stored = stored_values(folder, plane)
-    if plane.slope is None and plane.intercept is None and "ModalityLUTSequence" in plane.dataset:
+    if _by_table(plane):
         try:
             return np.asarray(apply_modality_lut(stored, plane.dataset)).astype(np.int32)
         except Exception as error:  # pydicom raises many kinds
@@ -98,7 +154,8 @@ def _scaled(folder: Path, plane: Plane) -> np.ndarray:
                 "expected a table of its values; export it again"
             ) from None
     slope, intercept = 1.0 if plane.slope is None else plane.slope, plane.intercept or 0.0
-    if stored.dtype.kind == "f" or not (slope.is_integer() and intercept.is_integer()):
+    small = abs(slope) < 2**31 and abs(intercept) < 2**62
+    if stored.dtype.kind == "f" or not (small and slope.is_integer() and intercept.is_integer()):
         return stored.astype(np.float64) * slope + intercept
     # The extremes tell what type is wide enough, which is faster than a wide array.
     ends = sorted(int(value) * int(slope) + int(intercept) for value in (stored.min(), stored.max()))
@@ -118,27 +175,32 @@ def _widened(voxels: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def _check_rescale(folder: Path, planes: Sequence[Plane]) -> None:
     """Refuses a series of which only some slices say how their values are scaled: the others' would be off silently."""
-
-    def said(plane: Plane) -> str:
-        if "ModalityLUTSequence" in plane.dataset and plane.slope is None and plane.intercept is None:
-            return "a ModalityLUTSequence"
-        if plane.slope is None and plane.intercept is None:
-            return _NO_RESCALE
-        return (
-            f"slope and intercept {numbers((plane.slope if plane.slope is not None else 1.0, plane.intercept or 0.0))}"
-        )
-
-    silent = [plane for plane in planes if said(plane) == _NO_RESCALE]
-    others = [plane for plane in planes if said(plane) != _NO_RESCALE]
-    if silent and others:
-        raise UserError(
-            f"{folder}: {silent[0].name} has {_NO_RESCALE}, and {others[0].name} has {said(others[0])}: expected both "
-            f"to say "
-            "how values become HU; export the series again"
-        )
+    by_kind: dict[tuple[bool, ...], list[Plane]] = {}
     for plane in planes:
         if plane.slope == 0:
             raise UserError(f"{folder / plane.name} has the RescaleSlope 0: expected another number; export it again")
+        by_kind.setdefault((plane.slope is None, plane.intercept is None, _by_table(plane)), []).append(plane)
+    if len(by_kind) > 1:
+        most, *_, least = sorted(by_kind.values(), key=len, reverse=True)
+        raise UserError(
+            f"{folder}: {least[0].name} has {_scaling(least[0])}, and {most[0].name} has {_scaling(most[0])}: expected "
+            "both to say alike how values become HU; export the series again"
+        )
+
+
+def _by_table(plane: Plane) -> bool:
+    return plane.slope is None and plane.intercept is None and "ModalityLUTSequence" in plane.dataset
+
+
+def _scaling(plane: Plane) -> str:
+    """How a plane says that its values are scaled, for messages."""
+    if _by_table(plane):
+        return "a ModalityLUTSequence"
+    shown = [
+        f"no {name}" if value is None else f"the {name} {value:.9g}"
+        for name, value in (("RescaleSlope", plane.slope), ("RescaleIntercept", plane.intercept))
+    ]
+    return " and ".join(shown)
 
 
 pydicom.config.logger.disabled = True  # what matters is said here

@@ -56,9 +56,13 @@ def find_scans(place: str | os.PathLike, *, series: str | None = None) -> list[S
     else:
         found = [Source(place, uid, Path(place.stem)) for uid in [series_of(place, series)]]
     if series is not None and not (len(found) == 1 and found[0].series):
-        named = ", ".join(map(str, found[:5])) or "none"
-        raise UserError(f"{place}: the series {series!r} is given; expected one DICOM series so named, found {named}")
+        named = ", ".join(map(str, found[:5])) + f" and {len(found) - 5} more" * (len(found) > 5) or "none"
+        raise UserError(
+            f"{place}: the series {series!r} is given, and found is {named}: expected one DICOM series; give its UID "
+            "or its own folder"
+        )
     if found:
+        _name_split(found)
         return found
     raise UserError(
         f"{place} holds no scan: expected a file ({', '.join(FORMATS)}), a DICOM series, or a folder of those"
@@ -74,9 +78,12 @@ def series_of(place: Path, series: str | None) -> str:
     if not is_file(place) and not (exists(place) and place.is_dir()):
         raise UserError(f"{place} does not exist: give a scan file or a folder with a DICOM series")
     listed = reader_process.call("list_series", place)
-    _name_others(place, listed)
+    if listed["series"]:
+        _name_others(place, listed, series)
     chosen = _chosen(listed, series)
     if len(chosen) == 1:
+        if not place.is_dir() and chosen[0]["planes"] == 1:
+            log.warning("%s is a single slice and read by itself: for its whole series give the folder", place)
         return str(chosen[0]["uid"])
     if not listed["series"]:
         if place.is_dir():
@@ -86,23 +93,33 @@ def series_of(place: Path, series: str | None) -> str:
         )
     shown = "; ".join(map(_shown, chosen or listed["series"]))
     if series is None:
+        found = f"{len(chosen)} DICOM series" if chosen else "no DICOM series that is a scan by itself"
         raise UserError(
-            f"{place} holds {len(chosen)} DICOM series: {shown}. Name one: --series NUMBER, in Python series="
+            f"{place} holds {found}: {shown}; expected one: name it by --series NUMBER, in Python by series="
         )
-    raise UserError(
-        f"{place} has {len(chosen) or 'no'} DICOM series {series!r}; it has {shown}. Give one of these UIDs"
-    )
+    found = f"holds {len(chosen)} DICOM series" if chosen else "holds no DICOM series"
+    raise UserError(f"{place} {found} {series!r}: {'it has ' * (not chosen)}{shown}; expected one: give its UID")
 
 
-def _in_folder(folder: Path, below: Path, series: str | None) -> list[Source]:
-    """The scans of a folder and of those in it; `below` is the folder's path from where the search began."""
+def _in_folder(folder: Path, below: Path, series: str | None, above: tuple[Path, ...] = ()) -> list[Source]:
+    """The scans of a folder and of those in it.
+
+    Args:
+      folder: where to look.
+      below: its path from where the search began.
+      series: as in `find_scans`.
+      above: the folders that it lies in, resolved: a link to one of them leads round and round.
+    """
     found: list[Source] = []
+    if (resolved := folder.resolve()) in above:
+        log.warning("%s: left out, as it is a link to a folder that it lies in", folder)
+        return found
     rest = []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found += _in_folder(entry, below / entry.name, series)
+            found += _in_folder(entry, below / entry.name, series, (*above, resolved))
         elif suffix_of(entry):
             if series is None:
                 found.append(Source(entry, None, below / scan_name(entry)))
@@ -114,46 +131,73 @@ def _in_folder(folder: Path, below: Path, series: str | None) -> list[Source]:
 
 
 def _series_in(folder: Path, below: Path, series: str | None) -> list[Source]:
+    name = below if below.name else Path(folder.name)
     try:
         listed = reader_process.call("list_series", folder)
     except UserError:
-        return [
-            Source(folder, None, below if below.name else Path(folder.name))
-        ]  # to be refused by itself when it is read
-    _name_others(folder, listed)
-    if strangers := [name for name in listed["strangers"] if not suffix_of(Path(name))]:
-        shown = ", ".join(strangers[:5]) + f" and {len(strangers) - 5} more" * (len(strangers) > 5)
-        log.warning("%s: left out, as no scans by name or content: %s", folder, shown)
+        if series is not None:
+            raise
+        return [Source(folder, None, name)]  # to be refused by itself when it is read
+    _name_others(folder, listed, series)
     chosen = _chosen(listed, series)
-    name = below if below.name else Path(folder.name)
-    if len(chosen) == 1 and len(listed["series"]) - sum(bool(entry["left_out"]) for entry in listed["series"]) <= 1:
+    if len(chosen) == 1 and sum(not entry["left_out"] for entry in listed["series"]) <= 1:
         return [Source(folder, chosen[0]["uid"], name)]
-    return [Source(folder, entry["uid"], below / _name(entry, chosen)) for entry in chosen]
+    return [Source(folder, entry["uid"], below / words) for entry, words in zip(chosen, _names(chosen), strict=True)]
 
 
 def _chosen(listed: dict[str, Any], series: str | None) -> list[dict[str, Any]]:
     if series is None:
         return [entry for entry in listed["series"] if not entry["left_out"]]
-    return [e for e in listed["series"] if series in (e["uid"], str(e["number"]), e["description"])]
+    series = " ".join(series.split())  # as descriptions are
+    by_uid = [entry for entry in listed["series"] if entry["uid"] == series]
+    return by_uid or [entry for entry in listed["series"] if series in (str(entry["number"]), entry["description"])]
 
 
-def _name(entry: dict[str, Any], among: list[dict[str, Any]]) -> str:
-    """A file name for a series: its number and description, and what tells it from others that have the same."""
-    words = re.sub(r"[^\w.+-]+", "_", f"{entry['number']}_{entry['description']}").strip("_.")
-    same = [e for e in among if (e["number"], e["description"]) == (entry["number"], entry["description"])]
-    return words if len(same) == 1 else f"{words}_{same.index(entry) + 1}"
+def _names(entries: list[dict[str, Any]]) -> list[str]:
+    """File names for series: their numbers and descriptions, and what tells them from others that have the same."""
+    names = [re.sub(r"[^\w.+-]+", "_", f"{e['number']}_{e['description']}"[:100]).strip("_.") for e in entries]
+    return [
+        name if names.count(name) == 1 else f"{name}_{names[: at + 1].count(name)}" for at, name in enumerate(names)
+    ]
 
 
-def _name_others(place: Path, listed: dict[str, Any]) -> None:
-    """Names what lies beside the scans and is none."""
+def _name_split(found: list[Source]) -> None:
+    """Names series that lie in several folders: such are copies, or one scan that was taken apart."""
+    folders: dict[str, list[Source]] = {}
+    for source in found:
+        if source.series:
+            folders.setdefault(source.series, []).append(source)
+    for series, sources in folders.items():
+        if len(sources) > 1:
+            shown = ", ".join(str(source.path) for source in sources[:5])
+            log.warning(
+                "the DICOM series %s lies in %d folders, each of which is taken for a scan of its own: %s; if it is "
+                "one scan, move its files to one folder", series, len(sources), shown,
+            )  # fmt: skip
+
+
+def _name_others(place: Path, listed: dict[str, Any], series: str | None) -> None:
+    """Names what lies beside the scans and is none; a series that is asked for is not left out."""
     left = [f"{name} ({what})" for name, what in sorted(listed["others"].items())]
-    left += [f"{_shown(entry)} ({entry['left_out']})" for entry in listed["series"] if entry["left_out"]]
+    if series is None:
+        left += [_shown(entry) for entry in listed["series"] if entry["left_out"]]
+    left += [f"{name} (no DICOM file)" for name in listed["strangers"] if not _belongs(place / name)]
     if left:
         more = f" and {len(left) - 5} more" * (len(left) > 5)
-        log.warning("%s: left out: %s%s", place, "; ".join(left[:5]), more)
+        log.warning("%s: left out, as no scans: %s%s", place, "; ".join(left[:5]), more)
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file is a scan of another format, or the voxels of one."""
+    voxels = path.suffix.lower() in (".raw", ".zraw") and is_file(path.with_suffix(".mhd"))
+    return bool(suffix_of(path)) or voxels
 
 
 def _shown(entry: dict[str, Any]) -> str:
     """A series as messages name it."""
     description = f" {entry['description']!r}" if entry["description"] else ""
-    return f"series {entry['number']}{description}, {entry['planes']} image(s), first {entry['first']}, {entry['uid']}"
+    why = f", {entry['left_out']}" if entry["left_out"] else ""
+    return (
+        f"series {entry['number']}{description} ({entry['planes']} image(s){why}, first {entry['first']}, "
+        f"{entry['uid']})"
+    )

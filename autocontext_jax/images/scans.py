@@ -79,7 +79,7 @@ def scan_of_image(image: sitk.Image) -> Scan:
     if "complex" in kind or "label" in kind:
         raise UserError(f"{name} holds voxels of the kind {kind}: expected integers or floats")
     check_size(name, image.GetSize())
-    return _scan_of(name, sitk.GetArrayViewFromImage(image), grid_of(name, image))
+    return _scan_of(name, sitk.GetArrayFromImage(image), grid_of(name, image))
 
 
 def array_of_image(image: sitk.Image) -> np.ndarray:
@@ -195,7 +195,9 @@ def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple
     suffix = "" if exists(path) and path.is_dir() else suffix_of(path)
     if not suffix:
         # What `find_scans` found is an identifier already.
-        uid = series if series is not None and re.fullmatch(r"[0-9.]{8,64}", series) else series_of(path, series)
+        uid = (
+            series if series is not None and re.fullmatch(r"[0-9]+(\.[0-9]+){3,}", series) else series_of(path, series)
+        )
         found = reader_process.call("dicom", path, series=uid, header_only=header_only)
         return found.get("voxels"), found["grid"]
     if series is not None:
@@ -212,9 +214,9 @@ def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple
 
 
 def _as_int16(path: Path, stored: np.ndarray) -> np.ndarray:
-    """A C-contiguous int16 copy of an integer or float array, clipped; a plane at a time, as floats are large."""
+    """A C-contiguous int16 array of an integer or float one, clipped; a plane at a time, as floats are large."""
     if stored.dtype == np.int16:
-        return np.array(stored, order="C")
+        return np.ascontiguousarray(stored)
     voxels = np.empty(stored.shape, np.int16)
     limits, clipped = np.iinfo(np.int16), 0
     for plane, target in zip(stored, voxels, strict=True):

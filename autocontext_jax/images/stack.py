@@ -59,9 +59,7 @@ class Stack:
 
     @property
     def even(self) -> bool:
-        """Whether slices lie on one straight line at even distances, so that one affine, sheared or not, places "
-        "them.
-        """
+        """Whether one affine, sheared or not, places all slices: they lie on a straight line at even distances."""
         steps = np.diff(np.column_stack([self.offsets, self.heights]), axis=0)
         drift = np.cumsum(steps - steps.mean(axis=0), axis=0)
         return bool(np.abs(drift).max() <= max(IN_PLANE, along(self.spacing[2])))

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from autocontext_jax.geometry import Triple, halving
-from autocontext_jax.inference.tiling import LevelTiles
+from autocontext_jax.inference.tiling import LevelTiles, tile_shape
 
 # Finished maps of a level, see `predictor`: the first plane along z in voxels of the level, and
 # [z stride, canvas height, canvas width, K].
@@ -28,16 +28,16 @@ class ContextWindow:
     Args:
       chunks: the generator of the coarser level.
       axes: the tiles of the coarser level.
-      tile: (T, T, T), or (SLICES, T, T) in 2D.
-      z_stride: planes of a chunk.
+      finer: the tiles of this level.
       spatial_dims: 3 or 2.
       sharding: of the maps; None on a single device.
     """
 
-    def __init__(self, chunks: Chunks, axes: LevelTiles, tile: Triple, z_stride: int, spatial_dims: int, sharding: Any):
+    def __init__(self, chunks: Chunks, axes: LevelTiles, finer: LevelTiles, spatial_dims: int, sharding: Any):
+        z_stride = axes[0].stride
         self._source, self._axes, self._z_stride, self._spatial_dims = chunks, axes, z_stride, spatial_dims
         self._sharding = sharding
-        self._depth = context_size(tile, spatial_dims)[0]
+        self._depth = context_size(tile_shape(finer), spatial_dims)[0]
         # In the worst case the context starts at the last plane of the first chunk.
         self._count = (self._depth + z_stride - 2) // z_stride + 1
         self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)

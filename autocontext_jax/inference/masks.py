@@ -26,7 +26,7 @@ class MaskWriter:
       level: (D, H, W) of the level's grid over the scan.
       factor: the scan's voxels per voxel of the level along (z, y, x).
       axes: the tiles of the level, which determine where its maps start and end.
-      plane: size in voxels of the square that the program is compiled for; at least H and W.
+      plane: height and width in voxels that the program is compiled for; at least H and W.
       classes: K, to keep the maps on the scan's grid too, see `maps`; 0 not to.
     """
 
@@ -36,7 +36,7 @@ class MaskWriter:
         level: Triple,
         factor: tuple[float, float, float],
         axes: LevelTiles,
-        plane: int,
+        plane: tuple[int, int],
         *,
         classes: int = 0,
     ):
@@ -46,8 +46,8 @@ class MaskWriter:
             native_lookup(n, f, size) for n, f, size in zip(native, factor, level, strict=True)
         )
         self._in_plane: list[np.ndarray] = []
-        for (low, weight), axis in zip(in_plane, axes[1:], strict=True):
-            self._in_plane += [_padded(low - int(axis.starts[0]), plane), _padded(weight, plane)]
+        for (low, weight), axis, size in zip(in_plane, axes[1:], plane, strict=True):
+            self._in_plane += [_padded(low - int(axis.starts[0]), size), _padded(weight, size)]
         self._high = axes[0].high
         self._next_plane = 0  # of the scan, the first that has not been computed
         self._last_of_previous: jax.Array | None = None  # the last plane of the chunk before
@@ -111,13 +111,13 @@ class MaskWriter:
 
 @jax.jit
 def native_masks(*place: jax.Array) -> jax.Array:
-    """The class with the largest value of `native_maps`, [GROUP, plane, plane] uint8."""
+    """The class with the largest value of `native_maps`, [GROUP, height, width] uint8."""
     return _plane_by_plane(lambda maps: jnp.argmax(maps, axis=-1).astype(jnp.uint8), *place)
 
 
 @jax.jit
 def native_maps(*place: jax.Array) -> jax.Array:
-    """Maps interpolated linearly to voxels of the scan, [GROUP, plane, plane, K] float32; see `_plane_by_plane`."""
+    """Maps interpolated linearly to voxels of the scan, [GROUP, height, width, K] float32; see `_plane_by_plane`."""
     return _plane_by_plane(lambda maps: maps.astype(jnp.float32), *place)
 
 

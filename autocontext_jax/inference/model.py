@@ -221,7 +221,7 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
       UserError: an unknown option, a wrong value.
     """
     tiling = description.tiling
-    own = {"tile": tiling.tile, "overlap": tiling.overlap, "plane": tiling.plane}
+    own = {"tile": tiling.tile, "overlap": tiling.overlap, "margin": tiling.margin, "plane": tiling.plane}
     allowed = [field.name for field in dataclasses.fields(PredictorConfig)]
     if unknown := [name for name in options if name not in (*allowed, "flip")]:
         raise UserError(f"option {unknown[0]} is unknown; expected one of {', '.join([*allowed, 'flip'])}")
@@ -238,7 +238,8 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     flip = bool(options.get("flip", tiling.flip))
     if flip and not tiling.flip_classes:
         raise UserError("option flip is True; expected False: the network has not learned from exchanged sides")
-    new = dataclasses.replace(tiling, tile=config.tile, overlap=config.overlap, plane=config.plane, flip=flip)
+    used = {name: getattr(config, name) for name in own}
+    new = dataclasses.replace(tiling, flip=flip, **used)
     return dataclasses.replace(description, tiling=new), config
 
 

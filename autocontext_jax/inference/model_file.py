@@ -74,11 +74,12 @@ class Tiling:
     """How scans are divided into tiles unless the caller says otherwise, see `tiling.PredictorConfig`.
 
     Attributes:
-      tile: edge length of a tile in voxels.
-      overlap: fraction of a tile that the next tile covers again.
-      plane: height and width in voxels of the largest scan that the programs are compiled for.
+      tile: edge length of cubes in voxels; 0 chooses boxes.
+      overlap: of cubes: fraction of a tile that the next tile covers again.
+      plane: of cubes: height and width in voxels of the largest scan that the programs are compiled for.
       flip: whether every tile is also predicted with left and right exchanged.
       flip_classes: the class that each class becomes then; () if the network has not learned from exchanged sides.
+      margin: of boxes: voxels by which a tile reaches beyond the middle between it and the next.
     """
 
     tile: int
@@ -86,9 +87,10 @@ class Tiling:
     plane: int
     flip: bool
     flip_classes: tuple[int, ...] = ()
+    margin: int = PredictorConfig.margin
 
     def __post_init__(self):
-        PredictorConfig(self.tile, self.overlap, self.plane)
+        PredictorConfig(self.tile, self.overlap, self.margin, plane=self.plane)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +203,10 @@ def read_description(path: Path) -> Description:
 
 
 def _described(path: Path, content: dict[str, Any]) -> Description:
-    return from_dict(Description, content.get("model"), place=f"{path}: {DESCRIPTION}: key", prefix="model.")
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("tiling"), dict):
+        model["tiling"].setdefault("margin", PredictorConfig.margin)  # not in the first files, whose tiles were cubes
+    return from_dict(Description, model, place=f"{path}: {DESCRIPTION}: key", prefix="model.")
 
 
 def check_weights(path: Path, found: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ import collections
 import contextlib
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.geometry import Triple, level_shape
-from autocontext_jax.inference.context import Chunks, ContextWindow, context_size, cut_window
+from autocontext_jax.inference.boxes import FITS, SMALLEST, choose_box
+from autocontext_jax.inference.context import CONTEXT_DTYPE, Chunks, ContextWindow, context_size, cut_window
 from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks
 from autocontext_jax.inference.tiling import (
     SLICES,
@@ -52,12 +53,14 @@ from autocontext_jax.inference.tiling import (
     LevelTiles,
     PredictorConfig,
     crop,
+    cubes,
     gaussian,
     largest_extents,
     pyramid_tiles,
+    tile_shape,
 )
 from autocontext_jax.models.pyramid import Pyramid
-from autocontext_jax.runtime import compiler_options
+from autocontext_jax.runtime import compiler_options, free_memory
 
 
 class Predictor:
@@ -83,13 +86,13 @@ class Predictor:
     ):
         self.config = config
         self._mirror_classes = mirror_classes
-        self._blend = gaussian(config.tile) if blend is None else blend
         self._align = max(2, align)
-        useful = config.tile - 2 * self._blend.border
-        self._stride = max(1, int(useful * (1 - config.overlap)) // self._align) * self._align
         self._spatial_dims: int = model.config.spatial_dims
-        depth, self._z_stride = (config.tile, self._stride) if self._spatial_dims == 3 else (SLICES, SLICES)
-        self._tile: Triple = (depth, config.tile, config.tile)
+        self._cubes = config.tile > 0 or blend is not None
+        if self._cubes:
+            self._blend = gaussian(config.tile) if blend is None else blend
+            useful = config.tile - 2 * self._blend.border
+            self._stride = max(1, int(useful * (1 - config.overlap)) // self._align) * self._align
         # A single device needs no mesh: programs run on the device that holds their arguments.
         self._mesh: Mesh | None = None
         self._whole: NamedSharding | None = None
@@ -98,7 +101,7 @@ class Predictor:
             devices = jax.local_devices()[: config.space]
             self._mesh = jax.make_mesh((config.space,), ("space",), axis_types=(AxisType.Auto,), devices=devices)
             self._whole = NamedSharding(self._mesh, PartitionSpec())
-            even = self._z_stride % config.space == 0
+            even = (self._stride if self._spatial_dims == 3 else SLICES) % config.space == 0
             self._slab_sharding = NamedSharding(self._mesh, PartitionSpec("space")) if even else self._whole
         self._graph, state = nnx.split(model)
         self._state = jax.device_put(state, self._whole)
@@ -158,11 +161,16 @@ class Predictor:
     ) -> dict[int, MaskWriter]:
         # Tiles follow from the finest grid alone: coarser grids have half its voxels, so that contexts nest exactly.
         finest = level_shape(_shape(voxels), factors[-1])
+        choose = cubes(self._blend, self._stride) if self._cubes else self._boxes
         plan = pyramid_tiles(
-            finest, self._levels, self._blend,
-            stride=self._stride, align=self._align, spatial_dims=self._spatial_dims,
+            finest, self._levels, choose, align=self._align, spatial_dims=self._spatial_dims
         )[: max(requested)]  # fmt: skip
-        self._grow_canvas(_shape(voxels), factors[-1])
+        if self._cubes:
+            self._grow_canvas(_shape(voxels), factors[-1])
+            plane = self._plane, self._plane
+        else:
+            self._canvas = [(y.extent, x.extent) for _, y, x in plan]
+            plane = _rounded(voxels.shape[1]), _rounded(voxels.shape[2])
         total = sum(int(np.prod([len(axis.starts) for axis in axes])) for axes in plan)
         done = 0
 
@@ -177,13 +185,11 @@ class Predictor:
             image = downsample_image(voxels, factor)
             context = None
             if streams:
-                context = ContextWindow(
-                    streams[-1], plan[level - 2], self._tile, self._z_stride, self._spatial_dims, self._whole
-                )
+                context = ContextWindow(streams[-1], plan[level - 2], plan[level - 1], self._spatial_dims, self._whole)
             chunks = self._chunks(level, image, axes, context, advance)
             if level in requested:
                 writers[level] = MaskWriter(
-                    _shape(voxels), _shape(image), factor, axes, self._plane,
+                    _shape(voxels), _shape(image), factor, axes, plane,
                     classes=self._classes if keep_maps else 0,
                 )  # fmt: skip
                 chunks = writers[level].record(chunks)
@@ -193,6 +199,46 @@ class Predictor:
         for chunks in reversed(streams):
             collections.deque(chunks, maxlen=0)
         return writers
+
+    def _boxes(self, regions: Sequence[tuple[int, int]]) -> list[tuple[Blend, int]]:
+        """The tiles of a level, see `boxes`."""
+        depth = 3 - len(regions)  # in 2D a tile is a stack of squares
+        flat = [(0, SLICES)] * depth
+
+        def fits(size: Triple) -> bool:
+            voxels = int(np.prod(size))
+            return voxels <= FITS or voxels * self._bytes_a_voxel <= self._limit
+
+        box = choose_box([*flat, *regions], margin=self.config.margin, align=self._align, fits=fits)
+        return [(blend, stride) for blend, stride in zip(box.blends, box.stride, strict=True)][depth:]
+
+    @functools.cached_property
+    def _limit(self) -> float:
+        """Bytes that a tile may take on the device."""
+        if self.config.memory:
+            return 1e9 * self.config.memory
+        device = jax.local_devices()[0].memory_stats()
+        if device and "bytes_limit" in device:
+            return 0.8 * (device["bytes_limit"] - device["bytes_in_use"])
+        return 0.5 * free_memory()
+
+    @functools.cached_property
+    def _bytes_a_voxel(self) -> float:
+        """Bytes that a tile's program takes for each of its voxels, as the compiler counts them for a small tile."""
+        level, edge = self._levels, -(-SMALLEST // self._align) * self._align
+        tile = (edge if self._spatial_dims == 3 else SLICES, edge, edge)
+        maps = None
+        if level > 1:
+            maps = (jax.ShapeDtypeStruct((*context_size(tile, self._spatial_dims), self._classes), CONTEXT_DTYPE),)
+        place = jax.ShapeDtypeStruct((3,), jnp.int32)
+        slab = jax.ShapeDtypeStruct((*tile, self._classes), jnp.float32)
+        image = jax.ShapeDtypeStruct(tile, jnp.int16)
+        weights = tuple(jax.ShapeDtypeStruct((size,), jnp.float32) for size in tile)
+        offset = None if maps is None else place
+        program = self._add_tile[level - 1].lower((slab,), self._state, image, maps, weights, place, offset)
+        needed = program.compile().memory_analysis()
+        state = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        return (needed.temp_size_in_bytes + needed.argument_size_in_bytes - state) / float(np.prod(tile))
 
     def compilations(self) -> int:
         """Number of programs compiled so far; it should stay the same from the second scan on."""
@@ -239,18 +285,18 @@ class Predictor:
           context: maps of the coarser level; None at level 1.
           advance: called after each row with its number of tiles.
         """
-        z_stride = self._z_stride
         z_axis, y_axis, x_axis = axes
+        size, z_stride = tile_shape(axes), z_axis.stride
         slabs = tuple(
             jnp.zeros((z_stride, *self._canvas[level - 1], self._classes), jnp.float32, device=self._slab_sharding)
-            for _ in range(-(-self._tile[0] // z_stride))
+            for _ in range(-(-size[0] // z_stride))
         )
         for z_start, z_weights in zip(z_axis.starts, z_axis.weights, strict=True):
             row_start = (int(z_start), int(y_axis.starts[0]), int(x_axis.starts[0]))
             maps, row_offset = (None, None) if context is None else context.move_to(row_start)
             for y_start, y_weights in zip(y_axis.starts, y_axis.weights, strict=True):
                 for x_start, x_weights in zip(x_axis.starts, x_axis.weights, strict=True):
-                    tile = crop(image, (row_start[0], int(y_start), int(x_start)), self._tile, AIR)
+                    tile = crop(image, (row_start[0], int(y_start), int(x_start)), size, AIR)
                     place = np.array([0, y_start - row_start[1], x_start - row_start[2]], np.int32)
                     offset = None if row_offset is None else row_offset + place // 2
                     weights = (z_weights, y_weights, x_weights)
@@ -266,9 +312,7 @@ class Predictor:
 
     def _make_add_tile(self, level: int):
         """The jitted program that predicts one tile of a level."""
-        graph, z_stride, mirror = self._graph, self._z_stride, np.array(self._mirror_classes, int)
-        size = context_size(self._tile, self._spatial_dims)
-
+        graph, mirror, spatial_dims = self._graph, np.array(self._mirror_classes, int), self._spatial_dims
         depth = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(None, "space"))
 
         @functools.partial(
@@ -294,7 +338,9 @@ class Predictor:
             """
             model: Pyramid = nnx.merge(graph, state, copy=True)
             images = image[None] if depth is None else lax.with_sharding_constraint(image[None], depth)
+            size = context_size(_shape(image), spatial_dims)
             context = None if maps is None else cut_window(maps, offset, size)[None]
+            z_stride = slabs[0].shape[0]
             z, y, x = weights
             weight = z[:, None, None] * y[:, None] * x
             if mirror.size:
@@ -332,6 +378,11 @@ def _weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
     return powers * (weights / functools.reduce(operator.add, (powers[..., k] for k in classes)))[..., None]
 
 
-def _shape(volume: np.ndarray) -> Triple:
+def _shape(volume: Any) -> Triple:
     depth, height, width = volume.shape
     return depth, height, width
+
+
+def _rounded(size: int) -> int:
+    """Planes of similar sizes share a program."""
+    return -(-size // 64) * 64

@@ -10,6 +10,7 @@ air.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,26 +26,32 @@ class PredictorConfig:
     """How scans are divided into tiles.
 
     Attributes:
-      tile: T, edge length of a tile in voxels, the same at every level. It can differ from the training patch. Larger
-        tiles are faster, as long as they fit the device's memory. In 2D a tile is a stack of 4 squares.
-      overlap: fraction of a tile that the next tile covers again.
-      plane: height and width in voxels of the largest scan that the programs are compiled for. A larger scan makes
-        them compile again; smaller scans do not.
+      tile: T, edge length of cubes that are the tiles of every level, in voxels; 0 chooses boxes for each level of each
+        scan, see `boxes`. It can differ from the training patch. In 2D a tile is a stack of 4 squares.
+      overlap: of cubes: fraction of a tile that the next tile covers again.
+      margin: of boxes: voxels by which a tile reaches beyond the middle between it and the next.
+      memory: of boxes: GB that a tile may take on the device; 0 means a part of what is free.
+      plane: of cubes: height and width in voxels of the largest scan that the programs are compiled for. A larger scan
+        makes them compile again; smaller scans do not.
       space: number of devices of this process that share each tile, split along its depth, which must be a multiple of
         `space` times the network's divisor. This splits the activations, which take most of the memory. Every device
         has a copy of the maps that pass from level to level.
     """
 
-    tile: int = 96
+    tile: int = 0
     overlap: float = 0.5
+    margin: int = 16
+    memory: float = 0.0
     plane: int = 512
     space: int = 1
 
     def __post_init__(self):
-        for name, largest in (("tile", 4096), ("plane", 2**16)):
-            require(1 <= getattr(self, name) <= largest, self, name, f"a number from 1 to {largest}")
+        for name, least, largest in (("tile", 0, 4096), ("margin", 0, 512), ("plane", 1, 2**16)):
+            require(least <= getattr(self, name) <= largest, self, name, f"a number from {least} to {largest}")
         require(0 <= self.overlap < 1, self, "overlap", "a fraction in [0, 1)")
+        require(self.memory >= 0, self, "memory", "GB, 0 or more")
         require(self.space >= 1, self, "space", "at least 1")
+        require(self.space == 1 or self.tile > 0, self, "space", "1 where tile is 0: devices share cubes alone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +86,15 @@ class AxisTiles:
       low, high: the tiles cover the voxels [low, high).
       starts: [n], first voxel of each tile, at equal distances.
       weights: [n, T] float32; at each voxel of [low, high) the weights of all tiles add up to 1.
+      stride: distance between the starts of tiles.
     """
 
     low: int
     high: int
     starts: np.ndarray
     weights: np.ndarray
+
+    stride: int
 
     @property
     def extent(self) -> int:
@@ -93,6 +103,12 @@ class AxisTiles:
 
 
 LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]  # along z, y, x
+
+
+def tile_shape(axes: LevelTiles) -> Triple:
+    """Voxels of each tile of a level."""
+    z, y, x = (axis.weights.shape[1] for axis in axes)
+    return z, y, x
 
 
 def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) -> AxisTiles:
@@ -116,7 +132,7 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
     # The first start is a multiple of `align` in [lowest, highest]. If it were larger, the first tile would not reach
     # `low`; if smaller, the last tile would not reach `high`.
     highest = (low - border) // align * align
-    count = 1 + max(0, -(-(high - highest - border - useful) // stride))
+    count = axis_count(low, high, tile, border, stride=stride, align=align)
     lowest = -(-(high - border - useful - stride * (count - 1)) // align) * align
     first = (lowest + highest) // (2 * align) * align
     starts = first + stride * np.arange(count)
@@ -124,11 +140,26 @@ def axis_tiles(low: int, high: int, blend: Blend, *, stride: int, align: int) ->
     for start in starts:
         total[start - first : start - first + tile] += blend.weights
     rows = [blend.weights / np.maximum(total[s - first : s - first + tile], 1e-30) for s in starts]
-    return AxisTiles(low, high, starts, np.stack(rows).astype(np.float32))
+    return AxisTiles(low, high, starts, np.stack(rows).astype(np.float32), stride)
+
+
+def axis_count(low: int, high: int, tile: int, border: int = 0, *, stride: int, align: int) -> int:
+    """How many tiles `axis_tiles` needs."""
+    highest = (low - border) // align * align
+    return 1 + max(0, -(-(high - highest - tile + border) // stride))
+
+
+# The weights of a tile and the distance of tiles along z, y, x, for the voxels [low, high) to cover along each.
+Chooser = Callable[[Sequence[tuple[int, int]]], Sequence[tuple[Blend, int]]]
+
+
+def cubes(blend: Blend, stride: int) -> Chooser:
+    """Tiles that are the same along each axis, whatever there is to cover."""
+    return lambda regions: [(blend, stride)] * len(regions)
 
 
 def pyramid_tiles(
-    finest: Triple, levels: int, blend: Blend, *, stride: int, align: int, spatial_dims: int = 3
+    finest: Triple, levels: int, choose: Chooser, *, align: int, spatial_dims: int = 3
 ) -> tuple[LevelTiles, ...]:
     """The tiles of every level.
 
@@ -137,8 +168,7 @@ def pyramid_tiles(
     Args:
       finest: (D, H, W) of the finest level's grid over the scan.
       levels: S.
-      blend: weights along one axis, the same for all levels and axes.
-      stride: distance between the starts of tiles, see `axis_tiles`.
+      choose: gives the tiles of a level along the axes that it halves, called for the finest level first.
       align: see `axis_tiles`; even, so that the context of a tile starts at a voxel of the coarser level.
       spatial_dims: 3, or 2 for networks that see slices: their tiles hold `SLICES` slices along z at every level.
 
@@ -150,7 +180,10 @@ def pyramid_tiles(
     covered = [(0, size) for size in finest[3 - spatial_dims :]]
     plan = []
     for _ in range(levels):
-        halved = [axis_tiles(low, high, blend, stride=stride, align=align) for low, high in covered]  # axes
+        halved = [
+            axis_tiles(low, high, blend, stride=stride, align=align)
+            for (low, high), (blend, stride) in zip(covered, choose(covered), strict=True)
+        ]
         z, y, x = *z_of_slices, *halved
         plan.append((z, y, x))
         # The region of the tiles in voxels of the coarser level, and one voxel more on each side for the upsampling.

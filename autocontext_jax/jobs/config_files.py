@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import read_json, write_json
+from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.jobs.run_config import RunConfig, config_from_dict
 from autocontext_jax.sections import as_dict, flat_keys
 
@@ -24,7 +25,7 @@ CHANGEABLE = (
 # Keys that prediction and evaluation take from the command line; the others are the run's own.
 INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_paths", "data.workers")
 # Keys that came since the format, with what runs before them did.
-ADDED = {"data.outside_paths": False}
+ADDED = {"data.outside_paths": False, "predict.margin": PredictorConfig.margin, "predict.memory": 0.0}
 # Keys that prediction and evaluation depend on: a config file that contradicts the run in one of them is refused.
 MODEL = ("levels.", "model.", "pyramid.")
 

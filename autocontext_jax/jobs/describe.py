@@ -60,6 +60,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
             config.predict.plane,
             config.predict.flip,
             config.augmentation.flip_classes(split.classes),
+            config.predict.margin,
         ),
         training=_training(config, split, step),
         evaluation=_evaluation(workdir, step),

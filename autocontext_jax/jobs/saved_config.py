@@ -45,6 +45,11 @@ def config_of_model(path: Path) -> RunConfig:
         loader=dataclasses.replace(default.loader, patch_size=max(64, network.divisor)),
         augmentation=dataclasses.replace(default.augmentation, flip=bool(tiling.flip_classes)),
         predict=dataclasses.replace(
-            default.predict, tile=tiling.tile, overlap=tiling.overlap, plane=tiling.plane, flip=tiling.flip
+            default.predict,
+            tile=tiling.tile,
+            overlap=tiling.overlap,
+            plane=tiling.plane,
+            flip=tiling.flip,
+            margin=tiling.margin,
         ),
     )

@@ -1,0 +1,87 @@
+"""Tiles as boxes: of the sizes that compute the fewest voxels of a level within the memory that there is.
+
+A network computes every voxel of a tile, so that what matters is how often tiles overlap and how far they reach beyond
+the level. Few large tiles are best; where memory forbids one for the whole level, boxes that are nearly cubes overlap
+least. Sizes come from a ladder, so that scans of similar sizes share their compiled programs.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+from autocontext_jax.geometry import Triple
+from autocontext_jax.inference.tiling import Blend, axis_count, gaussian
+
+SMALLEST = 64  # voxels along an axis of a box that does not hold the level along it
+FITS = 96**3  # a box of so many voxels is taken to fit
+# Voxels of a box beyond which a larger one hardly computes fewer: its overlap is some percent by then.
+LARGEST = 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """The tiles of a level.
+
+    Attributes:
+      size: voxels along z, y, x.
+      stride: distance between the starts of tiles along each axis.
+    """
+
+    size: Triple
+    stride: Triple
+
+    @property
+    def blends(self) -> tuple[Blend, Blend, Blend]:
+        """Weights along each axis."""
+        z, y, x = map(gaussian, self.size)
+        return z, y, x
+
+
+def ladder(align: int, largest: int) -> list[int]:
+    """The sizes that a box may have along an axis, up to the first that is not below `largest`.
+
+    Args:
+      align: all are multiples of it.
+      largest: number of voxels.
+    """
+    sizes = []
+    for size in itertools.count(align, align):
+        step = 16 if size <= 128 else 32 if size <= 512 else 64
+        if size % max(step, align) == 0 or size == align:
+            sizes.append(size)
+            if size >= largest:
+                return sizes
+    raise AssertionError("the ladder has no end")
+
+
+def choose_box(regions: Sequence[tuple[int, int]], *, margin: int, align: int, fits: Callable[[Triple], bool]) -> Box:
+    """The box whose tiles cover a level with the fewest voxels computed.
+
+    Args:
+      regions: voxels [low, high) of the level to cover, along z, y, x.
+      margin: voxels by which a tile reaches beyond the middle between it and the next.
+      align: starts and sizes are multiples of it.
+      fits: whether a box of a size fits the memory. If none does, the smallest is taken.
+
+    Returns:
+      The box. Among equals it is the smallest.
+    """
+    axes = []
+    for low, high in regions:
+        choices = []
+        for size in ladder(align, high - low + 2 * align):
+            stride = max(align, (size - 2 * margin) // align * align)
+            count = axis_count(low, high, size, stride=stride, align=align)
+            if count == 1:
+                choices.append((size, size, size))
+            elif size >= SMALLEST:
+                choices.append((size, stride, count * size))
+            if count == 1:
+                break
+        axes.append(choices)
+    options = []
+    for (z, z_stride, z_all), (y, y_stride, y_all), (x, x_stride, x_all) in itertools.product(*axes):
+        if z * y * x <= LARGEST:
+            options.append((z_all * y_all * x_all, z * y * x, Box((z, y, x), (z_stride, y_stride, x_stride))))
+    options.sort(key=lambda option: option[:2])
+    return next((box for *_, box in options if fits(box.size)), min(options, key=lambda option: option[1])[2])
