@@ -113,6 +113,10 @@ ONCE_FAILED = {
     "DICOM, plain": {
         "BytesLengthException: an identifier of another kind": ("0.dcm", swap(b"\x20\0\x0e\0UI", b"\x20\0\x0e\0FL")),
         "BytesLengthException: a modality that is a sequence": ("2.dcm", swap(b"\x08\0\x60\0CS", b"\x08\0\x60\0SQ")),
+        "TypeError: columns that are two numbers": (
+            "2.dcm",
+            swap(b"\x28\0\x11\0US\2\0\x0a\0", b"\x28\0\x11\0US\4\0\x0a\0\x0a\0"),
+        ),
         "TypeError: rows that are two numbers": (
             "0.dcm",
             swap(b"\x28\0\x10\0US\2\0\x0c\0", b"\x28\0\x10\0US\4\0\x0c\0\x0c\0"),
