@@ -175,6 +175,14 @@ def test_two_patients_are_refused(tmp_path):
     refused_scan(tmp_path, "slice_002.dcm has the PatientID p2", "slice_000.dcm has p1")
 
 
+def test_two_patients_without_identifiers_are_refused(tmp_path):
+    def name(k, file):
+        file.PatientID, file.PatientName = "", f"name {k // 3}"
+
+    save_series(tmp_path, None, name)
+    refused_scan(tmp_path, "has the PatientName name 1", "slice_000.dcm has name 0")
+
+
 def test_two_frames_of_reference_are_refused(tmp_path):
     save_series(tmp_path, None, only(0, FrameOfReferenceUID="1.2.826.0.1.55.2"))
     refused_scan(tmp_path, "slice_000.dcm has the FrameOfReferenceUID 1.2.826.0.1.55.2",

@@ -185,7 +185,7 @@ def test_one_slice_of_a_series_by_its_path_is_named_as_such(tmp_path, caplog):
 def test_a_series_that_is_not_there(tmp_path):
     series(tmp_path, 2, "nativ")
     refused(lambda: scans.read_scan(tmp_path, series="7"), "holds no DICOM series '7'", "it has series 2 'nativ'")
-    refused(lambda: find_scans(tmp_path, series="7"), "the series '7' is given", "found is none")
+    refused(lambda: find_scans(tmp_path, series="7"), "holds no DICOM series '7'", tmp_path.name)
 
 
 def test_two_series_of_one_number_and_description(tmp_path):
@@ -301,3 +301,11 @@ def test_a_series_is_read_alike_with_and_without_what_lies_beside_it(tmp_path):
     first, second = (scans.read_scan(tmp_path / name) for name in "ab")
     np.testing.assert_array_equal(first.voxels, second.voxels)
     assert first.grid == second.grid
+
+
+def test_a_further_channel_is_named(tmp_path, caplog):
+    for name in ("a_0000.nii.gz", "a_0001.nii.gz", "b_0001.nii.gz", "c.nii.gz"):
+        scans.write_scan(tmp_path / name, np.zeros((3, 4, 5), np.int16), (1.0, 1.0, 1.0))
+    assert len(find_scans(tmp_path)) == 4
+    assert len(caplog.messages) == 1
+    assert "a_0001.nii.gz is taken for a scan of its own" in caplog.text

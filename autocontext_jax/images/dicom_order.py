@@ -107,6 +107,7 @@ _BELONGS: dict[str, Callable[[Plane], str]] = {
     "Rows × Columns": lambda plane: f"{plane.size[1]} × {plane.size[0]}",
     "PixelSpacing": lambda plane: numbers(plane.spacing or ()),
     "PatientID": lambda plane: plane.patient,
+    "PatientName": lambda plane: plane.patient_name,
     "Modality": lambda plane: str(plane.dataset.get("Modality") or ""),
 }
 _LIES: dict[str, Callable[[Plane], str]] = {

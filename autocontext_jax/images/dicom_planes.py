@@ -21,6 +21,7 @@ NO_SCANS = {
 
 _NAMES = (
     "SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality", "SeriesDescription", "PatientID",
+    "PatientName",
     "SeriesInstanceUID", "SeriesNumber", "FrameOfReferenceUID", "SliceThickness", "SpacingBetweenSlices", "Columns",
     "ImagePositionPatient", "ImageOrientationPatient", "SamplesPerPixel", "PhotometricInterpretation", "Rows",
     "PlanarConfiguration", "NumberOfFrames", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit",
@@ -49,7 +50,7 @@ class Plane:
       spacing: mm between rows, between columns.
       thickness: mm, of a single slice.
       slope, intercept: of its values.
-      patient, frame_of_reference: identifiers.
+      patient, frame_of_reference: identifiers; where there is none of the patient, `patient_name` stands for it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Plane:
     slope: float | None
     intercept: float | None
     patient: str
+    patient_name: str
     frame_of_reference: str
 
     @property
@@ -226,6 +228,7 @@ def _plane(path: Path, dataset: Any, frame: int, sources: Sequence[Any], name: s
         slope=one("RescaleSlope"),
         intercept=one("RescaleIntercept"),
         patient=str(dataset.get("PatientID") or ""),
+        patient_name="" if dataset.get("PatientID") else str(dataset.get("PatientName") or ""),
         frame_of_reference=str(dataset.get("FrameOfReferenceUID") or ""),
     )
 

@@ -55,13 +55,20 @@ def find_scans(place: str | os.PathLike, *, series: str | None = None) -> list[S
         found = [Source(place, None, Path(scan_name(place)))]
     else:
         found = [Source(place, uid, Path(place.stem)) for uid in [series_of(place, series)]]
+    if series is not None and not found:
+        there = [source for source in _in_folder(place, Path(), None) if source.series is not None]
+        shown = ", ".join(str(source.name) for source in there[:10]) or "none"
+        raise UserError(
+            f"{place} holds no DICOM series {series!r}: expected the number, description or UID of one of {shown}"
+        )
     if series is not None and not (len(found) == 1 and found[0].series):
-        named = ", ".join(map(str, found[:5])) + f" and {len(found) - 5} more" * (len(found) > 5) or "none"
+        named = ", ".join(map(str, found[:5])) + f" and {len(found) - 5} more" * (len(found) > 5)
         raise UserError(
             f"{place}: the series {series!r} is given, and found is {named}: expected one DICOM series; give its UID "
             "or its own folder"
         )
     if found:
+        _name_channels(found)
         _name_split(found)
         return found
     raise UserError(
@@ -161,6 +168,19 @@ def _names(entries: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _name_channels(found: list[Source]) -> None:
+    """Names files that nnU-Net would take for further channels of a scan beside them."""
+    files = {source.path for source in found if source.series is None}
+    for path in sorted(files):
+        name = scan_name(path)
+        first = path.with_name(path.name.replace(name, f"{name[:-4]}0000", 1))
+        if re.fullmatch(r".+_\d{4}", name) and path != first and first in files:
+            log.warning(
+                "%s is taken for a scan of its own: if it is a further channel of %s, its mask means nothing, as one "
+                "channel is expected", path, first.name,
+            )  # fmt: skip
+
+
 def _name_split(found: list[Source]) -> None:
     """Names series that lie in several folders: such are copies, or one scan that was taken apart."""
     folders: dict[str, list[Source]] = {}
@@ -177,7 +197,7 @@ def _name_split(found: list[Source]) -> None:
 
 
 def _name_others(place: Path, listed: dict[str, Any], series: str | None) -> None:
-    """Names what lies beside the scans and is none; a series that is asked for is not left out."""
+    """Names what lies beside the scans and is none; a series that `series` names is not left out."""
     left = [f"{name} ({what})" for name, what in sorted(listed["others"].items())]
     if series is None:
         left += [_shown(entry) for entry in listed["series"] if entry["left_out"]]
