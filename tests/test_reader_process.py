@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -247,30 +246,39 @@ def test_two_threads_at_once(tmp_path):
     assert not wrong
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_worker_has_its_own(scan):
     """Also while another thread reads; it leaves nothing, and its parent's is untouched."""
-    check_read(scan)
-    parent = running().pid
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    with reader_process._lock:  # as another thread holds it
-        worker = context.Process(target=read_in_worker, args=(theirs, scan), daemon=True)
-        worker.start()
-    assert ours.poll(20)
-    shape, process = ours.recv()
-    worker.join(5)
-    assert worker.exitcode == 0
-    assert shape == VOXELS.shape
-    assert process != parent
-    until(lambda: not Path(f"/proc/{process}").exists())
-    check_read(scan)
-    assert running().pid == parent
+    program = f"""
+import multiprocessing
+from autocontext_jax.images import reader_process, scans
 
+def process():
+    return reader_process._running[0].process.pid
 
-def read_in_worker(connection, path):
-    shape = scans.read_scan(path).voxels.shape
-    connection.send((shape, running().pid))
+def read(connection):
+    shape = scans.read_scan({str(scan)!r}).voxels.shape
+    connection.send((shape, process()))
+
+scans.read_scan({str(scan)!r})
+first = process()
+context = multiprocessing.get_context("fork")
+ours, theirs = context.Pipe()
+with reader_process._lock:  # as another thread holds it
+    worker = context.Process(target=read, args=(theirs,), daemon=True)
+    worker.start()
+assert ours.poll(20)
+shape, its = ours.recv()
+worker.join(5)
+assert worker.exitcode == 0
+assert shape == {VOXELS.shape}
+assert its != first
+scans.read_scan({str(scan)!r})
+assert process() == first
+print(its)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
+    assert ended.returncode == 0, ended.stderr
+    until(lambda: not Path(f"/proc/{ended.stdout.strip()}").exists())
 
 
 @pytest.mark.parametrize(
