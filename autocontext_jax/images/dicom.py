@@ -5,7 +5,6 @@ A series is what has one series instance UID. Its planes are ordered by where th
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +63,13 @@ def list_series(place: Path) -> dict[str, Any]:
     return {"series": listed, "others": others, "strangers": strangers}
 
 
-def read_series(
-    place: Path, uid: str | None, *, header_only: bool = False, empty: Callable[..., np.ndarray] = np.empty
-) -> tuple[np.ndarray | None, Grid]:
+def read_series(place: Path, uid: str | None, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
     """The voxels of one series, [k, j, i], with values as the planes scale them, and their grid.
 
     Args:
       place: a folder, or one file.
       uid: of the series.
       header_only: the voxels are not read.
-      empty: as np.empty, of a shape and a type, for the voxels.
 
     Raises:
       UserError: a file is damaged; the planes do not belong together, or do not make one stack without gaps.
@@ -90,7 +86,7 @@ def read_series(
         check_size(place, size)
     if header_only:
         return None, grid
-    voxels = read_values(folder, ordered, empty)
+    voxels = read_values(folder, ordered)
     return (voxels if grid.stack is None else grid.stack.to_regular(voxels)), grid
 
 

@@ -152,7 +152,13 @@ def planes_of(path: Path, dataset: Any) -> list[Plane]:
         raise _damaged(path, error) from None
 
 
+_COUNTS = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
+
+
 def _planes(path: Path, dataset: Any) -> list[Plane]:
+    for name in _COUNTS:
+        if (value := dataset.get(name)) is not None and not isinstance(value, int):
+            raise UserError(f"{path} has the {name} {str(value)[:60]}: expected a whole number; export it again")
     pixels = [name for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if name in dataset]
     if not pixels or not dataset.get("Rows") or not dataset.get("Columns"):
         raise UserError(f"{path} is truncated: it has no voxels, though it is an image; copy or export it again")

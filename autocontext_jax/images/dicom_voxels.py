@@ -1,7 +1,7 @@
 """The values of DICOM planes, each scaled as its own file says."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _PLAIN = {ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian}
 
 
-def read_values(folder: Path, planes: Sequence[Plane], empty: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
+def read_values(folder: Path, planes: Sequence[Plane]) -> np.ndarray:
     """The values of planes, [K, J, I]: integers, or float32 where a plane's slope or intercept is a fraction.
 
     Raises:
@@ -32,7 +32,7 @@ def read_values(folder: Path, planes: Sequence[Plane], empty: Callable[..., np.n
     _check_rescale(folder, planes)
     integers = all(float(number or 0).is_integer() for plane in planes for number in (plane.slope, plane.intercept))
     columns, rows = planes[0].size
-    voxels = empty((len(planes), rows, columns), np.int16 if integers else np.float32)
+    voxels = np.empty((len(planes), rows, columns), np.int16 if integers else np.float32)
     surplus = []
     for number, plane in enumerate(planes):
         if _has_surplus(plane):
@@ -146,7 +146,13 @@ def _scaled(folder: Path, plane: Plane) -> np.ndarray:
     """The values of a plane in the smallest of int16, int32 and int64 that holds them, or as floats."""
     stored = stored_values(folder, plane)
     if _by_table(plane):
-        return np.asarray(apply_modality_lut(stored, plane.dataset)).astype(np.int32)
+        try:
+            return np.asarray(apply_modality_lut(stored, plane.dataset)).astype(np.int32)
+        except Exception as error:  # pydicom raises many kinds
+            raise UserError(
+                f"{folder / plane.name} has a ModalityLUTSequence that cannot be used ({type(error).__name__}): "
+                "expected a table of its values; export it again"
+            ) from None
     slope, intercept = 1.0 if plane.slope is None else plane.slope, plane.intercept or 0.0
     small = abs(slope) < 2**31 and abs(intercept) < 2**62
     if stored.dtype.kind == "f" or not (small and slope.is_integer() and intercept.is_integer()):

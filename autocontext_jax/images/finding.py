@@ -82,7 +82,7 @@ def series_of(place: Path, series: str | None) -> str:
     Raises:
       UserError: there is none, or there are several; a file is damaged.
     """
-    if not place.is_dir() and not is_file(place):
+    if not is_file(place) and not (exists(place) and place.is_dir()):
         raise UserError(f"{place} does not exist: give a scan file or a folder with a DICOM series")
     listed = reader_process.call("list_series", place)
     if listed["series"]:

@@ -1,7 +1,10 @@
 """MetaImage and NRRD files, and images in memory, through SimpleITK."""
 
+import contextlib
 import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import SimpleITK as sitk
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import exists, is_file
 from autocontext_jax.images.checks import check_kind, check_packing, check_size, make_grid
 from autocontext_jax.images.grid import Grid
 
@@ -23,19 +27,29 @@ def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | Non
     Raises:
       UserError: it is no 3D image of numbers; its voxels are in a file outside its folder; it promises too much.
       RuntimeError: ITK cannot read it.
+      MemoryError: there is not enough for its voxels.
     """
     runtime.silence_itk()
-    held = path.stat().st_size + sum(part.stat().st_size for part in _parts(path))
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path} has a name that is not UTF-8: expected one that is, as ITK opens no other; rename the file or its "
+            "folder"
+        ) from None
+    held = bytes_held(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if path.name.lower().endswith(".nrrd") else "MetaImageIO")
     reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    with _explained(path):
+        reader.ReadImageInformation()
     size = reader.GetSize()
     while len(size) > 3 and size[-1] == 1:
         size = size[:-1]
     check_kind(path, size, reader.GetNumberOfComponents())
-    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())  # such as "16-bit signed integer"
-    if not (bits := re.match(r"(\d+)-bit (?:un)?(?:signed integer|float)", kind)):
+    # Such as "16-bit signed integer"; "vector of" it if an axis of NRRD, of length 1, has the kind "list".
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    if not (bits := re.match(r"(?:vector of )?(\d+)-bit (?:un)?(?:signed integer|float)", kind)):
         raise UserError(f"{path} holds voxels of the kind {kind}: expected integers or floats; export it again")
     check_size(path, size)
     check_packing(path, math.prod(size) * int(bits[1]) // 8, held)
@@ -43,10 +57,36 @@ def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | Non
         reader.SetExtractSize([*size, *[0] * (len(reader.GetSize()) - 3)])
     elif header_only:
         return None, grid_of(path, reader)
-    image = reader.Execute()
+    with _explained(path):
+        image = reader.Execute()
     if header_only:
         return None, grid_of(path, image)
-    return sitk.GetArrayFromImage(image), grid_of(path, image)  # a view would not keep the image's memory
+    voxels = sitk.GetArrayFromImage(image)  # a view would not keep the image's memory
+    return voxels.reshape(voxels.shape[:3]), grid_of(path, image)
+
+
+_LONGEST = 295  # bytes of a line of MetaImage that ITK has room for, whatever the field; some may have up to 32767
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Gives what ITK cannot do its own name, so that no whole file is called damaged."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "alloc" in str(error):  # "Failed to allocate memory for image", "std::bad_alloc"
+            raise MemoryError from None
+        if "bzip2 encoding not available" in str(error):
+            raise UserError(f"{path} is packed with bzip2, which ITK does not read: export it with gzip") from None
+        if not path.name.lower().endswith(".nrrd"):
+            with path.open("rb") as file:
+                longest = max(len(line) for line in file.read(1 << 20).split(b"ElementDataFile")[0].split(b"\n"))
+            if longest > _LONGEST:
+                raise UserError(
+                    f"{path} cannot be read: its header has a line of {longest} bytes, and ITK has no room for long "
+                    "ones, such as a comment of more than 499; remove that line, or copy the file again"
+                ) from None
+        raise
 
 
 def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
@@ -58,43 +98,58 @@ def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
     return make_grid(path, source.GetSize(), source.GetSpacing(), source.GetOrigin(), source.GetDirection())
 
 
+def bytes_held(path: Path) -> int:
+    """Bytes of a MetaImage or NRRD file, and of those beside it that hold its voxels.
+
+    Raises:
+      UserError: one of these does not exist, or lies outside the header's folder.
+    """
+    return path.stat().st_size + sum(part.stat().st_size for part in _parts(path))
+
+
+_MOST_HEADER = 1 << 26  # bytes that are searched for where the voxels are
+
+
 def _parts(path: Path) -> list[Path]:
     """The other files that hold a header's voxels.
 
     Raises:
       UserError: one does not exist, or lies outside the header's folder.
     """
-    with path.open("rb") as file:
-        lines = file.read(1 << 20).split(b"\n")
-    nrrd = lines[0].startswith(b"NRRD")
+    nrrd = path.name.lower().endswith(".nrrd")
     names: list[str] = []
-    for number, raw in enumerate(lines):
-        line = raw.decode("latin-1").strip()
-        key, separator, value = line.partition(":" if nrrd else "=")
-        if nrrd and not line:
+    left = _MOST_HEADER
+    with path.open("rb") as file:
+        while left > 0 and (raw := file.readline(left)):
+            left -= len(raw)
+            if nrrd and not raw.strip():
+                break
+            if not (found := re.match(_NRRD_DATA if nrrd else _METAIMAGE_DATA, raw.replace(b"\r", b"\n"))):
+                continue
+            value = os.fsdecode(found[1].strip())
+            words = value.split()
+            if words and words[0].upper() == "LIST":
+                names = [os.fsdecode(more.strip()) for more in file.read(left).splitlines() if more.strip()]
+            elif words and value.upper() != "LOCAL":
+                names = [words[0] if "%" in words[0] else value]
             break
-        if not separator or key.strip().lower() not in ("elementdatafile", "data file", "datafile"):
-            continue
-        words = value.split()
-        listed = bool(words) and words[0].upper() == "LIST"
-        if listed:
-            names = [entry for more in lines[number + 1 :] if (entry := more.decode("latin-1").strip())]
-        elif value.strip() and value.strip().upper() != "LOCAL":
-            names = [words[0] if "%" in words[0] else value.strip()]
-        break
-    found = []
+    found_parts = []
     for name in names:
-        place = Path(name)
-        if place.is_absolute() or ".." in place.parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(
                 f"{path} has its voxels in {name!r}: expected a file in its own folder; move the file there and "
-                f"correct "
-                "the header"
+                "correct the header"
             )
-        if "%" in name:
-            found += [entry for entry in path.parent.iterdir() if entry.is_file()]
-        elif not (path.parent / name).is_file():
+        place = path.parent / name
+        if "%" in name and exists(place.parent):  # a pattern of names, of which any may be in the folder
+            found_parts += [entry for entry in place.parent.iterdir() if entry.is_file()]
+        elif not is_file(place):
             raise UserError(f"{path} has its voxels in {name!r}, which does not exist: copy that file too")
         else:
-            found.append(path.parent / name)
-    return found
+            found_parts.append(place)
+    return found_parts
+
+
+# As the libraries that ITK reads these formats with find the field.
+_NRRD_DATA = re.compile(rb"data ?file\s*:=?(.*)", re.IGNORECASE | re.DOTALL)
+_METAIMAGE_DATA = re.compile(rb"(?:.*\n)?\s*ElementDataFile\s*[=:]?(.*)", re.IGNORECASE | re.DOTALL)

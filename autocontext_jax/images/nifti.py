@@ -142,12 +142,12 @@ def _size(path: Path, header: Any) -> tuple[int, int, int]:
     if len(size) == 5 and size[3] == 1:  # how NIfTI stores vectors
         size, components = size[:3], components * size[4]
     check_kind(path, size, components)
+    check_size(path, size)
     i, j, k = size
     return i, j, k
 
 
 def _read_voxels(path: Path, file: IO[bytes], header: Any, size: tuple[int, int, int]) -> np.ndarray:
-    check_size(path, size)
     try:
         dtype = header.get_data_dtype()
     except (nib.spatialimages.HeaderDataError, KeyError):

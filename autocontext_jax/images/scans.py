@@ -18,14 +18,14 @@ import SimpleITK as sitk
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
-from autocontext_jax.files import is_file
+from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
 from autocontext_jax.images.checks import check_kind, check_size, make_grid, not_finite, numbers, one_line
 from autocontext_jax.images.finding import series_of
 from autocontext_jax.images.formats import NIFTI, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
 from autocontext_jax.images.in_memory import as_image, sheared_affine
-from autocontext_jax.images.itk import grid_of
+from autocontext_jax.images.itk import bytes_held, grid_of
 from autocontext_jax.images.nifti import read_nifti, write_nifti
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def looks_like_ct(voxels: np.ndarray) -> bool:
 
 def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple[Any, Grid]:
     """The voxels of a file or a series as they are stored, [k, j, i], or None, and their grid."""
-    suffix = "" if path.is_dir() else suffix_of(path)
+    suffix = "" if exists(path) and path.is_dir() else suffix_of(path)
     if not suffix:
         # What `find_scans` found is an identifier already.
         uid = (
@@ -209,7 +209,7 @@ def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple
     if suffix in NIFTI:
         with one_line(path, reader_process.UNREADABLE):
             return read_nifti(path, header_only=header_only)
-    found = reader_process.call("itk", path, header_only=header_only)
+    found = reader_process.call("itk", path, held=bytes_held(path), header_only=header_only)
     return found.get("voxels"), found["grid"]
 
 

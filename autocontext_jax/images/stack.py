@@ -9,7 +9,6 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import ndimage
 
 IN_PLANE = 0.1  # mm by which slices may be shifted in their planes and still count as straight
 
@@ -74,6 +73,8 @@ class Stack:
 
     def to_regular(self, slices: np.ndarray) -> np.ndarray:
         """Slices [K, J, I] -> the regular grid [k, j, i], linear; what no slice covers has the lowest value."""
+        from scipy import ndimage  # slow to import, and seldom needed
+
         i, j, planes = self.regular_size
         lowest = slices.min()
         shifted = np.full((len(slices), j, i), lowest, np.float32)

@@ -2,15 +2,17 @@
 
     python tests/campaigns/fuzz.py [--inputs 100000] [--seed 0 [1 2 ...]] [--readers NAME ...] [--keep FOLDER]
 
-Every reader starts from small valid files that the package itself wrote. An input is one of those, or an earlier input
-that was kept, changed in one to four places: bits, numbers and slices anywhere; fields of a NIfTI header; lines of a
-text header; nodes of a JSON tree; the inside of what gzip packed. It is kept to be changed further when it is the first
+Every reader starts from small valid files. An input is one of those, or an earlier input that was kept, changed in one
+to four places: bits, numbers and slices anywhere; fields of a NIfTI header; lines of a text header; elements of a DICOM
+file; nodes of a JSON tree; the inside of what gzip packed. It is kept to be changed further when it is the first
 to reach some line of the package (seen by `sys.settrace`) or, since the formats are decoded by libraries that no line
 of ours shows, the first of a new wording of refusal.
 
 Readers run in a process of their own, which is started again when it dies. An input fails when the reader raises
 anything but a `UserError`, raises one of several lines, ends the process, takes more than 10 s, grows the process by
-more than 64 MiB of resident memory, or asks for more than 1 GiB beside what is there (all inputs are under 1 MiB).
+more than 64 MiB of resident memory, asks for more than 1 GiB beside what is there (all inputs are under 1 MiB), or
+leaves files open. The same holds for the reading process that it has for some formats; but this one may crash, be
+ended after 2 s, or be refused memory by its limit, where one line then says so. The table counts these.
 `--keep` saves the inputs that failed. The table is over all seeds. The same flags make the same inputs as long as the
 same lines are reached.
 """
@@ -27,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fuzz_process import Input, Worker, files_in
+from fuzz_process import LIMITED, Input, Worker, files_in
 from fuzz_readers import READERS
 from mutations import mutate
 from results import print_results
@@ -73,6 +75,9 @@ def fuzz(
         changed = base | {path: mutate(rng, path, base.get(path, valid[path]), other)}
         outcome = worker.outcome(changed)
         counts[outcome.kind] += 1
+        counts["crashed"] += outcome.kind == "refused" and "the library that reads it crashed" in outcome.text
+        counts["out of memory"] += outcome.kind == "refused" and LIMITED in outcome.text
+        counts["out of time"] += outcome.kind == "refused" and "is not read after" in outcome.text
         slowest = max(slowest, outcome.seconds)
         plain = re.sub(r"'.*'|\".*\"|/[^ ]*|[^a-zA-Z ]+", "", outcome.text.replace(str(home), ""))
         wording = f"{outcome.kind} {plain[:60]}"
@@ -94,6 +99,9 @@ def fuzz(
         "inputs": count,
         "read": counts["read"],
         "refused with one line": counts["refused"],
+        "of these crashed": counts["crashed"],
+        "out of time": counts["out of time"],
+        "out of memory": counts["out of memory"],
         "failed": counts["failed"],
         "kept for new coverage": kept,
         "slowest ms": 1e3 * slowest,
@@ -104,7 +112,8 @@ def fuzz(
 
 def total(rows: Sequence[dict[str, Any]], reader: str) -> dict[str, Any]:
     """One row of the table from several: numbers of inputs added up, the slowest, the mean time."""
-    counts = ("inputs", "read", "refused with one line", "failed", "kept for new coverage")
+    counts = ("inputs", "read", "refused with one line", "of these crashed", "out of time", "out of memory", "failed",
+              "kept for new coverage")  # fmt: skip
     return {
         "reader": reader,
         **{key: sum(row[key] for row in rows) for key in counts},
@@ -138,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}, seed {seed}: {row['ms each']:.2f} ms each", file=sys.stderr)
     print_results(
         [*(total([row for row in rows if row["reader"] == name], name) for name in shares), total(rows, "all")],
-        packages=("SimpleITK", "tensorstore", "orbax-checkpoint"),
+        packages=("SimpleITK", "pydicom", "python-gdcm", "pyjpegls", "nibabel", "tensorstore", "orbax-checkpoint"),
         flags=vars(flags) | {"keep": str(flags.keep)},
         failures=failed,
     )

@@ -19,9 +19,13 @@ from fuzz_readers import READERS, Reader
 
 import autocontext_jax
 from autocontext_jax.errors import UserError
+from autocontext_jax.images import reader_process
 
 PACKAGE = str(Path(autocontext_jax.__file__).parent)
 SECONDS, GROWTH, ADDRESSES = 10.0, 2**26, 2**30  # the limits of one input: s, bytes, bytes
+READING_SECONDS = 2.0  # those of one call of the reading process
+LIMITED = "needs more memory than there is"  # than the reading process is allowed; it was not taken
+FILES = 3  # that may be open after an input beyond those before the first: what Python's collector has not closed yet
 
 # What is written over a part of the reader's folder: path -> bytes.
 Input = dict[str, bytes]
@@ -59,18 +63,22 @@ def work(connection: multiprocessing.connection.Connection, name: str, folder: P
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     reader = READERS[name]
     valid = {path: (folder / path).read_bytes() for path in files_in(folder)}
+    notes = folder.parent / "lines"
+    reader_process._START = f"from fuzz_serving import serve; serve({str(notes)!r})"
     reader.read(folder)  # all that is imported or kept by the first call is no input's fault
     if reader.fresh:
         _restore(folder, valid)
     limit = _memory("VmSize") + ADDRESSES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))  # the reading process has its own
+    reader_process.SECONDS = READING_SECONDS
     seen: set[str] = set()
+    rest = {process: (_memory("VmRSS", process), _open_files(process)) for process in _processes()}
     with contextlib.suppress(EOFError):
         while True:
             changed: Input = connection.recv()
             for path, content in changed.items():
                 (folder / path).write_bytes(content)
-            connection.send(_observe(reader, folder, seen))
+            connection.send(_observe(reader, folder, seen, notes, max(rest.values())))
             if reader.fresh:
                 _restore(folder, valid)
             else:
@@ -78,7 +86,7 @@ def work(connection: multiprocessing.connection.Connection, name: str, folder: P
                     (folder / path).write_bytes(valid[path])
 
 
-def _observe(reader: Reader, folder: Path, seen: set[str]) -> Outcome:
+def _observe(reader: Reader, folder: Path, seen: set[str], notes: Path, rest: tuple[int, int]) -> Outcome:
     hits: set[tuple[str, int]] = set()
 
     def local(frame: Any, event: str, _: Any) -> Any:
@@ -89,8 +97,9 @@ def _observe(reader: Reader, folder: Path, seen: set[str]) -> Outcome:
     def trace(frame: Any, event: str, _: Any) -> Any:
         return local if frame.f_code.co_filename.startswith(PACKAGE) else None
 
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # begins to measure the peak anew
-    before = _memory("VmRSS")
+    before = {process: _memory("VmRSS", process) for process in _processes()}
+    for process in before:
+        Path(f"/proc/{process}/clear_refs").write_text("5", encoding="ascii")  # begins to measure the peak anew
     outcome = Outcome("read")
     started = time.perf_counter()
     sys.settrace(trace)
@@ -102,28 +111,50 @@ def _observe(reader: Reader, folder: Path, seen: set[str]) -> Outcome:
         outcome = Outcome("refused", text)
         if len(text.splitlines()) != 1 or not text.isprintable():
             outcome = Outcome("failed", f"not one line: {text!r}")
-        elif re.search(r"alloc|memory", text.replace(str(folder), ""), re.IGNORECASE):
+        elif re.search(
+            r"bad_?alloc|memory|allocate\b|allocation",
+            text.replace(str(folder), "").replace(LIMITED, ""),
+            re.IGNORECASE,
+        ):
             outcome = Outcome("failed", f"took memory before it refused: {text}")
     except Exception as error:  # whatever escapes a reader is what is looked for
         sys.settrace(None)
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if frame.filename.startswith(PACKAGE)]
         place = ours[-1] if ours else "none of our lines"
-        outcome = Outcome("failed", f"{type(error).__name__} at {place}: {str(error)[:300]}")
+        outcome = Outcome("failed", f"{type(error).__name__} at {place}: {str(error)[-1500:]}")
     finally:
         sys.settrace(None)
     seconds = time.perf_counter() - started
-    if (growth := _memory("VmHWM") - before) > GROWTH and outcome.kind != "failed":
-        outcome = Outcome("failed", f"grew by {growth / 2**20:.0f} MiB: {outcome.text}")
-    lines = {f"{Path(file).name}:{line}" for file, line in hits} - seen
-    seen |= lines
-    return dataclasses.replace(outcome, seconds=seconds, lines=frozenset(lines))
+    for process in _processes():
+        # A reading process that was started for this input took what it has at rest for itself.
+        growth = _memory("VmHWM", process) - before.get(process, max(rest[0], _memory("VmRSS", process)))
+        if growth > GROWTH and outcome.kind != "failed":
+            outcome = Outcome("failed", f"grew by {growth / 2**20:.0f} MiB: {outcome.text}")
+        if _open_files(process) > rest[1] + FILES and outcome.kind != "failed":
+            outcome = Outcome("failed", f"left files open, {_open_files(process)} in all: {outcome.text}")
+    lines = {f"{Path(file).name}:{line}" for file, line in hits}
+    if notes.exists():
+        lines |= {f"reading {line}" for line in notes.read_text("utf-8").splitlines()}
+        notes.unlink()
+    new = lines - seen
+    seen |= new
+    return dataclasses.replace(outcome, seconds=seconds, lines=frozenset(new))
 
 
-def _memory(key: str) -> int:
-    """Bytes, as the system counts them for this process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+def _processes() -> list[int]:
+    """This process and the reading process, if it runs."""
+    return [os.getpid(), *(one.process.pid for one in reader_process._running if one.process.poll() is None)]
+
+
+def _memory(key: str, process: int | None = None) -> int:
+    """Bytes, as the system counts them for a process, or for this one."""
+    status = Path(f"/proc/{process or 'self'}/status").read_text("utf-8")
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(key)), 0)
+
+
+def _open_files(process: int) -> int:
+    return len(os.listdir(f"/proc/{process}/fd"))
 
 
 def files_in(folder: Path) -> list[str]:

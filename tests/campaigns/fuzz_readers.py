@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_dicom
+import nibabel as nib
 import numpy as np
 from flax import nnx
 
@@ -76,24 +78,15 @@ def read_scans(folder: Path, suffix: str) -> None:
     scans.read_scan(folder / f"float{suffix}")
 
 
-def write_series(folder: Path) -> None:
-    """Three slices of CT."""
-    import SimpleITK as sitk
-
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for k in range(3):
-        image = sitk.GetImageFromArray(np.full(SIZE[1:], k, np.int16))
-        place = {
-            "0008|0060": "CT",
-            "0020|000e": "1.2.3",
-            "0020|0032": f"0\\0\\{2.5 * k}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-        }
-        for key, value in {"0008|0018": f"1.2.3.{k}", "0020|000d": "1.2", **place}.items():
-            image.SetMetaData(key, value)
-        writer.SetFileName(str(folder / f"{k}.dcm"))
-        writer.Execute(image)
+def write_second_scans(folder: Path, suffix: str) -> None:
+    """The same in NIfTI-2."""
+    write_scans(folder, suffix)
+    for path in folder.iterdir():
+        image: Any = nib.load(path, mmap=False)
+        second: Any = nib.Nifti2Image(np.asanyarray(image.dataobj), image.affine)
+        second.header.set_xyzt_units("mm")
+        second.set_qform(image.affine, 1)
+        nib.save(second, path)
 
 
 def write_nnunet(folder: Path) -> None:
@@ -317,6 +310,14 @@ def _scan_reader(suffix: str, share: float, write: Callable[[Path, str], None] =
     return Reader(share, lambda folder: write(folder, suffix), pattern, lambda folder: read_scans(folder, suffix))
 
 
+def _series_reader(syntax: str, share: float) -> Reader:
+    return Reader(share, lambda folder: fuzz_dicom.write_series(folder, syntax), r".*\.dcm", fuzz_dicom.read_series)
+
+
+def _frames_reader(syntax: str, share: float, read: Callable[[Path], object]) -> Reader:
+    return Reader(share, lambda folder: fuzz_dicom.write_enhanced(folder, syntax), r".*\.dcm", read)
+
+
 READERS = {
     "scan .nii": _scan_reader(".nii", 0.05),
     "scan .nii.gz": _scan_reader(".nii.gz", 0.04),
@@ -325,7 +326,18 @@ READERS = {
     "scan .mhd": _scan_reader(".mhd", 0.03, write_plain_scans),
     "scan .nrrd": _scan_reader(".nrrd", 0.03),
     "scan .nrrd, plain": _scan_reader(".nrrd", 0.03, write_plain_scans),
-    "scan DICOM": Reader(0.03, write_series, r".*\.dcm", scans.read_scan),
+    "scan .nii, NIfTI-2": _scan_reader(".nii", 0.04, write_second_scans),
+    "scan .nii.gz, NIfTI-2": _scan_reader(".nii.gz", 0.04, write_second_scans),
+    "DICOM, plain": _series_reader("explicit", 0.04),
+    "DICOM, implicit VR": _series_reader("implicit", 0.03),
+    "DICOM, RLE": _series_reader("RLE", 0.03),
+    "DICOM, JPEG-LS": _series_reader("JPEG-LS", 0.03),
+    "DICOM, JPEG": _series_reader("JPEG", 0.03),
+    "DICOM, JPEG 2000": _series_reader("JPEG 2000", 0.03),
+    "DICOM, many frames": _frames_reader("explicit", 0.04, fuzz_dicom.read_series),
+    "DICOM, many frames, JPEG-LS": _frames_reader("JPEG-LS", 0.03, fuzz_dicom.read_series),
+    "DICOM, one file, RLE": _frames_reader("RLE", 0.03, fuzz_dicom.read_frames),
+    "DICOM, one file, implicit VR": _frames_reader("implicit", 0.03, fuzz_dicom.read_frames),
     "dataset.json nnU-Net": Reader(0.13, write_nnunet, "dataset.json", read_layout),
     "dataset.json nnU-Net, files named": Reader(0.12, write_named, "dataset.json", read_layout),
     "dataset.json MSD": Reader(0.13, write_msd, "dataset.json", read_layout),

@@ -1,4 +1,4 @@
-"""Changed copies of files: bits and slices, numbers in NIfTI headers, lines of text headers, nodes of JSON trees."""
+"""Changed copies of files: bits and slices, numbers in NIfTI headers, lines of text headers, DICOM elements, JSON."""
 
 import contextlib
 import gzip
@@ -10,6 +10,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+from fuzz_dicom import elements
 
 LARGEST = 2**20  # bytes of a changed copy
 
@@ -35,6 +36,20 @@ NIFTI = [
     *((76 + 4 * k, "f") for k in range(8)), (108, "f"), (112, "f"), (116, "f"), (123, "B"), (252, "h"), (254, "h"),
     *((256 + 4 * k, "f") for k in range(6)), *((280 + 4 * k, "f") for k in range(12)), (344, "i"), (348, "B"),
 ]  # fmt: skip
+NIFTI_2 = [
+    (0, "i"), (4, "i"), (12, "h"), (14, "h"), *((16 + 8 * k, "q") for k in range(8)),
+    *((104 + 8 * k, "d") for k in range(8)), (168, "q"), (176, "d"), (184, "d"), (344, "i"), (348, "i"),
+    *((352 + 8 * k, "d") for k in range(6)), *((400 + 8 * k, "d") for k in range(12)), (500, "i"), (540, "B"),
+]  # fmt: skip
+VRS = (b"DS", b"IS", b"US", b"SS", b"UL", b"OB", b"OW", b"SQ", b"UN", b"LO", b"UI", b"AT", b"FD", b"FL", b"UT", b"??")
+# Values of DICOM elements: numbers that are none or too many, and what compression and colours are called.
+VALUES = (
+    *TEXTS, "1\\0\\0", "0\\0\\0\\0\\0\\0", "1\\0\\0\\0\\1\\0", "nan\\0\\0", "1e400\\0\\1", "0.0000001\\1", "-1\\-1",
+    "0\\0", "1e-30\\1e-30", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2",
+    "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80",
+    "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.5", "MONOCHROME1", "RGB", "YBR_FULL_422", "PALETTE COLOR", "LOCALIZER",
+    "RTSTRUCT", "SEG", "2", "3", "1000000000", "ISO 2022 IR 87", "ISO_IR 192",
+)  # fmt: skip
 
 
 def mutate(rng: random.Random, path: str, content: bytes, other: bytes) -> bytes:
@@ -54,10 +69,12 @@ def mutate(rng: random.Random, path: str, content: bytes, other: bytes) -> bytes
         if rng.random() < 0.3:
             content = _bytes(rng, content, other)
         elif path.endswith(".nii"):
-            place, kind = rng.choice(NIFTI)
+            place, kind = rng.choice(NIFTI_2 if content[:2] in (b"\x1c\2", b"\0\0") else NIFTI)
             content = _put(rng, content, place, kind)
         elif path.endswith((".mha", ".mhd", ".nrrd", ".flags")):
             content = _lines(rng, content)
+        elif path.endswith(".dcm"):
+            content = _element(rng, content, other)
         elif content[:1] in (b"{", b"["):
             content = _tree(rng, content)
         else:
@@ -122,6 +139,40 @@ def _lines(rng: random.Random, content: bytes) -> bytes:
         words[rng.randrange(len(words))] = nasty.encode("utf-8", "surrogatepass")
         lines[number] = key + mark + b"".join(words)
     return b"\n".join(lines) + tail
+
+
+def _element(rng: random.Random, content: bytes, other: bytes) -> bytes:
+    """Changes a DICOM element: its value with a length that is right, or its tag, its VR, its length."""
+    if not (found := elements(content)):
+        return _bytes(rng, content, other)
+    tag, value, length, field = rng.choice(found)
+    end = value + length
+    kind = rng.randrange(10)
+    if kind == 0:
+        return content[:tag] + content[end:]
+    if kind == 1:
+        return content[:end] + content[tag:end] * rng.choice((1, 1, 100)) + content[end:]
+    if kind == 2:
+        extreme = rng.choice((*INTEGERS, length + 1, length + 2, length - 2, 0x00FFFFFF, 0xFFFFFFFE)) % 256**field
+        return content[: value - field] + extreme.to_bytes(field, "little") + content[value:]
+    if kind == 3:
+        return content[: tag + 4] + rng.choice(VRS) + content[tag + 6 :]
+    if kind == 4:
+        from_tag = rng.choice(found)[0]
+        return content[:tag] + content[from_tag : from_tag + 4] + content[tag + 4 :]
+    if kind == 5:
+        _, from_value, from_length, _ = rng.choice(found)
+        new = content[from_value : from_value + from_length]
+    elif kind == 6:
+        place = rng.randrange(length + 1)
+        return _put(rng, content, value + place, rng.choice("BhifqdQ"))
+    else:
+        new = rng.choice((rng.choice(VALUES), str(rng.choice(FLOATS)), str(rng.choice(INTEGERS[:-1])))).encode(
+            "utf-8", "surrogatepass"
+        )
+        new += b" " * (len(new) % 2)
+    new = new[: 256**field - 2]
+    return content[: value - field] + len(new).to_bytes(field, "little") + new + content[end:]
 
 
 def _tree(rng: random.Random, content: bytes) -> bytes:
