@@ -4,6 +4,8 @@ The maps arrive in chunks of z-planes, in the order of z. The device interpolate
 class with the largest value, a few planes at a time, so the K maps never exist at full resolution as a whole.
 """
 
+import functools
+import operator
 from collections.abc import Iterator
 
 import jax
@@ -119,6 +121,23 @@ def native_masks(*place: jax.Array) -> jax.Array:
 def native_maps(*place: jax.Array) -> jax.Array:
     """Maps interpolated linearly to voxels of the scan, [GROUP, height, width, K] float32; see `_plane_by_plane`."""
     return _plane_by_plane(lambda maps: maps.astype(jnp.float32), *place)
+
+
+def weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
+    """Softmax over the classes, times a weight for each voxel.
+
+    With few classes the reduction over them is written as a chain of element-wise operations: on CPUs, XLA takes up to
+    2.5 times as long to reduce over an axis of length 4 or 8.
+
+    Args:
+      logits: [z, y, x, K].
+      weights: [z, y, x].
+    """
+    if logits.shape[-1] >= 16:
+        return jax.nn.softmax(logits) * weights[..., None]
+    classes = range(logits.shape[-1])
+    powers = jnp.exp(logits - functools.reduce(jnp.maximum, (logits[..., k] for k in classes))[..., None])
+    return powers * (weights / functools.reduce(operator.add, (powers[..., k] for k in classes)))[..., None]
 
 
 def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weight) -> jax.Array:

@@ -30,7 +30,6 @@ writer waits for the results of a chunk after the work of the next chunk has bee
 import collections
 import contextlib
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,8 +44,9 @@ from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.geometry import Triple, level_shape
 from autocontext_jax.inference.boxes import FITS, SMALLEST, choose_box
-from autocontext_jax.inference.context import CONTEXT_DTYPE, Chunks, ContextWindow, context_size, cut_window
-from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks
+from autocontext_jax.inference.context import Chunks, ContextWindow, context_size, cut_window
+from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks, weighted_softmax
+from autocontext_jax.inference.tile_memory import bytes_a_voxel, free_bytes
 from autocontext_jax.inference.tiling import (
     SLICES,
     Blend,
@@ -60,7 +60,7 @@ from autocontext_jax.inference.tiling import (
     tile_shape,
 )
 from autocontext_jax.models.pyramid import Pyramid
-from autocontext_jax.runtime import compiler_options, free_memory
+from autocontext_jax.runtime import compiler_options
 
 
 class Predictor:
@@ -170,7 +170,7 @@ class Predictor:
             plane = self._plane, self._plane
         else:
             self._canvas = [(y.extent, x.extent) for _, y, x in plan]
-            plane = _rounded(voxels.shape[1]), _rounded(voxels.shape[2])
+            plane = -(-voxels.shape[1] // 64) * 64, -(-voxels.shape[2] // 64) * 64  # similar sizes share a program
         total = sum(int(np.prod([len(axis.starts) for axis in axes])) for axes in plan)
         done = 0
 
@@ -202,43 +202,27 @@ class Predictor:
 
     def _boxes(self, regions: Sequence[tuple[int, int]]) -> list[tuple[Blend, int]]:
         """The tiles of a level, see `boxes`."""
-        depth = 3 - len(regions)  # in 2D a tile is a stack of squares
-        flat = [(0, SLICES)] * depth
+        flat = [(0, SLICES)] * (3 - len(regions))  # in 2D a tile is a stack of squares
 
         def fits(size: Triple) -> bool:
             voxels = int(np.prod(size))
             return voxels <= FITS or voxels * self._bytes_a_voxel <= self._limit
 
         box = choose_box([*flat, *regions], margin=self.config.margin, align=self._align, fits=fits)
-        return [(blend, stride) for blend, stride in zip(box.blends, box.stride, strict=True)][depth:]
+        return list(zip(box.blends, box.stride, strict=True))[len(flat) :]
 
     @functools.cached_property
     def _limit(self) -> float:
         """Bytes that a tile may take on the device."""
-        if self.config.memory:
-            return 1e9 * self.config.memory
-        device = jax.local_devices()[0].memory_stats()
-        if device and "bytes_limit" in device:
-            return 0.8 * (device["bytes_limit"] - device["bytes_in_use"])
-        return 0.5 * free_memory()
+        return 1e9 * self.config.memory if self.config.memory else free_bytes()
 
     @functools.cached_property
     def _bytes_a_voxel(self) -> float:
-        """Bytes that a tile's program takes for each of its voxels, as the compiler counts them for a small tile."""
-        level, edge = self._levels, -(-SMALLEST // self._align) * self._align
+        """Bytes that a tile's program takes for each of its voxels at the finest level."""
+        edge = -(-SMALLEST // self._align) * self._align
         tile = (edge if self._spatial_dims == 3 else SLICES, edge, edge)
-        maps = None
-        if level > 1:
-            maps = (jax.ShapeDtypeStruct((*context_size(tile, self._spatial_dims), self._classes), CONTEXT_DTYPE),)
-        place = jax.ShapeDtypeStruct((3,), jnp.int32)
-        slab = jax.ShapeDtypeStruct((*tile, self._classes), jnp.float32)
-        image = jax.ShapeDtypeStruct(tile, jnp.int16)
-        weights = tuple(jax.ShapeDtypeStruct((size,), jnp.float32) for size in tile)
-        offset = None if maps is None else place
-        program = self._add_tile[level - 1].lower((slab,), self._state, image, maps, weights, place, offset)
-        needed = program.compile().memory_analysis()
-        state = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
-        return (needed.temp_size_in_bytes + needed.argument_size_in_bytes - state) / float(np.prod(tile))
+        context = context_size(tile, self._spatial_dims) if self._levels > 1 else None
+        return bytes_a_voxel(self._add_tile[-1], self._state, tile, context, self._classes)
 
     def compilations(self) -> int:
         """Number of programs compiled so far; it should stay the same from the second scan on."""
@@ -349,9 +333,9 @@ class Predictor:
                     context = jnp.concatenate([context, context[..., ::-1, mirror]])
                 logits = model.level(level, images, context)
                 mirrored_back = logits[1][:, :, ::-1, mirror]
-                blended = _weighted_softmax(logits[0], weight / 2) + _weighted_softmax(mirrored_back, weight / 2)
+                blended = weighted_softmax(logits[0], weight / 2) + weighted_softmax(mirrored_back, weight / 2)
             else:
-                blended = _weighted_softmax(model.level(level, images, context)[0], weight)
+                blended = weighted_softmax(model.level(level, images, context)[0], weight)
             start, added = (*place, 0), []
             for number, slab in enumerate(slabs):
                 part = blended[number * z_stride : (number + 1) * z_stride]
@@ -361,28 +345,6 @@ class Predictor:
         return add_tile
 
 
-def _weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
-    """Softmax over the classes, times a weight for each voxel.
-
-    With few classes the reduction over them is written as a chain of element-wise operations: on CPUs, XLA takes up to
-    2.5 times as long to reduce over an axis of length 4 or 8.
-
-    Args:
-      logits: [z, y, x, K].
-      weights: [z, y, x].
-    """
-    if logits.shape[-1] >= 16:
-        return jax.nn.softmax(logits) * weights[..., None]
-    classes = range(logits.shape[-1])
-    powers = jnp.exp(logits - functools.reduce(jnp.maximum, (logits[..., k] for k in classes))[..., None])
-    return powers * (weights / functools.reduce(operator.add, (powers[..., k] for k in classes)))[..., None]
-
-
 def _shape(volume: Any) -> Triple:
     depth, height, width = volume.shape
     return depth, height, width
-
-
-def _rounded(size: int) -> int:
-    """Planes of similar sizes share a program."""
-    return -(-size // 64) * 64
