@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,11 @@ def test_what_needs_no_device_is_free_of_jax(name):
         waiting |= inside(here, at_once=True) - seen
     libraries = {file: {dotted.split(".")[0] for dotted in imported(file, at_once=True)} for file in seen}
     assert {file for file in seen if libraries[file] & {"jax", "flax", "optax", "grain"}} == set()
+
+
+def test_the_tests_that_docs_name_exist():
+    root = HOUSE.parent
+    tests = "".join(path.read_text(encoding="utf-8") for path in (root / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs/reading.md").read_text(encoding="utf-8")))
+    assert len(named) > 80
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []

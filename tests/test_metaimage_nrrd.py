@@ -102,6 +102,32 @@ def test_valid_files_are_read(folder, name):
     assert scans.read_grid(folder / name) == scan.grid
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.nrrd", nrrd().replace(f"space directions: {DIRECTIONS}\n".encode(), b"")),
+        ("a.mha", metaimage().replace(b"ElementSpacing = 0.7 0.8 2.5\n", b"")),
+    ],
+)
+def test_a_spacing_that_is_not_said_is_named(folder, caplog, name, content):
+    (folder / name).write_bytes(content.replace(b"space origin: (1,2,3)\n", b""))
+    assert scans.read_scan(folder / name).spacing == (1.0, 1.0, 1.0)
+    assert "does not say the size of its voxels" in caplog.text
+
+
+def test_a_space_that_is_not_a_patients_is_named(folder, caplog):
+    (folder / "a.nrrd").write_bytes(nrrd(space="scanner-xyz"))
+    scans.read_scan(folder / "a.nrrd")
+    assert "does not say how its patient lies (space 'scanner-xyz')" in caplog.text
+
+
+def test_a_complete_header_gives_no_warning(folder, caplog):
+    for name, content in (("a.nrrd", nrrd(extra='space units: "mm" "mm" "mm"\n')), ("a.mha", metaimage())):
+        (folder / name).write_bytes(content)
+        scans.read_scan(folder / name)
+    assert caplog.messages == []
+
+
 OUTSIDE = "expected a file in its own folder; move the file there and correct the header"
 REFUSED = {
     "climbs.mhd": (metaimage("../v.raw", data=b""), OUTSIDE),
@@ -120,6 +146,8 @@ REFUSED = {
     "climbs, a pattern.nrrd": (detached("../s%02d.raw 0 4 1"), OUTSIDE),
     "climbs, a list.nrrd": (nrrd(data=b"", extra="data file: LIST\n../v.raw\n"), OUTSIDE),
     "absolute.nrrd": (detached("/dev/zero"), OUTSIDE),
+    "micrometres.nrrd": (nrrd(extra='space units: "um" "um" "um"\n'), "lengths in um: expected mm"),
+    "centimetres.mha": (metaimage(extra="DistanceUnits = cm\n"), "lengths in cm: expected mm"),
     "not there.nrrd": (detached("w.raw"), "'w.raw', which does not exist: copy that file too"),
     "a comment of 600.mha": (metaimage(extra=f"Comment = {'x' * 600}\n"), "a line of 610 bytes"),
     "packed.nrrd": (nrrd(encoding="bzip2", data=bz2.compress(RAW)), "packed with bzip2, which ITK does not read"),

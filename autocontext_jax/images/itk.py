@@ -1,6 +1,7 @@
 """MetaImage and NRRD files, and images in memory, through SimpleITK."""
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -15,6 +16,8 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images.checks import check_kind, check_packing, check_size, make_grid
 from autocontext_jax.images.grid import Grid
+
+log = logging.getLogger(__name__)
 
 
 def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
@@ -53,6 +56,7 @@ def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | Non
         raise UserError(f"{path} holds voxels of the kind {kind}: expected integers or floats; export it again")
     check_size(path, size)
     check_packing(path, math.prod(size) * int(bits[1]) // 8, held)
+    _check_placement(path)
     if len(reader.GetSize()) > 3:  # the header of more axes does not give the grid of three
         reader.SetExtractSize([*size, *[0] * (len(reader.GetSize()) - 3)])
     elif header_only:
@@ -64,6 +68,44 @@ def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | Non
     voxels = sitk.GetArrayFromImage(image)  # a view would not keep the image's memory
     return voxels.reshape(voxels.shape[:3]), grid_of(path, image)
 
+
+def _check_placement(path: Path) -> None:
+    """Names what a header leaves open about where its voxels lie, and ITK fills in silently.
+
+    Raises:
+      UserError: lengths are in another unit than mm; ITK takes them for mm.
+    """
+    fields: dict[str, str] = {}
+    nrrd = path.name.lower().endswith(".nrrd")
+    with path.open("rb") as file:
+        for line in file.read(_MOST_HEADER if nrrd else 1 << 16).splitlines():
+            if nrrd and not line.strip():
+                break
+            name, _, value = line.decode("latin-1").partition(":" if nrrd else "=")
+            fields.setdefault(name.strip().lower(), value.strip())
+            if name.strip().lower() == "elementdatafile":
+                break
+    units = re.findall(
+        r"[^\s\"]+", " ".join(fields.get(name, "") for name in ("space units", "units", "distanceunits"))
+    )
+    if other := [unit for unit in units if unit.lower() not in ("mm", "millimeter", "millimetre", "?", "none", "???")]:
+        raise UserError(
+            f"{path} has lengths in {other[0]}: expected mm, as ITK takes all lengths for mm; change the lengths and "
+            "the unit in its header"
+        )
+    if not fields.keys() & {"space directions", "spacings", "elementspacing", "elementsize"}:
+        log.warning("%s does not say the size of its voxels: 1 mm is taken along each axis; if it is wrong, correct the "
+                    "header", path)  # fmt: skip
+    if nrrd and fields.get("space", "").lower().replace("-time", "") not in _SPACES:
+        log.warning(
+            "%s does not say how its patient lies (space %r): its first axis is taken to point to the left, its second "
+            "to the back, its third to the head", path, fields.get("space", ""),
+        )  # fmt: skip
+
+
+_SPACES = {
+    "left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las",
+}  # fmt: skip
 
 _LONGEST = 295  # bytes of a line of MetaImage that ITK has room for, whatever the field; some may have up to 32767
 
