@@ -94,8 +94,8 @@ def _check_placement(path: Path) -> None:
             "the unit in its header"
         )
     if not fields.keys() & {"space directions", "spacings", "elementspacing", "elementsize"}:
-        log.warning("%s does not say the size of its voxels: 1 mm is taken along each axis; if it is wrong, correct the "
-                    "header", path)  # fmt: skip
+        log.warning("%s does not say the size of its voxels: 1 mm is taken along each axis; if it is wrong, correct "
+                    "the header", path)  # fmt: skip
     if nrrd and fields.get("space", "").lower().replace("-time", "") not in _SPACES:
         log.warning(
             "%s does not say how its patient lies (space %r): its first axis is taken to point to the left, its second "
