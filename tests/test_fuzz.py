@@ -82,6 +82,9 @@ ONCE_FAILED = {
             swap(b"ElementDataFile = LOCAL", b"ElementDataFile = a/%d.raw 1 3 1"),
         ),
     },
+    "DICOM, one file, RLE": {
+        "BytesLengthException: colours of another kind": ("0.dcm", swap(b"\x28\0\x04\0CS", b"\x28\0\x04\0FD")),
+    },
     "DICOM, one file, implicit VR": {
         "OverflowError: frames without end": (
             "0.dcm",

@@ -102,6 +102,7 @@ def read_dataset(path: Path) -> Any:
             return None
         storage, _, _ = _storage(dataset), str(dataset.get("Modality", "")), int(dataset.get("Rows") or 0)
         series = str(dataset.get("SeriesInstanceUID") or "")
+        is_colour(dataset)  # decoded here, where what a damaged element raises is expected
     except Exception as error:  # pydicom raises many kinds
         raise _damaged(path, error) from None
     if not storage or (not series and is_image(dataset)):
