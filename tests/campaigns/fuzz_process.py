@@ -112,7 +112,7 @@ def _observe(reader: Reader, folder: Path, seen: set[str], notes: Path, rest: tu
         if len(text.splitlines()) != 1 or not text.isprintable():
             outcome = Outcome("failed", f"not one line: {text!r}")
         elif re.search(
-            r"bad_?alloc|memory|allocate\b|allocation",
+            r"bad_?alloc|(of|more) memory|allocate\b|allocation",
             text.replace(str(folder), "").replace(LIMITED, ""),
             re.IGNORECASE,
         ):
