@@ -15,7 +15,7 @@ from autocontext_jax.inference.tiling import Blend, axis_count, gaussian
 SMALLEST = 64  # voxels along an axis of a box that does not hold the level along it
 FITS = 96**3  # a box of so many voxels is taken to fit
 # Voxels of a box beyond which a larger one hardly computes fewer: its overlap is some percent by then.
-LARGEST = 1 << 23
+LARGEST = 6 << 20
 
 
 @dataclasses.dataclass(frozen=True)
