@@ -164,7 +164,7 @@ def _element(rng: random.Random, content: bytes, other: bytes) -> bytes:
         _, from_value, from_length, _ = rng.choice(found)
         new = content[from_value : from_value + from_length]
     elif kind == 6:
-        place = rng.randrange(length + 1)
+        place = rng.randrange(max(0, length) + 1)
         return _put(rng, content, value + place, rng.choice("BhifqdQ"))
     else:
         new = rng.choice((rng.choice(VALUES), str(rng.choice(FLOATS)), str(rng.choice(INTEGERS[:-1])))).encode(
