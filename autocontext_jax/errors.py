@@ -1,5 +1,6 @@
 """The user's mistakes, told in one line; every other exception is a bug and keeps its traceback."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -18,6 +19,18 @@ def one_line(text: str) -> str:
     """A text on one line: what it quotes may come from a broken file, and a name may hold a line end."""
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     return line if len(line) <= 4000 else f"{line[:4000]} …"
+
+
+def some(names: Iterable[str], *, separator: str = ", ", most: int = 5) -> str:
+    """The first names, and how many more there are, on one line."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return one_line(separator.join(names[:most]) + more)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 case", "2 cases"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 class InvalidField(ValueError):

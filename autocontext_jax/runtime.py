@@ -144,21 +144,12 @@ def _show_unraisable(what: "sys.UnraisableHookArgs") -> None:
 def available_cpus() -> int:
     """Processors that this process may use: by its affinity, and by the quotas of its control groups (containers)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    groups = []
-    with contextlib.suppress(OSError):
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     quotas = []
-    for group in groups:  # lines "NUMBER:CONTROLLERS:PATH"; version 2 of control groups names no controllers
-        _, controllers, path = group.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup", "cpu" if controllers else "")
-        # A container may see its own group at the root, under a path that does not exist there.
-        for folder in {root, *(root / parent for parent in [Path(path[1:]), *Path(path[1:]).parents])}:
-            with contextlib.suppress(OSError, ValueError):  # a ValueError if the quota is "max"
-                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-                quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
-                quotas.append(float(quota) / float(period))
+    for folder, first_version in _control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # a ValueError if the quota is "max"
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first_version else ("cpu.max",)
+            quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+            quotas.append(float(quota) / float(period))
     return max(1, min([count, *(math.ceil(quota) for quota in quotas if quota > 0)]))
 
 
@@ -169,20 +160,29 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kept = dict(line.split(":", 1) for line in lines)
     free = [1024 * int(kept.get("MemAvailable", "4000000 kB").split()[0])]
+    for folder, first_version in _control_groups("memory"):
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if first_version else ("memory.max", "memory.current")
+        )
+        with contextlib.suppress(OSError, ValueError):  # a ValueError if the limit is "max"
+            limit, taken = (int((folder / name).read_text(encoding="utf-8")) for name in names)
+            free.append(max(0, limit - taken))
+    return min(free)
+
+
+def _control_groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of the control groups (containers) that hold this process, and whether they are of version 1."""
     groups = []
     with contextlib.suppress(OSError):
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    for group in groups:
+    for group in groups:  # lines "NUMBER:CONTROLLERS:PATH"; version 2 of control groups names no controllers
         _, controllers, path = group.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = Path("/sys/fs/cgroup", "memory" if controllers else "")
-        most, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        root = Path("/sys/fs/cgroup", controller if controllers else "")
+        # A container may see its own group at the root, under a path that does not exist there.
         for folder in {root, *(root / parent for parent in [Path(path[1:]), *Path(path[1:]).parents])}:
-            with contextlib.suppress(OSError, ValueError):  # a ValueError if the limit is "max"
-                limit, taken = (int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in (most, used))
-                free.append(max(0, limit - taken))
-    return min(free)
+            yield folder, bool(controllers)
 
 
 @contextlib.contextmanager

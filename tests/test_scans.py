@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import refused
 
-from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.images.finding import find_scans
 from autocontext_jax.images.formats import scan_name
@@ -79,17 +79,6 @@ def save_series(folder, voxels, uid="1.2.3", shift=lambda k: (0.0, 0.0, SPACING[
         writer.SetFileName(str(folder / f"{uid}_{99 - k}.dcm"))
         writer.Execute(image)
     return folder
-
-
-def refused(call, *parts):
-    """The one line of the UserError that `call` ends with; it must hold each of `parts`."""
-    with pytest.raises(UserError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    for part in parts:
-        assert str(part) in line
-    return line
 
 
 def test_there_are_48_orientations():

@@ -16,18 +16,16 @@ from autocontext_jax.data.layouts import (
     Case,
     Root,
     check_ending,
-    counted,
     get,
     listed_cases,
     named_cases,
     paired_cases,
     read_description,
     shown,
-    some,
     visible,
     warn_of_unlisted,
 )
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, counted, some
 
 log = logging.getLogger(__name__)
 

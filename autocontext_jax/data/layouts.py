@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autocontext_jax.errors import UserError, one_line
+from autocontext_jax.errors import UserError, some
 from autocontext_jax.files import is_file
 from autocontext_jax.images.formats import FORMATS, scan_name, suffix_of
 
@@ -106,7 +106,7 @@ def get(place: str, description: Mapping[str, Any], key: str, kind: type) -> Any
     Args:
       place: what has the keys, for messages: the file, perhaps with what of it.
       description: the keys and their values.
-      key: the one wanted.
+      key: whose value is returned.
       kind: that its value must have: dict, list or str.
 
     Raises:
@@ -125,18 +125,6 @@ _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
 def shown(value: Any) -> str:
     """A value of JSON, for messages; of an object or a list only what it is."""
     return _KINDS[type(value)] if isinstance(value, dict | list) else json.dumps(value)[:200]
-
-
-def some(names: Iterable[str]) -> str:
-    """The first ten names, and how many more there are, on one line."""
-    names = list(names)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return one_line(", ".join(names[:10]) + more)
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """A number with its noun: "1 case", "2 cases"."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def paired_cases(root: Root, ending: str, side: str) -> tuple[Case, ...]:

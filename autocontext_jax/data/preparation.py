@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from autocontext_jax.data.layouts import Case, counted, some
+from autocontext_jax.data.layouts import Case
 from autocontext_jax.data.split import content_checksum
 from autocontext_jax.data.store.format import FORMAT, read_attributes
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.data.workers import WorkerDiedError, in_processes
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.images import scans
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from autocontext_jax.data.datasets import Dataset
-from autocontext_jax.data.layouts import Case, counted, read_description
-from autocontext_jax.errors import UserError
+from autocontext_jax.data.layouts import Case, read_description
+from autocontext_jax.errors import UserError, counted
 
 FORMAT = 1  # of split.json
 

@@ -28,7 +28,7 @@ DEFLATE = 1032  # no byte that deflate packed holds more bytes than these
 
 
 @contextlib.contextmanager
-def one_line(path: Path, failure: str) -> Iterator[None]:
+def as_user_error(path: Path, failure: str) -> Iterator[None]:
     """Turns what libraries and the file system raise into one UserError."""
     try:
         yield

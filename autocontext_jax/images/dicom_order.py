@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, some
 from autocontext_jax.images.checks import RIGHT_ANGLE, make_grid, numbers
 from autocontext_jax.images.dicom_planes import Plane, whole
 from autocontext_jax.images.dicom_voxels import stored_values
@@ -92,7 +92,7 @@ def _without_localizers(place: Path, folder: Path, planes: Sequence[Plane]) -> l
         left += group
     if left:
         log.warning("%s: left out as localizers, by what they say or as they lie across the slices: %s",
-                    place, _names(left))  # fmt: skip
+                    place, some(plane.name for plane in left))  # fmt: skip
     return stack
 
 
@@ -150,7 +150,7 @@ def _without_copies(place: Path, folder: Path, planes: Sequence[Plane]) -> list[
             )
         left.append(plane)
     if left:
-        log.warning("%s: left out as exact copies of other files: %s", place, _names(left))
+        log.warning("%s: left out as exact copies of other files: %s", place, some(plane.name for plane in left))
     return list(kept.values())
 
 
@@ -276,8 +276,3 @@ def _spacing(
             "the mask of a file lies on these", place, distances.min(), distances.max(), z,
         )  # fmt: skip
     return z, stack
-
-
-def _names(planes: Sequence[Plane]) -> str:
-    shown = ", ".join(plane.name for plane in planes[:5])
-    return shown + f" and {len(planes) - 5} more" * (len(planes) > 5)

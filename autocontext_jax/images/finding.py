@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, some
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
 from autocontext_jax.images.formats import FORMATS, scan_name, suffix_of
@@ -57,12 +57,12 @@ def find_scans(place: str | os.PathLike, *, series: str | None = None) -> list[S
         found = [Source(place, uid, Path(place.stem)) for uid in [series_of(place, series)]]
     if series is not None and not found:
         there = [source for source in _in_folder(place, Path(), None) if source.series is not None]
-        shown = ", ".join(str(source.name) for source in there[:10]) or "none"
+        shown = some((str(source.name) for source in there), most=10) or "none"
         raise UserError(
             f"{place} holds no DICOM series {series!r}: expected the number, description or UID of one of {shown}"
         )
     if series is not None and not (len(found) == 1 and found[0].series):
-        named = ", ".join(map(str, found[:5])) + f" and {len(found) - 5} more" * (len(found) > 5)
+        named = some(map(str, found))
         raise UserError(
             f"{place}: the series {series!r} is given, and found is {named}: expected one DICOM series; give its UID "
             "or its own folder"
@@ -189,7 +189,7 @@ def _name_split(found: list[Source]) -> None:
             folders.setdefault(source.series, []).append(source)
     for series, sources in folders.items():
         if len(sources) > 1:
-            shown = ", ".join(str(source.path) for source in sources[:5])
+            shown = some(str(source.path) for source in sources)
             log.warning(
                 "the DICOM series %s lies in %d folders, each of which is taken for a scan of its own: %s; if it is "
                 "one scan, move its files to one folder", series, len(sources), shown,
@@ -203,8 +203,7 @@ def _name_others(place: Path, listed: dict[str, Any], series: str | None) -> Non
         left += [_shown(entry) for entry in listed["series"] if entry["left_out"]]
     left += [f"{name} (no DICOM file)" for name in listed["strangers"] if not _belongs(place / name)]
     if left:
-        more = f" and {len(left) - 5} more" * (len(left) > 5)
-        log.warning("%s: left out, as no scans: %s%s", place, "; ".join(left[:5]), more)
+        log.warning("%s: left out, as no scans: %s", place, some(left, separator="; "))
 
 
 def _belongs(path: Path) -> bool:

@@ -77,14 +77,11 @@ def _check_placement(path: Path) -> None:
     """
     fields: dict[str, str] = {}
     nrrd = path.name.lower().endswith(".nrrd")
-    with path.open("rb") as file:
-        for line in file.read(_MOST_HEADER if nrrd else 1 << 16).splitlines():
-            if nrrd and not line.strip():
-                break
-            name, _, value = line.decode("latin-1").partition(":" if nrrd else "=")
-            fields.setdefault(name.strip().lower(), value.strip())
-            if name.strip().lower() == "elementdatafile":
-                break
+    for line in _header_lines(path):
+        name, _, value = line.decode("latin-1").partition(":" if nrrd else "=")
+        fields.setdefault(name.strip().lower(), value.strip())
+        if name.strip().lower() == "elementdatafile":
+            break
     units = re.findall(
         r"[^\s\"]+", " ".join(fields.get(name, "") for name in ("space units", "units", "distanceunits"))
     )
@@ -151,7 +148,16 @@ def bytes_held(path: Path) -> int:
     return path.stat().st_size + sum(part.stat().st_size for part in _parts(path))
 
 
-_MOST_HEADER = 1 << 26  # bytes that are searched for where the voxels are
+_MOST_HEADER = 1 << 26  # bytes of a header that are looked at
+
+
+def _header_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; of a NRRD file up to the empty one that ends its header."""
+    nrrd, left = path.name.lower().endswith(".nrrd"), _MOST_HEADER
+    with path.open("rb") as file:
+        while left > 0 and (line := file.readline(left)) and not (nrrd and not line.strip()):
+            left -= len(line)
+            yield line
 
 
 def _parts(path: Path) -> list[Path]:
@@ -162,21 +168,17 @@ def _parts(path: Path) -> list[Path]:
     """
     nrrd = path.name.lower().endswith(".nrrd")
     names: list[str] = []
-    left = _MOST_HEADER
-    with path.open("rb") as file:
-        while left > 0 and (raw := file.readline(left)):
-            left -= len(raw)
-            if nrrd and not raw.strip():
-                break
-            if not (found := re.match(_NRRD_DATA if nrrd else _METAIMAGE_DATA, raw.replace(b"\r", b"\n"))):
-                continue
-            value = os.fsdecode(found[1].strip())
-            words = value.split()
-            if words and words[0].upper() == "LIST":
-                names = [os.fsdecode(more.strip()) for more in file.read(left).splitlines() if more.strip()]
-            elif words and value.upper() != "LOCAL":
-                names = [words[0] if "%" in words[0] else value]
-            break
+    lines = _header_lines(path)
+    for line in lines:
+        if not (found := re.match(_NRRD_DATA if nrrd else _METAIMAGE_DATA, line.replace(b"\r", b"\n"))):
+            continue
+        value = os.fsdecode(found[1].strip())
+        words = value.split()
+        if words and words[0].upper() == "LIST":
+            names = [os.fsdecode(name.strip()) for name in lines if name.strip()]
+        elif words and value.upper() != "LOCAL":
+            names = [words[0] if "%" in words[0] else value]
+        break
     found_parts = []
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from autocontext_jax.errors import UserError
-from autocontext_jax.images.checks import DEFLATE, one_line
+from autocontext_jax.images.checks import DEFLATE, as_user_error
 from autocontext_jax.images.grid import Grid
 from autocontext_jax.images.stack import Stack
 
@@ -292,7 +292,7 @@ def _answer(request: dict[str, Any], warnings: list[str]) -> tuple[bytes, np.nda
     answer: dict[str, Any] = {"result": None, "mistake": None, "failure": None, "warnings": warnings}
     path = Path(request["path"])  # as the user gave it, for the messages
     try:
-        with one_line(path, UNREADABLE):
+        with as_user_error(path, UNREADABLE):
             if not path.is_absolute():
                 os.chdir(request["folder"])
             result = _FUNCTIONS[request["function"]](path, **request["arguments"])

@@ -20,7 +20,7 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
-from autocontext_jax.images.checks import check_kind, check_size, make_grid, not_finite, numbers, one_line
+from autocontext_jax.images.checks import as_user_error, check_kind, check_size, make_grid, not_finite, numbers
 from autocontext_jax.images.finding import series_of
 from autocontext_jax.images.formats import NIFTI, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
@@ -207,7 +207,7 @@ def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes): copy or export it again")
     if suffix in NIFTI:
-        with one_line(path, reader_process.UNREADABLE):
+        with as_user_error(path, reader_process.UNREADABLE):
             return read_nifti(path, header_only=header_only)
     found = reader_process.call("itk", path, held=bytes_held(path), header_only=header_only)
     return found.get("voxels"), found["grid"]
@@ -245,8 +245,7 @@ def check_writable_format(path: Path) -> None:
             if other != suffix_of(path) and is_file(beside):
                 raise UserError(
                     f"{path} would lie beside {beside.name}, and some programs read one in the place of the other: "
-                    f"expected "
-                    "another name or another folder"
+                    "expected another name or another folder"
                 )
 
 
@@ -256,7 +255,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{scan_name(path)}.{os.getpid()}{suffix}")  # hidden: `find_scans` must not see it
     try:
         runtime.silence_itk()
-        with one_line(path, "written: see that the disk has room and the folder lets you write"):
+        with as_user_error(path, "written: see that the disk has room and the folder lets you write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(partial)
             os.replace(partial, path)

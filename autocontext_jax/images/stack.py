@@ -61,8 +61,8 @@ class Stack:
     def even(self) -> bool:
         """Whether one affine, sheared or not, places all slices: they lie on a straight line at even distances."""
         steps = np.diff(np.column_stack([self.offsets, self.heights]), axis=0)
-        drift = np.cumsum(steps - steps.mean(axis=0), axis=0)
-        return bool(np.abs(drift).max() <= max(IN_PLANE, along(self.spacing[2])))
+        drift = np.abs(np.cumsum(steps - steps.mean(axis=0), axis=0)).max(axis=0)
+        return bool((drift <= (IN_PLANE, IN_PLANE, along(self.spacing[2]))).all())
 
     @property
     def step(self) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 A network computes every voxel of a tile, so that what matters is how often tiles overlap and how far they reach beyond
 the level. Few large tiles are best; where memory forbids one for the whole level, boxes that are nearly cubes overlap
-least. Sizes come from a ladder, so that scans of similar sizes share their compiled programs.
+least. Sizes are few, so that scans of similar sizes share their compiled programs.
 """
 
 import dataclasses
@@ -37,51 +37,57 @@ class Box:
         return z, y, x
 
 
-def ladder(align: int, largest: int) -> list[int]:
+def box_sizes(align: int, largest: int) -> list[int]:
     """The sizes that a box may have along an axis, up to the first that is not below `largest`.
+
+    They are few, so that scans of similar sizes have the same ones.
 
     Args:
       align: all are multiples of it.
       largest: number of voxels.
     """
-    sizes = []
-    for size in itertools.count(align, align):
-        step = 16 if size <= 128 else 32 if size <= 512 else 64
-        if size % max(step, align) == 0 or size == align:
-            sizes.append(size)
-            if size >= largest:
-                return sizes
-    raise AssertionError("the ladder has no end")
+    sizes = [align]
+    while sizes[-1] < largest:
+        step = max(align, 16 if sizes[-1] < 128 else 32 if sizes[-1] < 512 else 64)
+        size = (sizes[-1] // step + 1) * step
+        sizes.append(-(-size // align) * align)
+    return sizes
 
 
-def choose_box(regions: Sequence[tuple[int, int]], *, margin: int, align: int, fits: Callable[[Triple], bool]) -> Box:
+def choose_box(
+    regions: Sequence[tuple[int, int]], *, margin: int, align: int, fits: Callable[[Box, Triple], bool]
+) -> Box:
     """The box whose tiles cover a level with the fewest voxels computed.
 
     Args:
       regions: voxels [low, high) of the level to cover, along z, y, x.
       margin: voxels by which a tile reaches beyond the middle between it and the next.
       align: starts and sizes are multiples of it.
-      fits: whether a box of a size fits the memory. If none does, the smallest is taken.
+      fits: whether a box fits the memory, given the voxels along z, y, x from the first tile's start to the last one's
+        end. If none does, the smallest is taken.
 
     Returns:
       The box. Among equals it is the smallest.
     """
     axes = []
     for low, high in regions:
-        choices = []
-        for size in ladder(align, high - low + 2 * align):
+        choices = []  # size, stride, number of tiles
+        for size in box_sizes(align, high - low + 2 * align):
             stride = max(align, (size - 2 * margin) // align * align)
             count = axis_count(low, high, size, stride=stride, align=align)
             if count == 1:
-                choices.append((size, size, size))
-            elif size >= SMALLEST:
-                choices.append((size, stride, count * size))
-            if count == 1:
+                choices.append((size, size, 1))
                 break
+            if size >= SMALLEST:
+                choices.append((size, stride, count))
         axes.append(choices)
     options = []
-    for (z, z_stride, z_all), (y, y_stride, y_all), (x, x_stride, x_all) in itertools.product(*axes):
-        if z * y * x <= LARGEST:
-            options.append((z_all * y_all * x_all, z * y * x, Box((z, y, x), (z_stride, y_stride, x_stride))))
+    for choice in itertools.product(*axes):
+        (z, z_stride, z_count), (y, y_stride, y_count), (x, x_stride, x_count) = choice
+        if (voxels := z * y * x) <= LARGEST:
+            box = Box((z, y, x), (z_stride, y_stride, x_stride))
+            extent = z + (z_count - 1) * z_stride, y + (y_count - 1) * y_stride, x + (x_count - 1) * x_stride
+            options.append((voxels * z_count * y_count * x_count, voxels, box, extent))
     options.sort(key=lambda option: option[:2])
-    return next((box for *_, box in options if fits(box.size)), min(options, key=lambda option: option[1])[2])
+    smallest = min(options, key=lambda option: option[1])[2]
+    return next((box for _, _, box, extent in options if fits(box, extent)), smallest)

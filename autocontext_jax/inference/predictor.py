@@ -22,9 +22,9 @@ How the levels are connected:
 
 So each level holds the slabs and the context of one row. The host holds the scan, its downsampled images and the masks.
 
-The sizes of all arrays on the device depend on the configuration, not on the scan, unless it is larger than
-`PredictorConfig.plane`. So each program is compiled once. The loop over tiles only queues work for the device; a mask
-writer waits for the results of a chunk after the work of the next chunk has been queued.
+Sizes of arrays on the device follow from the tiles and the canvas. With cubes they depend on the configuration, not on
+the scan, up to `PredictorConfig.plane`; with boxes scans of similar sizes share them. So programs are seldom compiled.
+The loop over tiles only queues work; a mask writer waits for a chunk after the next one's work has been queued.
 """
 
 import collections
@@ -43,7 +43,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.geometry import Triple, level_shape
-from autocontext_jax.inference.boxes import FITS, SMALLEST, choose_box
+from autocontext_jax.inference.boxes import FITS, SMALLEST, Box, choose_box
 from autocontext_jax.inference.context import Chunks, ContextWindow, context_size, cut_window
 from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks, weighted_softmax
 from autocontext_jax.inference.tile_memory import bytes_a_voxel, free_bytes
@@ -162,9 +162,8 @@ class Predictor:
         # Tiles follow from the finest grid alone: coarser grids have half its voxels, so that contexts nest exactly.
         finest = level_shape(_shape(voxels), factors[-1])
         choose = cubes(self._blend, self._stride) if self._cubes else self._boxes
-        plan = pyramid_tiles(
-            finest, self._levels, choose, align=self._align, spatial_dims=self._spatial_dims
-        )[: max(requested)]  # fmt: skip
+        plan = pyramid_tiles(finest, self._levels, choose, align=self._align, spatial_dims=self._spatial_dims)
+        plan = plan[: max(requested)]
         if self._cubes:
             self._grow_canvas(_shape(voxels), factors[-1])
             plane = self._plane, self._plane
@@ -204,9 +203,10 @@ class Predictor:
         """The tiles of a level, see `boxes`."""
         flat = [(0, SLICES)] * (3 - len(regions))  # in 2D a tile is a stack of squares
 
-        def fits(size: Triple) -> bool:
-            voxels = int(np.prod(size))
-            return voxels <= FITS or voxels * self._bytes_a_voxel <= self._limit
+        def fits(box: Box, extent: Triple) -> bool:
+            voxels, (depth, *_) = int(np.prod(box.size)), box.size
+            slabs = -(-depth // box.stride[0]) * box.stride[0] * extent[1] * extent[2] * self._classes * 4
+            return voxels <= FITS or voxels * self._bytes_a_voxel + slabs <= self._limit
 
         box = choose_box([*flat, *regions], margin=self.config.margin, align=self._align, fits=fits)
         return list(zip(box.blends, box.stride, strict=True))[len(flat) :]

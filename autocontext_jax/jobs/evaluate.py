@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
-from autocontext_jax.data.layouts import counted
 from autocontext_jax.data.split import Split, content_checksum
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, counted
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.files import writing
 from autocontext_jax.images import scans

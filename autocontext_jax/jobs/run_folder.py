@@ -13,7 +13,6 @@ from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
 from autocontext_jax.data.fingerprint import Fingerprint, fingerprint
-from autocontext_jax.data.layouts import counted
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.split import (
     FORMAT,
@@ -25,7 +24,7 @@ from autocontext_jax.data.split import (
     read_fold,
     sides_of,
 )
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.files import read_json, write_json, writing
 from autocontext_jax.jobs.run_config import RunConfig
 
@@ -203,7 +202,7 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
     if changes.changed:
         sides = {side: sorted(name for name in changes.changed if now.cases[name].side == side) for side in
                  ("training", "validation", "test")}  # fmt: skip
-        told = "; ".join(f"{side}: {_some(names)}" for side, names in sides.items() if names)
+        told = "; ".join(f"{side}: {some(names)}" for side, names in sides.items() if names)
         log.warning(
             "%s: %s changed since the run began (%s): prepared again where they are trained on; what was trained so "
             "far has seen the old ones", dataset.root, counted(len(changes.changed), "case"), told,
@@ -213,14 +212,14 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
     trainable = {case.name for case in dataset.training}
     taken = [name for name in changes.new if name in trainable] if config.data.new_cases == "train" else []
     if taken:
-        log.warning("%s: %s taken into training: %s", dataset.root, counted(len(taken), "new case"), _some(taken))
+        log.warning("%s: %s taken into training: %s", dataset.root, counted(len(taken), "new case"), some(taken))
         every = {name: case.side for name, case in now.cases.items()} | dict.fromkeys(taken, "training")
         now = make_split(dataset, every, known=now)
     if left := [name for name in changes.new if name not in taken]:
         remedy = ". --config.data.new_cases=train takes new training cases into training"
         log.warning(
             "%s: %s since the run began, neither trained on nor scored: %s%s",
-            dataset.root, counted(len(left), "case was added", "cases were added"), _some(left),
+            dataset.root, counted(len(left), "case was added", "cases were added"), some(left),
             remedy if trainable & set(left) else "",
         )  # fmt: skip
     return now
@@ -229,7 +228,7 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
 def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> None:
     if changes.lost:
         raise UserError(
-            f"data set {dataset.root} lacks {_some(changes.lost)}, which {workdir / 'split.json'} names: bring "
+            f"data set {dataset.root} lacks {some(changes.lost)}, which {workdir / 'split.json'} names: bring "
             f"{'it' if len(changes.lost) == 1 else 'them'} back, name the folder that has "
             f"{'it' if len(changes.lost) == 1 else 'them'} (--config.data.root=FOLDER), or start in another --workdir; "
             "--mode evaluate scores another data set by --config.evaluate.root=FOLDER"
@@ -239,9 +238,3 @@ def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> 
             f"data set {dataset.root} has the classes {changes.classes}; expected {known.classes}, with which the run "
             f"began: set dataset.json back, or start in another --workdir"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

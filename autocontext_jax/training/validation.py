@@ -27,8 +27,9 @@ def validation_batches(
     spatial_dims: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Fixed patches, as `loader.read_batch` gives them; the classes are drawn equally often; a case
-    without any class is drawn from anywhere.
+    """Fixed patches, as `loader.read_batch` gives them.
+
+    The classes are drawn equally often; of a case without any class, patches are drawn from anywhere.
 
     Args:
       cases: held out; without any there are no batches.

@@ -9,7 +9,6 @@ import numpy as np
 import tensorstore as ts
 
 from autocontext_jax.data import resampling
-from autocontext_jax.data.layouts import counted
 from autocontext_jax.data.store.format import (
     CHUNK,
     FORMAT,
@@ -23,6 +22,7 @@ from autocontext_jax.data.store.format import (
     storage_errors,
 )
 from autocontext_jax.data.store.level_grids import AIR, LevelGrids, Triple, times
+from autocontext_jax.errors import counted
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,9 @@ def write_case(
     direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     digest: str = "",
 ) -> None:
-    """Writes one case's levels; an older case of this name is replaced. A label may be background alone;
-    a class that is too small for the finest level's grid is named in a warning.
+    """Writes one case's levels; an older case of this name is replaced.
+
+    A label may be background alone. A class that is too small for the finest level's grid is named in a warning.
 
     Args:
       root: folder or URL of the store.
