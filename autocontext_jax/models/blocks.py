@@ -3,11 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.errors import require
 from autocontext_jax.models.convolution import Convolution, Deconvolution
+from autocontext_jax.models.fixed_normalization import convolution_relu, deconvolution_relu
 from autocontext_jax.models.normalization import BatchNormReLU
+from autocontext_jax.models.resizing import depth_to_space
 from autocontext_jax.sections import DERIVED
 
 
@@ -54,36 +57,43 @@ class NetworkConfig:
         return tuple(self.base_channels * 2 ** (resolution + 1) for resolution in range(self.depth))
 
 
-class Block(nnx.Module):
-    """A layer, its normalisation and a ReLU."""
+class ConvolutionBlock(nnx.Module):
+    """A 3^3 convolution, normalisation and ReLU."""
 
-    def __init__(self, layer: nnx.Module, channels: int, config: NetworkConfig):
-        self.layer = layer
+    def __init__(self, inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs):
         batch = config.norm == "batch"
-        self.norm = BatchNormReLU(channels, momentum=config.momentum) if batch else None
+        self.layer = Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=not batch, rngs=rngs)
+        self.norm = BatchNormReLU(outputs, momentum=config.momentum) if batch else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, D, H, W, C] -> the layer's result, normalised."""
-        x = self.layer(x)
+    def __call__(self, *xs: jax.Array) -> jax.Array:
+        """Arrays [B, D, H, W, C], concatenated along their channels -> the layer's result, normalised."""
+        if self.norm is not None and self.norm.use_running_average:
+            return convolution_relu(xs, self.layer.kernel[...], *self.norm.affine())
+        x = self.layer(jnp.concatenate(xs, axis=-1) if len(xs) > 1 else xs[0])
         return jax.nn.relu(x) if self.norm is None else self.norm(x)
 
 
-def convolution_block(inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
-    """A 3^3 convolution, normalisation and ReLU."""
-    layer = Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=config.norm == "none", rngs=rngs)
-    return Block(layer, outputs, config)
+class UpsamplingBlock(nnx.Module):
+    """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU: it doubles the grid."""
 
+    def __init__(self, channels: int, config: NetworkConfig, rngs: nnx.Rngs):
+        self.layer = Deconvolution(channels, channels, spatial_dims=config.spatial_dims, rngs=rngs)
+        self.norm = BatchNormReLU(channels, momentum=config.momentum) if config.norm == "batch" else None
 
-def deconvolution_block(channels: int, config: NetworkConfig, rngs: nnx.Rngs) -> Block:
-    """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU; `depth_to_space` must follow."""
-    return Block(Deconvolution(channels, channels, spatial_dims=config.spatial_dims, rngs=rngs), channels, config)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, D, H, W, C] -> [B, 2D, 2H, 2W, C], in 2D [B, D, 2H, 2W, C]."""
+        if self.norm is not None and self.norm.use_running_average:
+            return deconvolution_relu(x, self.layer.kernel[...], *self.norm.affine())
+        # Before depth-to-space, which then needs no pass of its own.
+        blocks = self.layer(x)
+        return depth_to_space(jax.nn.relu(blocks) if self.norm is None else self.norm(blocks))
 
 
 def analysis_path(inputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> nnx.List:
     """The U-Net's analysis path: for each resolution two 3^3 convolutions, the second with twice as many outputs."""
     path = []
     for outputs in config.channels:
-        first = convolution_block(inputs, outputs // 2, config, rngs)
-        path.append(nnx.List([first, convolution_block(outputs // 2, outputs, config, rngs)]))
+        first = ConvolutionBlock(inputs, outputs // 2, config, rngs)
+        path.append(nnx.List([first, ConvolutionBlock(outputs // 2, outputs, config, rngs)]))
         inputs = outputs
     return nnx.List(path)

@@ -1,7 +1,7 @@
 """Convolution and deconvolution, each computed in the way that is fastest on its platform.
 
 On GPUs and TPUs XLA's own convolution is used, on x86 CPUs oneDNN's (`onednn.py`), on other CPUs a sum of 2D
-convolutions. Only this file distinguishes platforms for them.
+convolutions. Only this file and `fixed_normalization.py` distinguish platforms for them.
 
 Shapes are [B, D, H, W, C]. Kernels are [O, kd, kh, kw, C], the order that the GPUs' libraries read, so that no step
 copies them into another one. With 2 spatial dimensions kd = 1: each of the D slices is an image of its own. A layer

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.models.blocks import NetworkConfig, analysis_path, convolution_block, deconvolution_block
+from autocontext_jax.models.blocks import ConvolutionBlock, NetworkConfig, UpsamplingBlock, analysis_path
 from autocontext_jax.models.convolution import Convolution
-from autocontext_jax.models.resizing import depth_to_space, max_pool
+from autocontext_jax.models.resizing import max_pool
 
 
 class FCN(nnx.Module):
@@ -22,8 +22,8 @@ class FCN(nnx.Module):
         synthesis = []
         channels = config.channels[-1]
         for outputs in reversed(config.channels[:-1]):
-            up = deconvolution_block(channels, config, rngs)
-            synthesis.append(nnx.List([up, convolution_block(channels, outputs, config, rngs)]))
+            up = UpsamplingBlock(channels, config, rngs)
+            synthesis.append(nnx.List([up, ConvolutionBlock(channels, outputs, config, rngs)]))
             channels = outputs
         self.synthesis = nnx.List(synthesis)
         self.head = Convolution(channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
@@ -34,5 +34,5 @@ class FCN(nnx.Module):
         for resolution, (first, second) in enumerate(self.analysis):
             x = second(first(max_pool(x, self.spatial_dims) if resolution else x))
         for up, convolution in self.synthesis:
-            x = convolution(depth_to_space(up(x)))
+            x = convolution(up(x))
         return self.head(x).astype(jnp.float32)

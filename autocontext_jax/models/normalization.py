@@ -34,10 +34,14 @@ class BatchNormReLU(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """The slope [C] and shift [C] with which the running averages normalise."""
+        return _affine(self.mean[...], self.var[...], self.scale[...], self.bias[...])
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, C] -> the same shape and type."""
         if self.use_running_average:
-            return _scale_shift_relu(x, *_affine(self.mean[...], self.var[...], self.scale[...], self.bias[...]))
+            return scale_shift_relu(x, *self.affine())
         y, mean, variance = batch_norm_relu(x, self.scale[...], self.bias[...])
         self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
         self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * variance
@@ -59,7 +63,7 @@ def batch_norm_relu(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[ja
       The result in the shape and type of x; mean [C]; variance [C], biased. Only the first is differentiable.
     """
     mean, variance = _moments(x)
-    return _scale_shift_relu(x, *_affine(mean, variance, scale, bias)), mean, variance
+    return scale_shift_relu(x, *_affine(mean, variance, scale, bias)), mean, variance
 
 
 def _batch_norm_relu_forward(x, scale, bias):
@@ -124,5 +128,6 @@ def _affine(mean, variance, scale, bias) -> tuple[jax.Array, jax.Array]:
     return slope, bias - slope * mean
 
 
-def _scale_shift_relu(x: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
+def scale_shift_relu(x: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
+    """relu(slope * x + shift), computed in float32: [..., C], [C], [C] -> the shape and type of x."""
     return jax.nn.relu(x.astype(jnp.float32) * slope + shift).astype(x.dtype)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.models.blocks import NetworkConfig, convolution_block, deconvolution_block
+from autocontext_jax.models.blocks import ConvolutionBlock, NetworkConfig, UpsamplingBlock
 from autocontext_jax.models.convolution import Convolution
-from autocontext_jax.models.resizing import depth_to_space, max_pool
+from autocontext_jax.models.resizing import max_pool
 
 
 class ResidualUnit(nnx.Module):
@@ -16,8 +16,8 @@ class ResidualUnit(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs):
-        self.enter = convolution_block(inputs, outputs, config, rngs)
-        self.inner = convolution_block(outputs, outputs, config, rngs)
+        self.enter = ConvolutionBlock(inputs, outputs, config, rngs)
+        self.inner = ConvolutionBlock(outputs, outputs, config, rngs)
         self.outer = Convolution(outputs, outputs, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,8 +41,8 @@ class ResidualUNet(nnx.Module):
             analysis.append(ResidualUnit(channels, outputs // 2, config, rngs))
             channels = outputs // 2
         for outputs in reversed(config.channels[:-1]):
-            up = deconvolution_block(channels, config, rngs)
-            narrow = convolution_block(channels, outputs // 2, config, rngs)
+            up = UpsamplingBlock(channels, config, rngs)
+            narrow = ConvolutionBlock(channels, outputs // 2, config, rngs)
             synthesis.append(nnx.List([up, narrow, ResidualUnit(outputs // 2, outputs // 2, config, rngs)]))
             channels = outputs // 2
         self.analysis = nnx.List(analysis)
@@ -58,5 +58,5 @@ class ResidualUNet(nnx.Module):
             shortcuts.append(x)
         shortcuts.pop()
         for up, narrow, unit in self.synthesis:
-            x = unit(narrow(depth_to_space(up(x))) + shortcuts.pop())
+            x = unit(narrow(up(x)) + shortcuts.pop())
         return self.head(x).astype(jnp.float32)

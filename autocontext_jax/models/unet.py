@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.models.blocks import NetworkConfig, analysis_path, convolution_block, deconvolution_block
+from autocontext_jax.models.blocks import ConvolutionBlock, NetworkConfig, UpsamplingBlock, analysis_path
 from autocontext_jax.models.convolution import Convolution
-from autocontext_jax.models.resizing import depth_to_space, max_pool
+from autocontext_jax.models.resizing import max_pool
 
 
 class UNet(nnx.Module):
@@ -22,9 +22,9 @@ class UNet(nnx.Module):
         synthesis = []
         channels = config.channels[-1]
         for outputs in reversed(config.channels[:-1]):
-            up = deconvolution_block(channels, config, rngs)
-            first = convolution_block(channels + outputs, outputs, config, rngs)
-            second = convolution_block(outputs, outputs, config, rngs)
+            up = UpsamplingBlock(channels, config, rngs)
+            first = ConvolutionBlock(channels + outputs, outputs, config, rngs)
+            second = ConvolutionBlock(outputs, outputs, config, rngs)
             synthesis.append(nnx.List([up, first, second]))
             channels = outputs
         self.synthesis = nnx.List(synthesis)
@@ -39,5 +39,5 @@ class UNet(nnx.Module):
             shortcuts.append(x)
         shortcuts.pop()
         for up, first, second in self.synthesis:
-            x = second(first(jnp.concatenate([depth_to_space(up(x)), shortcuts.pop()], axis=-1)))
+            x = second(first(up(x), shortcuts.pop()))
         return self.head(x).astype(jnp.float32)
