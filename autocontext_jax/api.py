@@ -35,8 +35,8 @@ def load(path: str | Path, *, networks: Named | None = None, **options: Any) -> 
       path: of the file NAME.autocontext, or of the folder.
       networks: classes of networks from outside the package, by the name that the model has for them. A model file
         names its network; it is never imported.
-      options: what prediction changes: `tile`, `overlap`, `plane`, `space` and `flip` as in `autocontext --help-keys`
-        under `predict.`; of a run folder also `checkpoint`, "best" or "latest".
+      options: what prediction changes: `tile`, `margin`, `memory`, `crop_to_body` and `flip` as in
+        `autocontext --help-keys` under `predict.`; of a run folder also `checkpoint`, "best" or "latest".
 
     Raises:
       UserError: there is no model, it is damaged, its network is not known, or an option is wrong: one line says what.

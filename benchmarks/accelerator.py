@@ -53,7 +53,7 @@ SMALL_QUICK_START = [
     "--config.phantom.training=2", "--config.phantom.test=1", "--config.phantom.size=(24, 24, 24)",
     "--config.phantom.spacing=(12.0, 12.0, 12.0)", "--config.loader.patch_size=8", "--config.model.base_channels=2",
     "--config.model.depth=2", "--config.levels.factors=(1.0,)", "--config.train.steps=2",
-    "--config.train.checkpoint_every=2", "--config.predict.tile=16", "--config.predict.plane=32",
+    "--config.train.checkpoint_every=2", "--config.predict.tile=16",
     "--config.train.validation_patches=1",
 ]  # fmt: skip
 

@@ -273,7 +273,7 @@ def whole_scans(session: Session) -> None:
         levels=levels, classes=len(ORGANS) + 1, width=sizes.width, depth=sizes.depth, dtype="bfloat16"
     )
     model = inference_model(*nnx.split(pyramid, nnx.Param, ...))
-    predictor = Predictor(model, PredictorConfig(sizes.tile, plane=sizes.plane), align=2 ** (sizes.depth - 1))
+    predictor = Predictor(model, PredictorConfig(sizes.tile), align=2 ** (sizes.depth - 1))
     factors = tuple((2.0 ** (levels - level),) * 3 for level in range(levels))
     rng = np.random.default_rng(0)
     voxels = rng.integers(-500, 500, sizes.scan, dtype=np.int16)

@@ -10,12 +10,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from autocontext_jax.geometry import Triple
-from autocontext_jax.inference.tiling import Blend, axis_count, gaussian
+from autocontext_jax.inference.tiling import MakeBlend, axis_count
 
 SMALLEST = 64  # voxels along an axis of a box that does not hold the level along it
-FITS = 96**3  # a box of so many voxels is taken to fit
 # Voxels of a box beyond which a larger one hardly computes fewer: its overlap is some percent by then.
-LARGEST = 6 << 20
+LARGEST = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,22 +24,19 @@ class Box:
     Attributes:
       size: voxels along z, y, x.
       stride: distance between the starts of tiles along each axis.
+      extent: voxels from the start of the first tile to the end of the last along each axis.
     """
 
     size: Triple
     stride: Triple
-
-    @property
-    def blends(self) -> tuple[Blend, Blend, Blend]:
-        """Weights along each axis."""
-        z, y, x = map(gaussian, self.size)
-        return z, y, x
+    extent: Triple
 
 
 def box_sizes(align: int, largest: int) -> list[int]:
     """The sizes that a box may have along an axis, up to the first that is not below `largest`.
 
-    They are few, so that scans of similar sizes have the same ones.
+    They are few, so that scans of similar sizes have the same ones, and near each other: each is larger than the one
+    before by an eighth at most, or by `align`.
 
     Args:
       align: all are multiples of it.
@@ -48,14 +44,18 @@ def box_sizes(align: int, largest: int) -> list[int]:
     """
     sizes = [align]
     while sizes[-1] < largest:
-        step = max(align, 16 if sizes[-1] < 128 else 32 if sizes[-1] < 512 else 64)
-        size = (sizes[-1] // step + 1) * step
-        sizes.append(-(-size // align) * align)
+        step = max(align, 1 << max(0, sizes[-1].bit_length() - 4))
+        sizes.append((sizes[-1] // align + -(-step // align)) * align)
     return sizes
 
 
 def choose_box(
-    regions: Sequence[tuple[int, int]], *, margin: int, align: int, fits: Callable[[Box, Triple], bool]
+    regions: Sequence[tuple[int, int]],
+    *,
+    margin: int,
+    align: int,
+    blend: MakeBlend,
+    fits: Callable[[Box], bool],
 ) -> Box:
     """The box whose tiles cover a level with the fewest voxels computed.
 
@@ -63,8 +63,8 @@ def choose_box(
       regions: voxels [low, high) of the level to cover, along z, y, x.
       margin: voxels by which a tile reaches beyond the middle between it and the next.
       align: starts and sizes are multiples of it.
-      fits: whether a box fits the memory, given the voxels along z, y, x from the first tile's start to the last one's
-        end. If none does, the smallest is taken.
+      blend: weights of a tile; a border of theirs is at most the margin.
+      fits: whether a box fits the memory. If none does, the smallest is taken.
 
     Returns:
       The box. Among equals it is the smallest.
@@ -72,22 +72,28 @@ def choose_box(
     axes = []
     for low, high in regions:
         choices = []  # size, stride, number of tiles
-        for size in box_sizes(align, high - low + 2 * align):
-            stride = max(align, (size - 2 * margin) // align * align)
-            count = axis_count(low, high, size, stride=stride, align=align)
-            if count == 1:
+        # With several tiles, what a tile adds to the one before is a size of the ladder.
+        strides = {size + -(-2 * margin // align) * align: size for size in box_sizes(align, high - low + 2 * align)}
+        for size in sorted({*strides, *box_sizes(align, high - low + 2 * align + 2 * blend(align).border)}):
+            if axis_count(low, high, size, blend(size).border, stride=size, align=align) == 1:
                 choices.append((size, size, 1))
                 break
-            if size >= SMALLEST:
-                choices.append((size, stride, count))
+            if size >= SMALLEST and size in strides:
+                count = axis_count(low, high, size, blend(size).border, stride=strides[size], align=align)
+                choices.append((size, strides[size], count))
         axes.append(choices)
     options = []
     for choice in itertools.product(*axes):
         (z, z_stride, z_count), (y, y_stride, y_count), (x, x_stride, x_count) = choice
         if (voxels := z * y * x) <= LARGEST:
-            box = Box((z, y, x), (z_stride, y_stride, x_stride))
             extent = z + (z_count - 1) * z_stride, y + (y_count - 1) * y_stride, x + (x_count - 1) * x_stride
-            options.append((voxels * z_count * y_count * x_count, voxels, box, extent))
+            box = Box((z, y, x), (z_stride, y_stride, x_stride), extent)
+            options.append((voxels * z_count * y_count * x_count, voxels, box))
     options.sort(key=lambda option: option[:2])
     smallest = min(options, key=lambda option: option[1])[2]
-    return next((box for _, _, box, extent in options if fits(box, extent)), smallest)
+    return next((box for _, _, box in options if fits(box)), smallest)
+
+
+def cube_stride(edge: int, margin: int, align: int) -> int:
+    """The distance between the starts of tiles that are cubes, whose margin is at most a quarter of them."""
+    return max(align, max(edge - 2 * margin, edge // 2) // align * align)

@@ -13,11 +13,11 @@ from autocontext_jax.geometry import Triple, halving
 from autocontext_jax.inference.tiling import LevelTiles, tile_shape
 
 # Finished maps of a level, see `predictor`: the first plane along z in voxels of the level, and
-# [z stride, canvas height, canvas width, K].
+# [chunk, canvas height, canvas width, K].
 Chunks = Iterator[tuple[int, jax.Array]]
 
-# Precision of the maps that a level passes to the next finer level.
-CONTEXT_DTYPE = jnp.float16
+# Precision of the maps of a level, in which tiles are added up and which it passes to the next finer level.
+MAP_DTYPE = jnp.float16
 
 
 class ContextWindow:
@@ -34,12 +34,12 @@ class ContextWindow:
     """
 
     def __init__(self, chunks: Chunks, axes: LevelTiles, finer: LevelTiles, spatial_dims: int, sharding: Any):
-        z_stride = axes[0].stride
-        self._source, self._axes, self._z_stride, self._spatial_dims = chunks, axes, z_stride, spatial_dims
+        chunk = axes[0].chunk
+        self._source, self._axes, self._chunk, self._spatial_dims = chunks, axes, chunk, spatial_dims
         self._sharding = sharding
         self._depth = context_size(tile_shape(finer), spatial_dims)[0]
         # In the worst case the context starts at the last plane of the first chunk.
-        self._count = (self._depth + z_stride - 2) // z_stride + 1
+        self._count = (self._depth + chunk - 2) // chunk + 1
         self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
         self._end = int(axes[0].starts[0])  # end of the chunks along z, in voxels of the coarser level
 
@@ -58,11 +58,11 @@ class ContextWindow:
         while self._end < first[0] + self._depth:
             z, chunk = next(self._source)
             # A copy, because the generator uses the chunk's memory again.
-            self._held.append(jax.device_put(jnp.array(chunk, CONTEXT_DTYPE), self._sharding))
-            self._end = z + self._z_stride
+            self._held.append(jax.device_put(jnp.array(chunk), self._sharding))
+            self._end = z + self._chunk
         # At the first rows there are fewer chunks; copies of the first fill the places before it, which nothing reads.
         held = (self._held[0],) * (self._count - len(self._held)) + tuple(self._held)
-        origin = (self._end - self._count * self._z_stride, *(int(axis.starts[0]) for axis in self._axes[1:]))
+        origin = (self._end - self._count * self._chunk, *(int(axis.starts[0]) for axis in self._axes[1:]))
         return held, first - np.array(origin, np.int32)
 
 

@@ -5,8 +5,9 @@ class with the largest value, a few planes at a time, so the K maps never exist 
 """
 
 import functools
+import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from autocontext_jax.inference.tiling import LevelTiles, native_lookup
 
 # Planes of the scan that one call of `native_masks` computes.
 GROUP = 8
+# Height and width of these planes are multiples of it, so that scans of similar sizes share the program.
+ROUNDED = 64
 
 
 class MaskWriter:
@@ -25,33 +28,38 @@ class MaskWriter:
 
     Args:
       native: (D, H, W) of the scan.
+      box: voxels [low, high) of the scan to compute along z, y, x; the others are background.
       level: (D, H, W) of the level's grid over the scan.
       factor: the scan's voxels per voxel of the level along (z, y, x).
       axes: the tiles of the level, which determine where its maps start and end.
-      plane: height and width in voxels that the program is compiled for; at least H and W.
       classes: K, to keep the maps on the scan's grid too, see `maps`; 0 not to.
     """
 
     def __init__(
         self,
         native: Triple,
+        box: Sequence[tuple[int, int]],
         level: Triple,
         factor: tuple[float, float, float],
         axes: LevelTiles,
-        plane: tuple[int, int],
         *,
         classes: int = 0,
     ):
         self._mask = np.zeros(native, np.uint8)
         self._maps = np.zeros((*native, classes), np.float32)
+        self._maps[..., :1] = 1
+        self._box = tuple(slice(*interval) for interval in box)
         (self._z_low, self._z_weight), *in_plane = (
-            native_lookup(n, f, size) for n, f, size in zip(native, factor, level, strict=True)
+            [values[inside] for values in native_lookup(n, f, size)]
+            for n, f, size, inside in zip(native, factor, level, self._box, strict=True)
         )
         self._in_plane: list[np.ndarray] = []
-        for (low, weight), axis, size in zip(in_plane, axes[1:], plane, strict=True):
+        for (low, weight), axis in zip(in_plane, axes[1:], strict=True):
+            size = -(-len(low) // ROUNDED) * ROUNDED
             self._in_plane += [_padded(low - int(axis.starts[0]), size), _padded(weight, size)]
         self._high = axes[0].high
-        self._next_plane = 0  # of the scan, the first that has not been computed
+        self._reach = math.ceil(GROUP / factor[0]) + 2
+        self._next_plane = 0  # of the box, the first that has not been computed
         self._last_of_previous: jax.Array | None = None  # the last plane of the chunk before
         # First plane, end, masks and, if they are kept, maps that the device computes.
         self._pending: list[tuple[int, int, jax.Array, jax.Array | None]] = []
@@ -72,7 +80,6 @@ class MaskWriter:
           z: first plane of the chunk, in voxels of the level.
           chunk: [n, canvas height, canvas width, K], maps; see `predictor` for the canvas.
         """
-        chunk = jax.device_put(chunk, jax.local_devices()[0])  # devices that share tiles hold a part of it each
         before = chunk[:1] if self._last_of_previous is None else self._last_of_previous
         self._last_of_previous = chunk[-1:]
         # A plane of the scan lies between two planes of the level and needs both. After the last chunk all are there.
@@ -84,7 +91,8 @@ class MaskWriter:
             z_low = _padded(self._z_low[first:last] - z, GROUP)
             z_weight = _padded(self._z_weight[first:last], GROUP)
             place = (before, chunk, z_low, z_weight, *self._in_plane)
-            planes, maps = native_masks(*place), native_maps(*place) if self._maps.size else None
+            planes = native_masks(*place, reach=self._reach)
+            maps = native_maps(*place, reach=self._reach) if self._maps.size else None
             planes.copy_to_host_async()
             started.append((first, last, planes, maps))
         self._next_plane = max(self._next_plane, end)
@@ -103,24 +111,25 @@ class MaskWriter:
 
     def _collect(self) -> None:
         """Waits for the pending planes and writes them into the mask."""
-        _, height, width = self._mask.shape
+        mask, kept = self._mask[self._box], self._maps[self._box]
+        _, height, width = mask.shape
         for first, last, planes, maps in self._pending:
-            self._mask[first:last] = np.asarray(planes)[: last - first, :height, :width]
+            mask[first:last] = np.asarray(planes)[: last - first, :height, :width]
             if maps is not None:
-                self._maps[first:last] = np.asarray(maps)[: last - first, :height, :width]
+                kept[first:last] = np.asarray(maps)[: last - first, :height, :width]
         self._pending = []
 
 
-@jax.jit
-def native_masks(*place: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="reach")
+def native_masks(*place: jax.Array, reach: int) -> jax.Array:
     """The class with the largest value of `native_maps`, [GROUP, height, width] uint8."""
-    return _plane_by_plane(lambda maps: jnp.argmax(maps, axis=-1).astype(jnp.uint8), *place)
+    return _plane_by_plane(lambda maps: jnp.argmax(maps, axis=-1).astype(jnp.uint8), *place, reach=reach)
 
 
-@jax.jit
-def native_maps(*place: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="reach")
+def native_maps(*place: jax.Array, reach: int) -> jax.Array:
     """Maps interpolated linearly to voxels of the scan, [GROUP, height, width, K] float32; see `_plane_by_plane`."""
-    return _plane_by_plane(lambda maps: maps.astype(jnp.float32), *place)
+    return _plane_by_plane(lambda maps: maps, *place, reach=reach)
 
 
 def weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
@@ -140,7 +149,7 @@ def weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
     return powers * (weights / functools.reduce(operator.add, (powers[..., k] for k in classes)))[..., None]
 
 
-def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weight) -> jax.Array:
+def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_low, x_weight, *, reach) -> jax.Array:
     """Interpolates maps linearly to voxels of the scan, a plane at a time.
 
     The indices and weights are those of `tiling.native_lookup` along each axis.
@@ -155,6 +164,7 @@ def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_l
       y_weight: [plane] float32.
       x_low: [plane] int32, columns of the canvas.
       x_weight: [plane] float32.
+      reach: number of planes of maps between which GROUP planes of the scan can lie.
 
     Returns:
       For each of the planes what `finish` made of it, stacked.
@@ -165,10 +175,16 @@ def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_l
         after = jnp.take(maps, low + 1, axis=axis, mode="clip")
         return here + weight.reshape([-1 if i == axis else 1 for i in range(maps.ndim)]) * (after - here)
 
+    # The planes that the group needs, in float32: each is converted once, though two planes of the scan use it.
+    needed = min(reach, chunk.shape[0])
+    first = jnp.clip(z_low[0], 0, chunk.shape[0] - needed)
+    window = lax.dynamic_slice_in_dim(chunk, first, needed).astype(jnp.float32)
+    previous = before[0].astype(jnp.float32)
+
     def one_plane(lookup):
         low, weight = lookup
-        here = jnp.where(low < 0, before[0], chunk[jnp.maximum(low, 0)])
-        maps = here + weight * (chunk[jnp.minimum(low + 1, chunk.shape[0] - 1)] - here)
+        here = jnp.where(low < 0, previous, window[jnp.maximum(low - first, 0)])
+        maps = here + weight * (window[jnp.minimum(low + 1 - first, needed - 1)] - here)
         maps = between(between(maps, y_low, y_weight, 0), x_low, x_weight, 1)
         return finish(maps)
 

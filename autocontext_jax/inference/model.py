@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -221,7 +220,7 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
       UserError: an unknown option, a wrong value.
     """
     tiling = description.tiling
-    own = {"tile": tiling.tile, "overlap": tiling.overlap, "margin": tiling.margin, "plane": tiling.plane}
+    own = {"tile": tiling.tile, "margin": tiling.margin, "crop_to_body": tiling.crop_to_body}
     allowed = [field.name for field in dataclasses.fields(PredictorConfig)]
     if unknown := [name for name in options if name not in (*allowed, "flip")]:
         raise UserError(f"option {unknown[0]} is unknown; expected one of {', '.join([*allowed, 'flip'])}")
@@ -233,8 +232,6 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     unit = max(4, description.network.divisor)
     if config.tile % unit:
         raise UserError(f"option tile is {config.tile}; expected a multiple of {unit}")
-    if config.space > jax.local_device_count():
-        raise UserError(f"option space is {config.space}; expected at most the {jax.local_device_count()} devices")
     flip = bool(options.get("flip", tiling.flip))
     if flip and not tiling.flip_classes:
         raise UserError("option flip is True; expected False: the network has not learned from exchanged sides")

@@ -75,22 +75,20 @@ class Tiling:
 
     Attributes:
       tile: edge length of cubes in voxels; 0 chooses boxes.
-      overlap: of cubes: fraction of a tile that the next tile covers again.
-      plane: of cubes: height and width in voxels of the largest scan that the programs are compiled for.
+      margin: voxels by which a tile reaches beyond the middle between it and the next.
+      crop_to_body: whether only the box around the body is predicted.
       flip: whether every tile is also predicted with left and right exchanged.
       flip_classes: the class that each class becomes then; () if the network has not learned from exchanged sides.
-      margin: of boxes: voxels by which a tile reaches beyond the middle between it and the next.
     """
 
     tile: int
-    overlap: float
-    plane: int
+    margin: int
+    crop_to_body: bool
     flip: bool
     flip_classes: tuple[int, ...] = ()
-    margin: int = PredictorConfig.margin
 
     def __post_init__(self):
-        PredictorConfig(self.tile, self.overlap, self.margin, plane=self.plane)
+        PredictorConfig(self.tile, self.margin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +202,12 @@ def read_description(path: Path) -> Description:
 
 def _described(path: Path, content: dict[str, Any]) -> Description:
     model = content.get("model")
-    if isinstance(model, dict) and isinstance(model.get("tiling"), dict):
-        model["tiling"].setdefault("margin", PredictorConfig.margin)  # not in the first files, whose tiles were cubes
+    if isinstance(model, dict) and isinstance(tiling := model.get("tiling"), dict):
+        # The first files have other fields: their tiles were cubes that overlapped by a share of them.
+        for name in ("overlap", "plane"):
+            tiling.pop(name, None)
+        for name in ("margin", "crop_to_body"):
+            tiling.setdefault(name, getattr(PredictorConfig, name))
     return from_dict(Description, model, place=f"{path}: {DESCRIPTION}: key", prefix="model.")
 
 

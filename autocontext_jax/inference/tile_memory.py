@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from autocontext_jax.geometry import Triple
-from autocontext_jax.inference.context import CONTEXT_DTYPE
+from autocontext_jax.inference.context import MAP_DTYPE, context_size
+from autocontext_jax.inference.tiling import map_chunk
 from autocontext_jax.runtime import free_memory
 
 
@@ -19,22 +20,47 @@ def free_bytes() -> float:
     return 0.5 * free_memory()
 
 
-def bytes_a_voxel(program: Any, state: Any, tile: Triple, context: Triple | None, classes: int) -> float:
-    """Bytes that the predictor's program for a tile takes for each voxel of it, which hardly depends on its size.
+def bytes_a_voxel(
+    program: Any, state: Any, tile: Triple, *, devices: int = 1, context: bool, classes: int, spatial_dims: int
+) -> float:
+    """Bytes that the predictor's program takes for each voxel of a tile, which hardly depends on the tile's size.
 
     Args:
-      program: jitted, see `predictor`; it is compiled for this tile, and not run.
+      program: of `tile_programs.make_tile_program`; it is compiled for this tile, and not run.
       state: of the model, which is not counted.
       tile: voxels along z, y, x.
-      context: voxels of the coarser level's maps; None at level 1.
+      devices: how many tiles the program takes, one for each device.
+      context: whether the level has a coarser one.
+      classes: K.
+      spatial_dims: 3 or 2.
+    """
+    arguments = tile_arguments(tile, devices=devices, context=context, classes=classes, spatial_dims=spatial_dims)
+    needed = program.lower(state, *arguments).compile().memory_analysis()
+    own = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    taken = needed.temp_size_in_bytes + needed.argument_size_in_bytes + needed.output_size_in_bytes - own
+    return taken / float(np.prod(tile))
+
+
+def tile_arguments(
+    tile: Triple, *, devices: int = 1, context: bool, classes: int, spatial_dims: int
+) -> tuple[Any, ...]:
+    """Shapes and types of what a program of `tile_programs.make_tile_program` takes after the state."""
+    image = jax.ShapeDtypeStruct((devices, *tile), jnp.int16)
+    weights = tuple(jax.ShapeDtypeStruct((devices, size), jnp.float32) for size in tile)
+    if not context:
+        return image, None, weights, None
+    maps = (jax.ShapeDtypeStruct((*context_size(tile, spatial_dims), classes), MAP_DTYPE),)
+    return image, maps, weights, jax.ShapeDtypeStruct((devices, 3), jnp.int32)
+
+
+def slab_bytes(size: int, stride: int, canvas: tuple[int, int], classes: int) -> int:
+    """Bytes of the maps that a row of tiles is added to.
+
+    Args:
+      size: voxels of a tile along z.
+      stride: distance between the starts of tiles along z.
+      canvas: height and width of all tiles of a row together.
       classes: K.
     """
-    slab = jax.ShapeDtypeStruct((*tile, classes), jnp.float32)
-    image = jax.ShapeDtypeStruct(tile, jnp.int16)
-    weights = tuple(jax.ShapeDtypeStruct((size,), jnp.float32) for size in tile)
-    place = jax.ShapeDtypeStruct((3,), jnp.int32)
-    maps = None if context is None else (jax.ShapeDtypeStruct((*context, classes), CONTEXT_DTYPE),)
-    offset = None if maps is None else place
-    needed = program.lower((slab,), state, image, maps, weights, place, offset).compile().memory_analysis()
-    own = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    return (needed.temp_size_in_bytes + needed.argument_size_in_bytes - own) / float(np.prod(tile))
+    chunk = map_chunk(size, stride)
+    return -(-size // chunk) * chunk * canvas[0] * canvas[1] * classes * np.dtype(MAP_DTYPE).itemsize

@@ -5,8 +5,8 @@ so is the sum of the weights of all tiles at a voxel. The factors are divided by
 The weights then form a partition of unity: predictions times weights only need to be added, without a second array for
 the sum of the weights.
 
-Positions are voxels of the level's grid. They may be negative or beyond the scan: the tiles at its edges extend into
-air.
+Positions are voxels of the level's grid. They may be negative or beyond the scan, where there is air: tiles reach
+farther than what they cover.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from autocontext_jax.errors import require
 from autocontext_jax.geometry import Triple
 
+MOST_CHUNKS = 8  # of a tile, see `AxisTiles.chunk`
 # Slices of a tile if the network is 2D. It predicts each slice by itself, so these tiles need no overlap along z.
 SLICES = 4
 
@@ -26,32 +27,22 @@ class PredictorConfig:
     """How scans are divided into tiles.
 
     Attributes:
-      tile: T, edge length of cubes that are the tiles of every level, in voxels; 0 chooses boxes for each level of each
-        scan, see `boxes`. It can differ from the training patch. In 2D a tile is a stack of 4 squares.
-      overlap: of cubes: fraction of a tile that the next tile covers again.
-      margin: of boxes: voxels by which a tile reaches beyond the middle between it and the next.
-      memory: of boxes: GB that a tile may take on the device; 0 means a part of what is free.
-      plane: of cubes: height and width in voxels of the largest scan that the programs are compiled for. A larger scan
-        makes them compile again; smaller scans do not.
-      space: number of devices of this process that share each tile, split along its depth, which must be a multiple of
-        `space` times the network's divisor. This splits the activations, which take most of the memory. Every device
-        has a copy of the maps that pass from level to level.
+      tile: edge length in voxels of tiles that are cubes; 0 chooses boxes for each level of each scan, see `boxes`. It
+        can differ from the training patch. In 2D a tile is a stack of 4 squares.
+      margin: voxels by which a tile reaches beyond the middle between it and the next; of cubes at most a quarter.
+      memory: GB that the boxes of a level may take on the device; 0 means a part of what is free.
+      crop_to_body: whether only the box around the body is predicted, see `body`. Outside it is background.
     """
 
     tile: int = 0
-    overlap: float = 0.5
     margin: int = 16
     memory: float = 0.0
-    plane: int = 512
-    space: int = 1
+    crop_to_body: bool = True
 
     def __post_init__(self):
-        for name, least, largest in (("tile", 0, 4096), ("margin", 0, 512), ("plane", 1, 2**16)):
-            require(least <= getattr(self, name) <= largest, self, name, f"a number from {least} to {largest}")
-        require(0 <= self.overlap < 1, self, "overlap", "a fraction in [0, 1)")
+        for name, largest in (("tile", 4096), ("margin", 512)):
+            require(0 <= getattr(self, name) <= largest, self, name, f"a number from 0 to {largest}")
         require(self.memory >= 0, self, "memory", "GB, 0 or more")
-        require(self.space >= 1, self, "space", "at least 1")
-        require(self.space == 1 or self.tile > 0, self, "space", "1 where tile is 0: devices share cubes alone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +57,10 @@ class Blend:
 
     weights: np.ndarray
     border: int = 0
+
+
+# Weights along one axis of a tile from its size.
+MakeBlend = Callable[[int], Blend]
 
 
 def gaussian(tile: int) -> Blend:
@@ -93,13 +88,33 @@ class AxisTiles:
     high: int
     starts: np.ndarray
     weights: np.ndarray
-
     stride: int
+
+    @property
+    def size(self) -> int:
+        """T, voxels of a tile."""
+        return self.weights.shape[1]
+
+    @property
+    def chunk(self) -> int:
+        """See `map_chunk`."""
+        return map_chunk(self.size, self.stride)
 
     @property
     def extent(self) -> int:
         """Number of voxels from the start of the first tile to the end of the last."""
-        return int(self.starts[-1] - self.starts[0]) + self.weights.shape[1]
+        return int(self.starts[-1] - self.starts[0]) + self.size
+
+
+def map_chunk(size: int, stride: int) -> int:
+    """Depth of the parts in which maps are kept along z: few parts, which together are little deeper than a tile.
+
+    Args:
+      size: voxels of a tile along z.
+      stride: distance between the starts of tiles, a multiple of the result.
+    """
+    possible = [depth for depth in range(1, stride + 1) if stride % depth == 0 and depth * MOST_CHUNKS >= size]
+    return min(possible or [stride], key=lambda depth: (-(-size // depth) * depth, -depth))
 
 
 LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]  # along z, y, x
@@ -107,7 +122,7 @@ LevelTiles = tuple[AxisTiles, AxisTiles, AxisTiles]  # along z, y, x
 
 def tile_shape(axes: LevelTiles) -> Triple:
     """Voxels of each tile of a level."""
-    z, y, x = (axis.weights.shape[1] for axis in axes)
+    z, y, x = (axis.size for axis in axes)
     return z, y, x
 
 
@@ -149,24 +164,19 @@ def axis_count(low: int, high: int, tile: int, border: int = 0, *, stride: int, 
     return 1 + max(0, -(-(high - highest - tile + border) // stride))
 
 
-# The weights of a tile and the distance of tiles along z, y, x, for the voxels [low, high) to cover along each.
+# The weights of a tile and the distance of tiles along each of some axes, for the voxels [low, high) to cover along it.
 Chooser = Callable[[Sequence[tuple[int, int]]], Sequence[tuple[Blend, int]]]
 
 
-def cubes(blend: Blend, stride: int) -> Chooser:
-    """Tiles that are the same along each axis, whatever there is to cover."""
-    return lambda regions: [(blend, stride)] * len(regions)
-
-
 def pyramid_tiles(
-    finest: Triple, levels: int, choose: Chooser, *, align: int, spatial_dims: int = 3
+    finest: Sequence[tuple[int, int]], levels: int, choose: Chooser, *, align: int, spatial_dims: int = 3
 ) -> tuple[LevelTiles, ...]:
     """The tiles of every level.
 
-    The finest level covers the scan. Each coarser level covers the context of all tiles of the next finer level.
+    The finest level covers a region. Each coarser level covers the context of all tiles of the next finer level.
 
     Args:
-      finest: (D, H, W) of the finest level's grid over the scan.
+      finest: the voxels [low, high) of the finest level's grid to cover along z, y, x.
       levels: S.
       choose: gives the tiles of a level along the axes that it halves, called for the finest level first.
       align: see `axis_tiles`; even, so that the context of a tile starts at a voxel of the coarser level.
@@ -176,8 +186,8 @@ def pyramid_tiles(
       For each level, coarsest first, the tiles along z, y and x.
     """
     slices = Blend(np.ones(SLICES, np.float32))
-    z_of_slices = [] if spatial_dims == 3 else [axis_tiles(0, finest[0], slices, stride=SLICES, align=1)]
-    covered = [(0, size) for size in finest[3 - spatial_dims :]]
+    z_of_slices = [] if spatial_dims == 3 else [axis_tiles(*finest[0], slices, stride=SLICES, align=1)]
+    covered = list(finest[3 - spatial_dims :])
     plan = []
     for _ in range(levels):
         halved = [
@@ -189,33 +199,6 @@ def pyramid_tiles(
         # The region of the tiles in voxels of the coarser level, and one voxel more on each side for the upsampling.
         covered = [(axis.starts[0] // 2 - 1, (axis.starts[0] + axis.extent) // 2 + 1) for axis in halved]
     return tuple(reversed(plan))
-
-
-def largest_extents(size: int, levels: int, blend: Blend, *, stride: int, align: int) -> tuple[int, ...]:
-    """Upper bounds of `AxisTiles.extent` at each level, for all scans up to a size.
-
-    Args:
-      size: largest number of voxels of the finest level along the axis.
-      levels: S.
-      blend: as for `pyramid_tiles`.
-      stride: as for `pyramid_tiles`.
-      align: as for `pyramid_tiles`.
-
-    Returns:
-      Numbers of voxels, coarsest level first.
-    """
-    tile, border = len(blend.weights), blend.border
-    # The start of the first tile is rounded down to a multiple of `align`: by so many voxels at most. At the coarser
-    # levels `low` is not 0 but follows from the starts of the finer level, which are multiples of `align`.
-    finest_slack = -border % align
-    coarser_slack = max((-1 - border) % align, (align // 2 - 1 - border) % align)
-    extents: list[int] = []
-    for _ in range(levels):
-        slack = coarser_slack if extents else finest_slack
-        count = 1 + max(0, -(-(size + slack - (tile - 2 * border)) // stride))
-        extents.append(tile + stride * (count - 1))
-        size = extents[-1] // 2 + 2
-    return tuple(reversed(extents))
 
 
 def native_lookup(native: int, factor: float, level: int) -> tuple[np.ndarray, np.ndarray]:

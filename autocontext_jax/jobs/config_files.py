@@ -25,7 +25,12 @@ CHANGEABLE = (
 # Keys that prediction and evaluation take from the command line; the others are the run's own.
 INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_paths", "data.workers")
 # Keys that came since the format, with what runs before them did.
-ADDED = {"data.outside_paths": False, "predict.margin": PredictorConfig.margin, "predict.memory": 0.0}
+ADDED = {
+    "data.outside_paths": False, "predict.margin": PredictorConfig.margin, "predict.memory": 0.0,
+    "predict.crop_to_body": True,
+}  # fmt: skip
+# Keys that are gone: tiles were cubes that overlapped by a share of them.
+REMOVED = ("predict.overlap", "predict.plane", "predict.space")
 # Keys that prediction and evaluation depend on: a config file that contradicts the run in one of them is refused.
 MODEL = ("levels.", "model.", "pyramid.")
 
@@ -68,6 +73,10 @@ def read_config(workdir: Path) -> RunConfig | None:
         section, name = key.split(".")
         if isinstance(saved, dict) and isinstance(saved.get(section), dict):
             saved[section].setdefault(name, value)
+    for key in REMOVED:
+        section, name = key.split(".")
+        if isinstance(saved, dict) and isinstance(saved.get(section), dict):
+            saved[section].pop(name, None)
     try:
         return config_from_dict(saved)
     except UserError as error:

@@ -56,11 +56,10 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
         trained_spacing=(learned.smallest, learned.largest),
         tiling=Tiling(
             config.predict.tile,
-            config.predict.overlap,
-            config.predict.plane,
+            config.predict.margin,
+            config.predict.crop_to_body,
             config.predict.flip,
             config.augmentation.flip_classes(split.classes),
-            config.predict.margin,
         ),
         training=_training(config, split, step),
         evaluation=_evaluation(workdir, step),

@@ -121,7 +121,7 @@ def _alone(workdir: Path) -> Iterator[None]:
 
 def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, as JSON."""
-    predict = {key: value for key, value in as_dict(config.predict).items() if key not in ("plane", "space")}
+    predict = {key: value for key, value in as_dict(config.predict).items() if key != "memory"}
     evaluated = {case.name: case.checksum or content_checksum(case) for case in cases}
     settings = {"step": step, "predict": predict, "tolerance": config.evaluate.tolerance, "cases": evaluated}
     settings["metrics"] = config.evaluate.metrics

@@ -75,9 +75,6 @@ def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> 
 
 
 def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
-    space, devices = config.predict.space, jax.local_device_count()
-    if space > devices:
-        raise UserError(f"config key predict.space is {space}; expected at most the {devices} devices of this process")
     network = extensions.network(config)
     pyramid = nnx.eval_shape(lambda: make_model(config, len(split.classes), network))
     graph, *like = nnx.split(pyramid, nnx.Param, ...)

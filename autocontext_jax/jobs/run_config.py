@@ -202,23 +202,21 @@ class RunConfig:
             )
 
     def _check_sizes(self) -> None:
-        """Patches and tiles must halve as often as the network does, on each device that shares their depth."""
-        divisor = self.model.divisor
+        """Patches and tiles must halve as often as the network does, patches on each device that shares their depth."""
+        divisor, size, space = self.model.divisor, self.loader.patch_size, self.mesh.space
         unit = max(4, divisor)
-        sizes = (("loader.patch_size", self.loader.patch_size, "mesh.space", self.mesh.space),
-                 ("predict.tile", self.predict.tile, "predict.space", self.predict.space))  # fmt: skip
-        for key, size, space_key, space in sizes:
-            if size % unit:
+        for key, edge in (("loader.patch_size", size), ("predict.tile", self.predict.tile)):
+            if edge % unit:
                 raise UserError(
-                    f"config key {key} is {size}; expected a multiple of {unit}, since model.depth is "
-                    f"{self.model.depth}: choose {unit * max(1, size // unit)}"
+                    f"config key {key} is {edge}; expected a multiple of {unit}, since model.depth is "
+                    f"{self.model.depth}: choose {unit * max(1, edge // unit)}"
                 )
-            if size % (space * divisor) or (space > 1 and self.levels.spatial_dims == 2):
-                choices = [n for n in range(2, size) if size % (n * divisor) == 0]
-                raise UserError(
-                    f"config key {space_key} is {space}; expected devices that each take a multiple of {divisor} of "
-                    f"the {size} planes of {key}, in 3D: choose 1 or one of {choices}"
-                )
+        if size % (space * divisor) or (space > 1 and self.levels.spatial_dims == 2):
+            choices = [n for n in range(2, size) if size % (n * divisor) == 0]
+            raise UserError(
+                f"config key mesh.space is {space}; expected devices that each take a multiple of {divisor} of "
+                f"the {size} planes of loader.patch_size, in 3D: choose 1 or one of {choices}"
+            )
 
     def phases(self) -> tuple[Phase, ...]:
         """What the run trains, in order; the last phase runs every level that the model has."""

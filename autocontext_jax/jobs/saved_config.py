@@ -47,9 +47,8 @@ def config_of_model(path: Path) -> RunConfig:
         predict=dataclasses.replace(
             default.predict,
             tile=tiling.tile,
-            overlap=tiling.overlap,
-            plane=tiling.plane,
-            flip=tiling.flip,
             margin=tiling.margin,
+            crop_to_body=tiling.crop_to_body,
+            flip=tiling.flip,
         ),
     )

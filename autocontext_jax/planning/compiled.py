@@ -15,8 +15,11 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
-from autocontext_jax.inference.predictor import Predictor
-from autocontext_jax.inference.tiling import PredictorConfig
+from autocontext_jax.geometry import level_shape
+from autocontext_jax.inference.scan_tiles import ScanTiles
+from autocontext_jax.inference.tile_memory import slab_bytes, tile_arguments
+from autocontext_jax.inference.tile_programs import make_tile_program
+from autocontext_jax.inference.tiling import PredictorConfig, gaussian
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.losses import LossConfig
@@ -81,35 +84,29 @@ class TilePrediction:
     level: int | None = None
 
     def lower(self, devices: np.ndarray) -> tuple[Any, int]:
-        """The program on the first device, not compiled yet, and the bytes of the other levels' maps beside it.
+        """The program on the first device, not compiled yet, and the bytes of all levels' maps beside it.
 
         Args:
           devices: [count].
         """
         model = inference_model(*nnx.split(self.make_model(), nnx.Param, ...))
-        predictor = Predictor(model, PredictorConfig(tile=self.tile, plane=self.plane), align=8)
-
-        # The predictor itself shows with what it calls its programs: it is given a scan, and programs that do nothing.
-        programs = predictor._add_tile
-        calls: dict[int, tuple[Any, ...]] = {}
-
-        def recorder(level: int) -> Callable[..., Any]:
-            def record(slabs, *rest):
-                calls.setdefault(level, (slabs, *rest))
-                return slabs
-
-            return record
-
-        finest: int = model.config.levels
-        levels = range(1, finest + 1)
-        predictor._add_tile = [recorder(level) for level in levels]
-        factors = tuple((2.0 ** (finest - level + 1),) * 3 for level in levels)
-        predictor.masks(np.zeros((self.tile, self.plane, self.plane), np.int16), factors)
-
-        level = self.level or finest
-        slabs = {level: sum(slab.nbytes for slab in arguments[0]) for level, arguments in calls.items()}
-        arguments = _placed(calls[level], SingleDeviceSharding(devices[0]))
-        return programs[level - 1].lower(*arguments), sum(slabs.values()) - slabs[level]
+        graph, state = nnx.split(model)
+        levels, classes, spatial_dims = model.config.levels, model.config.classes, model.config.spatial_dims
+        level = self.level or levels
+        tile = (self.tile,) * 3
+        arguments = tile_arguments(tile, context=level > 1, classes=classes, spatial_dims=spatial_dims)
+        device = SingleDeviceSharding(devices[0])
+        tiles = ScanTiles(
+            PredictorConfig(tile=self.tile), levels=levels, classes=classes, spatial_dims=spatial_dims, align=8,
+            blend=gaussian, bytes_a_voxel=lambda: 0.0,
+        )  # fmt: skip
+        native = (self.tile, self.plane, self.plane)
+        factors = tuple((2.0 ** (levels - number),) * 3 for number in range(levels))
+        planned = tiles.plan(native, factors, np.zeros(level_shape(native, factors[0]), np.int16))
+        assert planned is not None, "an image of zeros is all body"
+        plan, _ = planned
+        slabs = sum(slab_bytes(z.size, z.stride, (y.extent, x.extent), classes) for z, y, x in plan)
+        return make_tile_program(graph, level).lower(*_placed((state, *arguments), device)), slabs
 
 
 Program = TrainingStep | TilePrediction

@@ -1,0 +1,132 @@
+"""Which tiles a scan is divided into: the box around the body, and for each level boxes within the memory."""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from autocontext_jax.errors import UserError
+from autocontext_jax.geometry import Triple, level_shape
+from autocontext_jax.inference.body import Interval, body_box
+from autocontext_jax.inference.boxes import Box, choose_box, cube_stride
+from autocontext_jax.inference.tile_memory import free_bytes, slab_bytes
+from autocontext_jax.inference.tiling import (
+    SLICES,
+    Blend,
+    LevelTiles,
+    MakeBlend,
+    PredictorConfig,
+    pyramid_tiles,
+    tile_shape,
+)
+
+FITS = 96**3  # a box of so many voxels is taken to fit the memory
+
+log = logging.getLogger(__name__)
+
+
+class ScanTiles:
+    """Divides scans into tiles. It remembers which sizes did not fit the memory.
+
+    Args:
+      config: how scans are divided.
+      levels: S.
+      classes: K.
+      spatial_dims: of the networks, 3 or 2.
+      align: starts and sizes of tiles are multiples of it.
+      blend: weights along an axis of a tile.
+      bytes_a_voxel: gives the bytes that a tile takes for each of its voxels; called if a tile may not fit.
+    """
+
+    def __init__(
+        self,
+        config: PredictorConfig,
+        *,
+        levels: int,
+        classes: int,
+        spatial_dims: int,
+        align: int,
+        blend: MakeBlend,
+        bytes_a_voxel: Callable[[], float],
+    ):
+        self._config, self._levels, self._classes, self._spatial_dims = config, levels, classes, spatial_dims
+        self._align, self._blend, self._bytes_a_voxel = align, blend, bytes_a_voxel
+        self._too_large = math.inf  # voxels of the smallest tile that did not fit
+
+    def plan(
+        self, native: Triple, factors: Sequence[tuple[float, float, float]], coarsest: np.ndarray
+    ) -> tuple[tuple[LevelTiles, ...], tuple[Interval, ...]] | None:
+        """The tiles of every level, coarsest first, and the voxels [low, high) of the scan along each axis to predict.
+
+        Args:
+          native: (D, H, W) of the scan.
+          factors: for each level, coarsest first, voxels of the scan per voxel of the level along (z, y, x).
+          coarsest: [D', H', W'] int16, HU, the scan on the coarsest level's grid.
+
+        Returns:
+          None if the scan holds nothing but air.
+        """
+        box: tuple[Interval, ...] = tuple((0, size) for size in native)
+        if self._config.crop_to_body:
+            found = body_box(coarsest)
+            if found is None:
+                return None
+            box = tuple(
+                (math.floor(low * factor), min(size, math.ceil(high * factor)))
+                for (low, high), factor, size in zip(found, factors[0], native, strict=True)
+            )
+        # The voxels of the finest level between which those of the box lie. Tiles follow from the finest grid alone:
+        # coarser grids have half its voxels, so that contexts nest exactly.
+        region = []
+        for (low, high), factor, size in zip(box, factors[-1], level_shape(native, factors[-1]), strict=True):
+            first, last = (math.floor((voxel + 0.5) / factor - 0.5) for voxel in (low, high - 1))
+            region.append((min(max(0, first), size - 1), min(size, max(0, last) + 2)))
+        tiles = pyramid_tiles(region, self._levels, self._choose, align=self._align, spatial_dims=self._spatial_dims)
+        return tiles, box
+
+    def shrink(self, tiles: tuple[LevelTiles, ...]) -> None:
+        """Excludes tiles as large as the largest of these, which did not fit the memory, from now on.
+
+        Raises:
+          UserError: there are no smaller ones.
+        """
+        size = max((tile_shape(axes) for axes in tiles), key=math.prod)
+        voxels, name = math.prod(size), "x".join(map(str, size))
+        if self._config.tile or voxels >= self._too_large:
+            raise UserError(
+                f"the device has too little free memory for a tile of {name} voxels; expected more of it, or a smaller "
+                "predict.tile"
+            )
+        self._too_large = voxels
+        log.warning("tiles of %s voxels do not fit the memory: smaller ones are used", name)
+
+    def _choose(self, regions: Sequence[Interval]) -> list[tuple[Blend, int]]:
+        """The tiles of a level along the axes that it halves, see `boxes`."""
+        flat = [(0, SLICES)] * (3 - len(regions))  # in 2D a tile is a stack of squares
+        covered, config = [*flat, *regions], self._config
+        if config.tile:
+            sizes, strides = [config.tile] * 3, [cube_stride(config.tile, config.margin, self._align)] * 3
+        else:
+            box = choose_box(covered, margin=config.margin, align=self._align, blend=self._blend, fits=self._fits)
+            sizes, strides = list(box.size), list(box.stride)
+        return [(self._blend(size), stride) for size, stride in zip(sizes, strides, strict=True)][len(flat) :]
+
+    def _fits(self, box: Box) -> bool:
+        voxels = math.prod(box.size)
+        if voxels >= self._too_large:
+            return False
+        if voxels <= FITS:
+            return True
+        slabs = slab_bytes(box.size[0], box.stride[0], box.extent[1:], self._classes)
+        return voxels * self._cost + slabs <= self._limit
+
+    @functools.cached_property
+    def _cost(self) -> float:
+        return self._bytes_a_voxel()
+
+    @functools.cached_property
+    def _limit(self) -> float:
+        """Bytes that the tiles of a level may take on the device."""
+        return 1e9 * self._config.memory if self._config.memory else free_bytes()

@@ -1,0 +1,97 @@
+"""The compiled programs of the predictor: one tile's maps, and their sum in the maps of a level."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from autocontext_jax.geometry import Triple
+from autocontext_jax.inference.context import MAP_DTYPE, context_size, cut_window
+from autocontext_jax.inference.masks import weighted_softmax
+from autocontext_jax.models.pyramid import Pyramid
+from autocontext_jax.runtime import compiler_options
+
+
+def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...] = (), mesh: Mesh | None = None) -> Any:
+    """The jitted program that predicts tiles of a level, one on each device.
+
+    Args:
+      graph: of the pyramid, see `nnx.split`.
+      level: 1 = coarsest.
+      mirror_classes: see `predictor.Predictor`.
+      mesh: of several devices, with the axis `data`.
+
+    Returns:
+      A function of these arguments, which gives the softmax maps times the weights, [n, z, y, x, K] in MAP_DTYPE:
+        state: of the model.
+        images: [n, z, y, x] int16, HU.
+        maps: consecutive chunks of the coarser level that contain the tiles' context; None at level 1.
+        weights: of each tile along each axis, ([n, z], [n, y], [n, x]).
+        offsets: [n, 3], first voxel of each tile's context in `maps`; None at level 1.
+    """
+    mirror = np.array(mirror_classes, int)
+
+    def predict_tiles(state, images, maps, weights, offsets):
+        model: Pyramid = nnx.merge(graph, state, copy=True)
+        z, y, x = weights
+        weight = z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]
+        context = None
+        if maps is not None:
+            size = context_size(shape_of(images[0]), model.config.spatial_dims)
+            context = jax.vmap(lambda offset: cut_window(maps, offset, size))(offsets)
+        if not mirror.size:
+            return weighted_softmax(model.level(level, images, context), weight).astype(MAP_DTYPE)
+        if context is not None:
+            context = jnp.concatenate([context, context[..., ::-1, mirror]])
+        plain, mirrored = jnp.split(model.level(level, jnp.concatenate([images, images[..., ::-1]]), context), 2)
+        both = weighted_softmax(plain, weight / 2) + weighted_softmax(mirrored[..., ::-1, mirror], weight / 2)
+        return both.astype(MAP_DTYPE)
+
+    sharding: dict[str, Any] = {}
+    if mesh is not None:
+        whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+        sharding = {"in_shardings": (whole, split, whole, split, split), "out_shardings": split}
+    return jax.jit(predict_tiles, compiler_options=compiler_options(jax.default_backend()), **sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_tile(slabs: tuple[jax.Array, ...], maps: jax.Array, place: jax.Array) -> tuple[jax.Array, ...]:
+    """Adds the maps of a tile to a level's.
+
+    Args:
+      slabs: arrays [chunk, canvas height, canvas width, K], consecutive along z.
+      maps: [1, z, y, x, K].
+      place: [2], first voxel of the tile in the slabs along y and x.
+
+    Returns:
+      The slabs, in the same memory.
+    """
+    start, added, depth = (0, *place, 0), [], slabs[0].shape[0]
+    for number, slab in enumerate(slabs):
+        part = maps[0, number * depth : (number + 1) * depth]
+        added.append(lax.dynamic_update_slice(slab, lax.dynamic_slice(slab, start, part.shape) + part, start))
+    return tuple(added)
+
+
+@functools.partial(jax.jit, static_argnames="classes")
+def background(weights: tuple[jax.Array, jax.Array, jax.Array], *, classes: int) -> jax.Array:
+    """The maps of a tile that holds air alone: its weights in the first of the classes, [1, z, y, x, K]."""
+    z, y, x = weights
+    first = (jnp.arange(classes) == 0).astype(MAP_DTYPE)
+    return (z[:, None, None] * y[:, None] * x)[None, ..., None].astype(MAP_DTYPE) * first
+
+
+# Sets a slab to zero in place.
+clear: Callable[[jax.Array], jax.Array] = jax.jit(jnp.zeros_like, donate_argnums=0, keep_unused=True)
+
+
+def shape_of(volume: Any) -> Triple:
+    """(D, H, W)."""
+    depth, height, width = volume.shape
+    return depth, height, width
