@@ -41,7 +41,7 @@ DESCRIPTION_OF_SCALE = Description(
     pyramid=PyramidConfig(window=(-100.0, 100.0)),
     levels=LevelGrids((2.0, 1.0)),
     trained_spacing=((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
-    tiling=Tiling(8, 0.5, 16, flip=False),
+    tiling=Tiling(8, 2, crop_to_body=True, flip=False),
     training={"steps": 3},
     evaluation={},
 )

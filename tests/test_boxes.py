@@ -1,7 +1,8 @@
-"""Tiles as boxes: few voxels computed, within the memory, the same result."""
+"""Tiles as boxes: few voxels computed, within the memory, the same result; and nothing outside the body."""
 
 import gc
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +12,40 @@ from test_predictor import (
     AIR,
     CLASSES,
     SCANS,
+    SIGHT,
+    WHOLE,
     Pointwise,
+    borders,
     count_compilations,
     cubed,
     enlarged,
+    plan_of,
     pointwise_maps,
     scan,
     tiled_maps,
     trained_pyramid,
+    whole_maps,
 )
 
 from autocontext_jax.data.resampling import downsample_image
-from autocontext_jax.geometry import level_shape
-from autocontext_jax.inference import boxes
+from autocontext_jax.errors import UserError
+from autocontext_jax.inference import boxes, scan_tiles
 from autocontext_jax.inference.boxes import box_sizes, choose_box
-from autocontext_jax.inference.context import context_size
 from autocontext_jax.inference.predictor import Predictor
-from autocontext_jax.inference.tile_memory import bytes_a_voxel
-from autocontext_jax.inference.tiling import PredictorConfig, axis_count, crop, pyramid_tiles
+from autocontext_jax.inference.tile_memory import bytes_a_voxel, slab_bytes
+from autocontext_jax.inference.tiling import PredictorConfig, crop, gaussian
 
 
-def computed(regions, box, align):
-    """Voxels that all tiles of a level have together."""
-    counts = [
-        axis_count(low, high, size, stride=stride, align=align)
-        for (low, high), size, stride in zip(regions, box.size, box.stride, strict=True)
+def counts_of(box) -> list[int]:
+    """Tiles along each axis."""
+    return [
+        1 + (extent - size) // stride for extent, size, stride in zip(box.extent, box.size, box.stride, strict=True)
     ]
-    return int(np.prod([count * size for count, size in zip(counts, box.size, strict=True)])), counts
+
+
+def computed(box) -> int:
+    """Voxels that all tiles of a level have together."""
+    return math.prod(box.size) * math.prod(counts_of(box))
 
 
 @pytest.mark.parametrize("align", [2, 8, 16, 32])
@@ -45,73 +53,89 @@ def test_box_sizes_are_few_and_their_steps_small(align):
     sizes = box_sizes(align, 1024)
     assert sizes[-1] >= 1024
     assert all(size % align == 0 for size in sizes)
-    assert len(sizes) <= 40
+    assert len([size for size in sizes if size >= 64]) <= 40
     for low, high in itertools.pairwise(sizes):
         if low >= 64:
-            assert high <= max(1.25 * low, low + align)
+            assert high <= max(1.125 * low, low + align)
 
 
 @pytest.mark.parametrize("size", [(50, 256, 256), (75, 128, 128), (1, 40, 30), (20, 20, 20), (96, 96, 96)])
 def test_a_level_that_fits_is_one_tile(size):
-    box = choose_box([(0, n) for n in size], margin=16, align=8, fits=lambda *_: True)
-    voxels, counts = computed([(0, n) for n in size], box, 8)
-    assert counts == [1, 1, 1]
-    assert box.size == box.stride
-    assert voxels <= 1.35 * np.prod([max(32, n) for n in size])
+    box = choose_box([(0, n) for n in size], margin=8, align=8, blend=gaussian, fits=lambda _: True)
+    assert counts_of(box) == [1, 1, 1]
+    assert box.size == box.stride == box.extent
+    assert computed(box) <= 1.2 * np.prod([max(32, n) for n in size])
 
 
 @pytest.mark.parametrize(
     ("size", "most", "times"),
     [
-        ((100, 512, 512), 8e6, 1.42),
-        ((300, 512, 512), 8e6, 1.63),
-        ((800, 512, 512), 8e6, 1.55),
-        ((300, 512, 512), 2e6, 2.15),
+        ((100, 512, 512), 8e6, 1.20),
+        ((300, 512, 512), 8e6, 1.30),
+        ((800, 512, 512), 8e6, 1.35),
+        ((300, 512, 512), 2e6, 1.65),
     ],
 )
 def test_boxes_compute_few_voxels_within_the_memory(size, most, times):
-    """Cubes of 96 voxels that overlap by half compute 6 to 7 times the voxels of such scans."""
+    """Cubes of 96 voxels that overlap by half compute 6.7 times the voxels of such scans."""
     regions = [(0, n) for n in size]
-    box = choose_box(regions, margin=16, align=8, fits=lambda box, _: np.prod(box.size) <= most)
-    voxels, _ = computed(regions, box, 8)
-    assert np.prod(box.size) <= most
-    assert voxels <= times * np.prod(size)
+    box = choose_box(regions, margin=8, align=8, blend=gaussian, fits=lambda box: math.prod(box.size) <= most)
+    assert math.prod(box.size) <= most
+    assert computed(box) <= times * math.prod(size)
 
 
 def test_no_box_within_the_memory_gives_the_smallest():
-    box = choose_box([(0, 500)] * 3, margin=8, align=8, fits=lambda *_: False)
-    assert box.size == (boxes.SMALLEST,) * 3
+    box = choose_box([(0, 500)] * 3, margin=8, align=8, blend=gaussian, fits=lambda _: False)
+    assert max(box.size) < boxes.SMALLEST + 2 * 8
 
 
-def small_boxes(monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Boxes from 16 voxels on, of which a voxel takes a byte; gives a function that limits a tile's voxels."""
     monkeypatch.setattr(boxes, "SMALLEST", 16)
-    monkeypatch.setattr("autocontext_jax.inference.predictor.FITS", 0)
+    monkeypatch.setattr(scan_tiles, "FITS", 0)
+    monkeypatch.setattr(Predictor, "_bytes_a_voxel", lambda self: 1.0)
+    monkeypatch.setattr(scan_tiles, "slab_bytes", lambda *_: 0)
+    return lambda voxels: monkeypatch.setattr(scan_tiles, "free_bytes", lambda: voxels)
 
 
 @pytest.mark.parametrize("name", list(SCANS))
-@pytest.mark.parametrize("voxels_of_a_tile", [16**3, 10**9])
-def test_masks_of_a_pointwise_model_are_exact(name, voxels_of_a_tile, monkeypatch):
-    small_boxes(monkeypatch)
+@pytest.mark.parametrize("voxels_of_a_tile", [24**3, 10**9])
+def test_masks_of_a_pointwise_model_are_exact(name, voxels_of_a_tile, small):
+    small(voxels_of_a_tile)
     shape, factors = SCANS[name]
     voxels = scan(shape)
     predictor = Predictor(Pointwise(len(factors)), PredictorConfig(margin=4), align=4)
-    monkeypatch.setattr(Predictor, "_bytes_a_voxel", 1.0)
-    monkeypatch.setattr(Predictor, "_limit", voxels_of_a_tile)
     masks = predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_maps(downsample_image(voxels, factor)), factor, shape)
         lead = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2]
-        clear = lead > 1e-4
+        clear = lead > 2e-3
         np.testing.assert_array_equal(masks[level][clear], maps.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize(
+    ("factors", "shape"), [(cubed(1), (31, 60, 47)), (cubed(2, 1), (23, 60, 41))], ids=["one level", "pyramid"]
+)
+def test_boxes_with_the_margin_of_the_field_of_view_equal_the_whole_scan(factors, shape, small, monkeypatch):
+    """And with weights that vanish within it."""
+    small(32 * 40 * 48)
+    model, voxels = trained_pyramid(len(factors)), scan(shape)
+    config = PredictorConfig(margin=SIGHT, **WHOLE)
+    axes = plan_of(Predictor(model, config, align=2, blend=borders), voxels, factors)
+    assert len(axes[-1][1].starts) > 1
+    tiled = tiled_maps(Predictor(model, config, align=2, blend=borders), voxels, factors, monkeypatch)
+    for maps, expected in zip(tiled, whole_maps(model, voxels, factors, axes), strict=True):
+        np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-5)
 
 
 def test_one_box_equals_the_whole_scan(monkeypatch):
     """Where a level is one tile, nothing is blended, and the maps are those of the network on the padded level."""
     shape, factors = (15, 21, 30), cubed(2, 1)
     model, voxels = trained_pyramid(2), scan(shape)
-    predictor = Predictor(model, PredictorConfig(), align=2)
+    predictor = Predictor(model, PredictorConfig(**WHOLE), align=2)
     tiled = tiled_maps(predictor, voxels, factors, monkeypatch)
-    plan = pyramid_tiles(level_shape(shape, factors[-1]), 2, predictor._boxes, align=2)
+    plan = plan_of(predictor, voxels, factors)
     assert all(len(axis.starts) == 1 for axes in plan for axis in axes)
     low = None
     maps = None
@@ -130,41 +154,41 @@ def test_one_box_equals_the_whole_scan(monkeypatch):
         np.testing.assert_allclose(tiled[level - 1], maps[inside], rtol=0, atol=1e-5)
 
 
-def test_scans_of_similar_sizes_share_their_programs(monkeypatch):
-    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(), align=2)
+def test_scans_of_similar_sizes_share_their_programs():
+    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(), align=8)
     with count_compilations() as first:
         predictor.masks(scan((30, 41, 52)), cubed(2, 1))
     with count_compilations() as later:
-        for shape in ((29, 41, 50), (31, 45, 60), (26, 47, 57)):
+        for shape in ((29, 41, 50), (31, 45, 55), (26, 47, 53)):
             assert predictor.masks(scan(shape), cubed(2, 1))[2].shape == shape
     assert first
     assert later == []
 
 
-def test_a_tile_takes_no_more_memory_than_it_may(monkeypatch):
+def test_tiles_take_no_more_memory_than_they_may(monkeypatch):
     """By the compiled program's own figure, with the maps of a row of tiles."""
-    monkeypatch.setattr("autocontext_jax.inference.predictor.FITS", 0)
-    predictor = Predictor(trained_pyramid(1, width=2), PredictorConfig(memory=0.2), align=2)
-    ((z, y, x),) = pyramid_tiles((300, 130, 140), 1, predictor._boxes, align=2)
+    monkeypatch.setattr(scan_tiles, "FITS", 0)
+    predictor = Predictor(trained_pyramid(1, width=2), PredictorConfig(memory=0.15), align=2)
+    ((z, y, x),) = plan_of(predictor, np.zeros((300, 130, 140), np.int16), cubed(1))
     assert len(z.starts) > 1
-    slabs = -(-z.weights.shape[1] // z.stride) * z.stride * y.extent * x.extent * CLASSES * 4
-    voxels = np.prod([axis.weights.shape[1] for axis in (z, y, x)])
-    assert 0.05e9 < voxels * predictor._bytes_a_voxel + slabs <= 0.2e9
+    slabs = slab_bytes(z.size, z.stride, (y.extent, x.extent), CLASSES)
+    tile = (z.size, y.size, x.size)
+    needed = math.prod(tile) * bytes_a_voxel(
+        predictor._programs[0], predictor._state, tile, context=False, classes=CLASSES, spatial_dims=3
+    )
+    assert 0.08e9 < needed + slabs <= 0.155e9
 
 
 def test_the_bytes_of_a_voxel_hardly_depend_on_the_tile():
     predictor = Predictor(trained_pyramid(2, width=4), PredictorConfig(), align=2)
-    larger = (96, 64, 128)
     found = bytes_a_voxel(
-        predictor._add_tile[-1], predictor._state, larger, context_size(larger, 3), CLASSES
-    )  # fmt: skip
-    assert predictor._bytes_a_voxel == pytest.approx(found, rel=0.05)
+        predictor._programs[-1], predictor._state, (96, 64, 128), context=True, classes=CLASSES, spatial_dims=3
+    )
+    assert predictor._bytes_a_voxel() == pytest.approx(found, rel=0.05)
 
 
-def test_device_memory_does_not_grow_with_the_scan(monkeypatch):
-    small_boxes(monkeypatch)
-    monkeypatch.setattr(Predictor, "_bytes_a_voxel", 100.0)
-    monkeypatch.setattr(Predictor, "_limit", 4e6)
+def test_device_memory_does_not_grow_with_the_scan(small):
+    small(40_000)
     predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2)
 
     def most_alive(depth: int) -> int:
@@ -178,3 +202,87 @@ def test_device_memory_does_not_grow_with_the_scan(monkeypatch):
 
     most_alive(200)  # warms up
     assert most_alive(800) <= 1.1 * most_alive(200)
+
+
+# ---- a device with too little memory ----
+
+
+def exhausted(size):
+    def program(*arguments):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Out of memory allocating {size} bytes")
+
+    return program
+
+
+def test_smaller_tiles_are_used_where_the_memory_runs_out(small, monkeypatch, caplog):
+    small(10**9)
+    voxels, factors = scan((30, 60, 70)), cubed(2, 1)
+    expected = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2).masks(voxels, factors)[2]
+    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2)
+    run, most = predictor._programs[-1], 20_000
+
+    def program(state, images, *rest):
+        return run(state, images, *rest) if images.size <= most else exhausted(images.size)()
+
+    program._cache_size = run._cache_size
+    predictor._programs[-1] = program
+    seen = []
+    mask = predictor.masks(voxels, factors, progress=lambda done, total: seen.append((done, total)))[2]
+    assert (mask == expected).mean() > 0.999  # where classes tie, the sums of several tiles may round differently
+    assert seen[-1][0] == seen[-1][1] > 1
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines
+    assert all("do not fit the memory: smaller ones are used" in line for line in lines)
+    # The next scan begins with what fits.
+    caplog.clear()
+    predictor.masks(voxels, factors)
+    assert not caplog.records
+
+
+def test_a_device_that_holds_no_tile_is_told_in_one_line(small):
+    predictor = Predictor(Pointwise(1), PredictorConfig(margin=4), align=2)
+    small(10**9)
+    predictor._programs = [exhausted(5)]
+    with pytest.raises(UserError, match=r"too little free memory for a tile of \d+x\d+x\d+ voxels"):
+        predictor.masks(scan((40, 40, 40)), cubed(1))
+    cubes = Predictor(Pointwise(1), PredictorConfig(tile=16), align=2)
+    cubes._programs = [exhausted(5)]
+    with pytest.raises(UserError, match=r"a tile of 16x16x16 voxels.*or a smaller predict\.tile"):
+        cubes.masks(scan((40, 40, 40)), cubed(1))
+
+
+def test_other_errors_of_the_device_are_not_hidden():
+    predictor = Predictor(Pointwise(1), PredictorConfig(tile=16), align=2)
+
+    def fails(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    predictor._programs = [fails]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"):
+        predictor.masks(scan((20, 20, 20)), cubed(1))
+
+
+# ---- degenerate scans ----
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 90, 80), (2, 3, 700), (1200, 4, 5), (3, 1300, 6)])
+def test_scans_of_extreme_shapes(shape, small):
+    small(30_000)
+    voxels = scan(shape)
+    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=4)
+    mask = predictor.masks(voxels, cubed(2, 1))[2]
+    maps = pointwise_maps(voxels)
+    clear = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2] > 2e-3
+    np.testing.assert_array_equal(mask[clear], maps.argmax(-1)[clear])
+
+
+def test_one_axis_larger_than_any_size_that_a_box_may_have():
+    """A box holds at most `LARGEST` voxels, so that no single one covers this scan along z."""
+    voxels = scan((2600, 60, 60))
+    predictor = Predictor(Pointwise(1), PredictorConfig(), align=8)
+    ((z, y, x),) = plan_of(predictor, voxels, cubed(1))
+    assert (len(z.starts) > 1, len(y.starts), len(x.starts)) == (True, 1, 1)
+    mask = predictor.masks(voxels, cubed(1))[1]
+    maps = pointwise_maps(voxels)
+    clear = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2] > 2e-3
+    np.testing.assert_array_equal(mask[clear], maps.argmax(-1)[clear])

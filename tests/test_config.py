@@ -159,11 +159,10 @@ BAD = [
     ("train.validation_patches", 0),
     ("model.base_channels", 0),
     ("model.depth", 0),
-    ("predict.overlap", 1.0),
-    ("predict.overlap", -0.1),
+    ("predict.margin", -1),
+    ("predict.memory", -0.1),
     ("mesh.space", 3),
     ("mesh.space", 16),  # 4 planes each, and the network halves three times
-    ("predict.space", 5),
     ("train.non_finite", "ignore"),
     ("data.validation_fraction", 0.0),
     ("data.validation_fraction", 1.0),
@@ -268,7 +267,7 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
 CHANGEABLE = {
     "data__root": "elsewhere", "data__outside_paths": True, "data__prepared": "there", "data__workers": 3,
     "data__cache_mib": 1, "data__new_cases": "train", "loader__threads": 1, "loader__prefetch": 1, "predict__tile": 64,
-    "predict__overlap": 0.25, "predict__plane": 256, "predict__checkpoint": "latest", "train__steps": 5,
+    "predict__margin": 8, "predict__crop_to_body": False, "predict__checkpoint": "latest", "train__steps": 5,
     "train__log_every": 1, "train__checkpoint_every": 2, "train__keep": 9, "train__deterministic": False,
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import next_level_start, pyramid_starts
 from autocontext_jax.images import scans
 from autocontext_jax.inference.predictor import Predictor, crop
-from autocontext_jax.inference.tiling import SLICES, PredictorConfig, cubes, pyramid_tiles
+from autocontext_jax.inference.tiling import SLICES, PredictorConfig
 from autocontext_jax.models import convolution
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.fcn import FCN
@@ -71,9 +71,7 @@ def test_any_levels_train_and_predicts(levels, spatial_dims):
         old, new = before["networks"][number], state.params["networks"][number]
         assert any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
 
-    predictor = Predictor(
-        inference_model(graph, state.params, state.batch_stats), PredictorConfig(EDGE, 0.5, plane=32), align=2
-    )
+    predictor = Predictor(inference_model(graph, state.params, state.batch_stats), PredictorConfig(EDGE), align=2)
     steps = [2.0 ** (levels - level) for level in range(1, levels + 1)]
     factors = tuple((step if spatial_dims == 3 else 1.0, step, step) for step in steps)
     scan = (200 * normal(9, 6, 20, 28)).astype(np.int16)
@@ -188,7 +186,7 @@ def test_augmentation_stays_in_its_slice_and_moves_levels_together():
 def test_a_scan_is_predicted_slice_by_slice():
     model = at_inference(pyramid(2, 2))
     scan = (300 * normal(5, SLICES + 2, 40, 30)).astype(np.int16)
-    predictor = Predictor(model, PredictorConfig(EDGE, 0.5, plane=48), align=2)
+    predictor = Predictor(model, PredictorConfig(EDGE), align=2)
     whole = predictor.masks(scan, FLAT, levels=(1, 2))
     alone = [predictor.masks(scan[z : z + 1], FLAT, levels=(1, 2)) for z in range(len(scan))]
     for level in (1, 2):
@@ -199,8 +197,8 @@ def test_a_scan_is_predicted_slice_by_slice():
 def test_one_tile_of_slices_is_the_model_itself():
     model = at_inference(pyramid(2, 2))
     scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
-    predictor = Predictor(model, PredictorConfig(32, 0.5, plane=32), align=2)
-    coarse, fine = pyramid_tiles(scan.shape, 2, cubes(predictor._blend, predictor._stride), align=2, spatial_dims=2)
+    predictor = Predictor(model, PredictorConfig(32), align=2)
+    (coarse, fine), _ = predictor.tiles.plan(scan.shape, FLAT, scan)
     assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
     start = [int(axis.starts[0]) for axis in coarse]
     small = np.rint(scan.reshape(SLICES, 16, 2, 16, 2).astype(np.float32).mean((2, 4))).astype(np.int16)

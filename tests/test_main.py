@@ -43,7 +43,6 @@ SMALL = [
     "--config.train.log_every=1",
     "--config.train.validation_patches=4",
     "--config.predict.tile=32",
-    "--config.predict.plane=40",
 ]
 
 
@@ -474,7 +473,7 @@ def test_real_scan_through_the_papers_config_made_small(tmp_path):
     root = (ROOT / "../shared/data/abdomen").resolve()
     small = [
         "--config.model.base_channels=2", "--config.model.depth=3", "--config.loader.patch_size=16",
-        "--config.train.steps=2", "--config.predict.tile=32", "--config.predict.plane=128",
+        "--config.train.steps=2", "--config.predict.tile=32",
         f"--config.data.root={root}",
     ]  # fmt: skip
     config = "configs/abdomen_ct.py"

@@ -43,8 +43,8 @@ def test_options_are_checked(file):
     assert ac.load(file, networks=NETWORKS, tile=12).description.tiling.tile == 12
     with pytest.raises(UserError, match=r"option tyle is unknown; expected one of .*tile"):
         ac.load(file, networks=NETWORKS, tyle=12)
-    with pytest.raises(UserError, match=r"predict\.overlap is 1\.5; expected a fraction"):
-        ac.load(file, networks=NETWORKS, overlap=1.5)
+    with pytest.raises(UserError, match=r"margin is -1; expected a number from 0"):
+        ac.load(file, networks=NETWORKS, margin=-1)
 
 
 def test_arrays_are_read_in_their_own_orientation(file):
@@ -122,8 +122,8 @@ def test_arrays_of_every_kind_of_number(file, kind):
 
 
 def test_options_may_be_numbers_of_numpy(file):
-    model = ac.load(file, networks=NETWORKS, tile=np.int64(12), overlap=np.float32(0.25), flip=np.bool_(False))
-    assert (model.description.tiling.tile, model.description.tiling.overlap) == (12, 0.25)
+    model = ac.load(file, networks=NETWORKS, tile=np.int64(12), margin=np.float32(4), flip=np.bool_(False))
+    assert (model.description.tiling.tile, model.description.tiling.margin) == (12, 4)
     with pytest.raises(UserError, match="option checkpoint is given with a model file"):
         ac.load(file, networks=NETWORKS, checkpoint="best")
 

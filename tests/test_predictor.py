@@ -1,4 +1,4 @@
-"""Tiled prediction of whole scans: equal to untiled prediction, exact for pointwise models, compiled once."""
+"""Tiled prediction of whole scans: equal to untiled prediction, exact for pointwise models, few compilations."""
 
 import contextlib
 import gc
@@ -16,11 +16,11 @@ from random_models import with_random_weights
 from scipy import ndimage, special
 
 from autocontext_jax.data.resampling import downsample_image
-from autocontext_jax.geometry import level_shape
 from autocontext_jax.inference import context as context_module
 from autocontext_jax.inference import predictor as predictor_module
+from autocontext_jax.inference import tile_programs
 from autocontext_jax.inference.predictor import Predictor, crop
-from autocontext_jax.inference.tiling import Blend, PredictorConfig, cubes, pyramid_tiles
+from autocontext_jax.inference.tiling import Blend, PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
@@ -86,7 +86,7 @@ class Recorder:
 
     levels: list = []  # noqa: RUF012 (one list for all levels)
 
-    def __init__(self, native, level, factor, axes, plane, *, classes):
+    def __init__(self, native, box, level, factor, axes, *, classes):
         self.chunks, self.axes = {}, axes
         Recorder.levels.append(self)
 
@@ -108,14 +108,21 @@ class Recorder:
 
 
 def tiled_maps(predictor: Predictor, voxels, factors, monkeypatch, *, half: bool = False) -> list[np.ndarray]:
-    """Every level's maps; the context between levels in single precision unless `half`, as it really is."""
+    """Every level's maps, in single precision unless `half`, as they really are; of a predictor not used before."""
     Recorder.levels = []
     with monkeypatch.context() as patch:
         patch.setattr(predictor_module, "MaskWriter", Recorder)
         if not half:
-            patch.setattr(context_module, "CONTEXT_DTYPE", jnp.float32)
+            for module in (context_module, predictor_module, tile_programs):
+                patch.setattr(module, "MAP_DTYPE", jnp.float32)
         predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
     return [level.maps() for level in Recorder.levels]
+
+
+def plan_of(predictor: Predictor, voxels, factors):
+    """The tiles of each level."""
+    tiles, _ = predictor.tiles.plan(voxels.shape, factors, downsample_image(voxels, factors[0]))
+    return tiles
 
 
 def whole_maps(model: Pyramid, voxels, factors, axes) -> list[np.ndarray]:
@@ -141,41 +148,48 @@ def whole_maps(model: Pyramid, voxels, factors, axes) -> list[np.ndarray]:
     return expected
 
 
+WHOLE = {"crop_to_body": False}
+
+
+def borders(size: int) -> Blend:
+    return unseen_border(size, SIGHT)
+
+
 @pytest.mark.parametrize(
-    ("factors", "overlap", "shape"),
-    [(((1.5, 0.75, 1.1),), 0.5, (26, 17, 33)), (cubed(2, 1), 0.0, (15, 21, 30))],
+    ("factors", "shape"),
+    [(((1.5, 0.75, 1.1),), (37, 17, 33)), (cubed(2, 1), (15, 31, 30))],
     ids=["one level", "pyramid"],
 )
-def test_tiled_prediction_equals_whole_scan_prediction(factors, overlap, shape, monkeypatch):
+def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, monkeypatch):
     levels = len(factors)
     model, voxels = trained_pyramid(levels), scan(shape)
-    config, blend = PredictorConfig(32, overlap, plane=48), unseen_border(32, SIGHT)
-    predictor = Predictor(model, config, align=2, blend=blend)
-    tiled = tiled_maps(predictor, voxels, factors, monkeypatch)
-    axes = pyramid_tiles(level_shape(shape, factors[-1]), levels, cubes(blend, predictor._stride), align=2)
-    assert all(len(axis.starts) > 1 for axis in axes[-1])
+
+    def predictor(blend=borders) -> Predictor:
+        return Predictor(model, PredictorConfig(40, SIGHT, **WHOLE), align=2, blend=blend)
+
+    tiled = tiled_maps(predictor(), voxels, factors, monkeypatch)
+    axes = plan_of(predictor(), voxels, factors)
+    assert all(len(axis.starts) > 1 for axis in axes[-1][1:])
     whole = whole_maps(model, voxels, factors, axes)
     for maps, expected in zip(tiled, whole, strict=True):
         assert maps.shape == expected.shape
         assert expected.std(axis=(0, 1, 2)).min() > 0.005  # there is something to see
         np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-5)
-    if levels > 1:
-        # Maps cross from level to level in half precision: that is all that is lost.
-        rounded = tiled_maps(predictor, voxels, factors, monkeypatch, half=True)
-        np.testing.assert_allclose(rounded[-1], whole[-1], rtol=0, atol=1e-3)
-    else:
-        # The equality is not for free: with a narrower border tile edges do show.
-        narrower = Predictor(model, config, align=2, blend=unseen_border(32, 3))
-        assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[0] - whole[0]).max() > 1e-3
+    # Maps are kept in half precision: that is all that is lost.
+    rounded = tiled_maps(predictor(), voxels, factors, monkeypatch, half=True)
+    np.testing.assert_allclose(rounded[-1], whole[-1], rtol=0, atol=1e-3)
+    # The equality is not for free: with a narrower border tile edges do show.
+    narrower = predictor(lambda size: unseen_border(size, 3))
+    assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[-1] - whole[-1]).max() > 1e-3
 
 
 def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(monkeypatch):
     """In whole pairs of voxels on both levels, so that pooling meets the same ones."""
     factors, voxels, classes = cubed(2, 1), scan((15, 21, 32)), (0, 2, 1)
-    model, config, blend = trained_pyramid(2), PredictorConfig(32, 0.0, plane=48), unseen_border(32, SIGHT)
+    model, config = trained_pyramid(2), PredictorConfig(40, SIGHT, **WHOLE)
 
     def finest(voxels, mirror_classes):
-        predictor = Predictor(model, config, align=2, blend=blend, mirror_classes=mirror_classes)
+        predictor = Predictor(model, config, align=2, blend=borders, mirror_classes=mirror_classes)
         return tiled_maps(predictor, voxels, factors, monkeypatch)[-1]
 
     maps, turned = finest(voxels, classes), finest(voxels[:, :, ::-1], classes)
@@ -216,19 +230,19 @@ SCANS = {
     "long": ((90, 17, 21), cubed(2, 1)),
     "three levels": ((30, 41, 27), cubed(4, 2, 1)),
     "anisotropic": ((13, 50, 46), ((1.6, 5.0, 4.4), (0.8, 2.5, 2.2))),
-    "wider than the plane": ((9, 30, 70), cubed(2)),
+    "wide": ((9, 30, 70), cubed(2)),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "overlap"),
-    [("several tiles", 0), ("several tiles", 0.5), ("several tiles", 0.75), ("smaller than a tile", 0),
-     ("one slice", 0.5), ("long", 0), ("three levels", 0.5), ("anisotropic", 0.5), ("wider than the plane", 0)],
+    ("name", "margin"),
+    [("several tiles", 0), ("several tiles", 4), ("several tiles", 2), ("smaller than a tile", 0),
+     ("one slice", 4), ("long", 0), ("three levels", 4), ("anisotropic", 4), ("wide", 0)],
 )  # fmt: skip
-def test_masks_of_a_pointwise_model_are_exact(name, overlap):
+def test_masks_of_a_pointwise_model_are_exact(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
-    predictor = Predictor(Pointwise(levels), PredictorConfig(16, overlap, plane=50), align=4)
+    predictor = Predictor(Pointwise(levels), PredictorConfig(16, margin), align=4)
     masks = predictor.masks(voxels, factors, levels=tuple(range(1, levels + 1)))
     assert list(masks) == list(range(1, levels + 1))
     for level, factor in enumerate(factors, start=1):
@@ -237,8 +251,8 @@ def test_masks_of_a_pointwise_model_are_exact(name, overlap):
         assert mask.shape == shape
         assert mask.dtype == np.uint8
         lead = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2]
-        clear = lead > 1e-4
-        assert clear.mean() > 0.99
+        clear = lead > 2e-3  # maps are kept in half precision
+        assert clear.mean() > 0.97
         np.testing.assert_array_equal(mask[clear], maps.argmax(-1)[clear])
     if min(shape) > 1:
         assert set(np.unique(masks[levels])) == {0, 1, 2}
@@ -246,7 +260,7 @@ def test_masks_of_a_pointwise_model_are_exact(name, overlap):
 
 def test_levels_default_to_the_finest():
     voxels, factors = scan((12, 20, 18)), cubed(4, 2)
-    predictor = Predictor(Pointwise(2), PredictorConfig(16, 0.5, plane=32), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
     every = predictor.masks(voxels, factors, levels=(1, 2))
     assert (every[1] != every[2]).any()
     for levels in (None, ()):
@@ -258,7 +272,7 @@ def test_levels_default_to_the_finest():
 
 def test_progress_counts_tiles_to_their_total():
     seen = []
-    predictor = Predictor(Pointwise(2), PredictorConfig(16, 0.5, plane=32), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
     predictor.masks(scan((12, 20, 18)), cubed(2, 1), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 2
     assert seen == sorted(seen)
@@ -279,11 +293,11 @@ class Context(nnx.Module):
         return jnp.log(fine[:, 2:-2, 2:-2, 2:-2] + 1e-6)
 
 
-@pytest.mark.parametrize(("shape", "overlap"), [((21, 35, 28), 0.5), ((40, 10, 33), 0.0)])
-def test_context_lies_where_it_belongs(shape, overlap):
+@pytest.mark.parametrize(("shape", "margin"), [((21, 35, 28), 4), ((40, 10, 33), 0)])
+def test_context_lies_where_it_belongs(shape, margin):
     """Beyond the scan the coarser level says air, not its outermost voxel: hence the padding before enlarging."""
     voxels, factors = scan(shape), cubed(2, 1)
-    predictor = Predictor(Context(), PredictorConfig(16, overlap, plane=48), align=4)
+    predictor = Predictor(Context(), PredictorConfig(16, margin), align=4)
     mask = predictor.masks(voxels, factors)[2]
     coarse = np.pad(downsample_image(voxels, factors[0]), 2, constant_values=AIR)
     maps = enlarged(pointwise_maps(coarse), factors[0], [n + 8 for n in shape])[tuple(slice(4, 4 + n) for n in shape)]
@@ -297,35 +311,22 @@ def test_context_lies_where_it_belongs(shape, overlap):
 
 
 @pytest.mark.parametrize("factors", [cubed(2, 1), cubed(4, 2), ((6.0, 2.6, 2.6), (3.0, 1.3, 1.3))])
-def test_scans_of_any_size_compile_nothing_after_the_first(factors):
-    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(16, 0.5, plane=64), align=2)
-    shapes = [(30, 41, 52), (9, 64, 33), (71, 23, 40), (3, 5, 7), (10, 63, 59)]
+def test_scans_of_any_length_compile_nothing_after_the_first(factors):
+    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(16), align=2)
     with count_compilations() as first:
-        masks = predictor.masks(scan(shapes[0]), factors, levels=(1, 2))
+        predictor.masks(scan((30, 41, 52)), factors, levels=(1, 2))
     assert first  # the count does count
     programs = predictor.compilations()
     with count_compilations() as later:
-        for shape in shapes[1:]:
-            masks = predictor.masks(scan(shape), factors, levels=(1, 2))
-            assert [mask.shape for mask in masks.values()] == [shape] * 2
+        for depth in (9, 71, 3, 10, 140):
+            masks = predictor.masks(scan((depth, 41, 52)), factors, levels=(1, 2))
+            assert [mask.shape for mask in masks.values()] == [(depth, 41, 52)] * 2
     assert later == []
     assert predictor.compilations() == programs
 
 
-def test_a_larger_plane_costs_one_more_compilation_each():
-    predictor = Predictor(Pointwise(1), PredictorConfig(16, 0.5, plane=32), align=2)
-    predictor.masks(scan((4, 32, 20)), cubed(1))
-    programs = predictor.compilations()
-    predictor.masks(scan((4, 33, 20)), cubed(1))
-    larger = predictor.compilations()
-    assert larger > programs
-    predictor.masks(scan((4, 64, 64)), cubed(1))
-    predictor.masks(scan((4, 20, 20)), cubed(1))
-    assert predictor.compilations() == larger
-
-
 def test_device_memory_does_not_grow_with_the_scan():
-    predictor = Predictor(Pointwise(2), PredictorConfig(16, 0.5, plane=32), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
 
     def most_alive(depth: int) -> int:
         gc.collect()  # what other tests left behind
@@ -345,7 +346,7 @@ def test_device_memory_does_not_grow_with_the_scan():
 def test_without_norm_there_is_nothing_to_average():
     voxels = scan((9, 12, 10))
     model = trained_pyramid(1, width=1, depth=1, norm="none")
-    predictor = Predictor(model, PredictorConfig(16, 0.5, plane=16), align=2)
+    predictor = Predictor(model, PredictorConfig(16), align=2)
     assert predictor.masks(voxels, cubed(1))[1].shape == voxels.shape
 
 
@@ -365,27 +366,31 @@ def test_crop_fills_what_lies_outside(start):
     assert volume[3, 4, 5] == 119
 
 
-# ---- several devices share the depth of a tile ----
+# ---- several devices ----
 
 
-def masks_of_eight_devices() -> None:
-    """What the subprocess runs: the masks for each number of devices, and the programs that were compiled for them."""
+def masks_of_several_devices() -> None:
+    """What the subprocess runs: each tile of a row on a device of its own gives what one device gives."""
     model = inference_model(*nnx.split(trained_pyramid(2), nnx.Param, ...))
     voxels = scan((50, 48, 44))
-    alone, *others = (Predictor(model, PredictorConfig(tile=32, plane=48, space=space), align=2) for space in (1, 2, 8))
-    expected = alone.masks(voxels, cubed(2, 1), levels=(1, 2))
-    for predictor in others:
-        found = predictor.masks(voxels, cubed(2, 1), levels=(1, 2))
-        assert predictor.compilations() == alone.compilations()
-        for level, mask in expected.items():
-            np.testing.assert_array_equal(found[level], mask)
+    several = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
+    found = several.masks(voxels, cubed(2, 1), levels=(1, 2))
+    programs = several.compilations()
+    several.masks(voxels, cubed(2, 1), levels=(1, 2))
+    assert several.compilations() == programs
+    devices = jax.local_devices()
+    assert len(devices) == 3
+    jax.local_devices = lambda: devices[:1]
+    alone = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
+    for level, mask in alone.masks(voxels, cubed(2, 1), levels=(1, 2)).items():
+        np.testing.assert_array_equal(found[level], mask)
     print("equal")
 
 
-def test_devices_that_share_tiles_give_the_masks_of_one():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+def test_devices_that_share_the_tiles_of_a_row_give_the_masks_of_one():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import test_predictor; test_predictor.masks_of_eight_devices()"],
+        [sys.executable, "-W", "error", "-c", "import test_predictor; test_predictor.masks_of_several_devices()"],
         cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -8,12 +8,16 @@ import pytest
 from autocontext_jax.inference.tiling import (
     Blend,
     axis_tiles,
-    cubes,
     gaussian,
-    largest_extents,
+    map_chunk,
     native_lookup,
     pyramid_tiles,
 )
+
+
+def same(blend: Blend, stride: int):
+    """The same tiles along each axis, whatever there is to cover."""
+    return lambda regions: [(blend, stride)] * len(regions)
 
 
 def flat(tile: int, border: int) -> Blend:
@@ -99,7 +103,7 @@ def test_gaussian_is_symmetric_and_never_zero():
 @pytest.mark.parametrize("blend", [gaussian(16), flat(24, 5)])
 def test_every_tile_finds_its_context(levels, blend):
     tile, finest = len(blend.weights), (5, 40, 33)
-    plan = pyramid_tiles(finest, levels, cubes(blend, 8), align=8 if blend.border == 0 else 2)
+    plan = pyramid_tiles([(0, size) for size in finest], levels, same(blend, 8), align=8 if blend.border == 0 else 2)
     assert len(plan) == levels
     assert [(axis.low, axis.high) for axis in plan[-1]] == [(0, size) for size in finest]
     for coarser, finer in itertools.pairwise(plan):
@@ -113,17 +117,25 @@ def test_every_tile_finds_its_context(levels, blend):
             assert below.high >= -(-above.high // 2)
 
 
-@pytest.mark.parametrize(("blend", "stride", "align"), list(tilings()))
-def test_largest_extents_hold_every_smaller_scan(blend, stride, align):
-    for full in (40, 64, 96):
-        held = largest_extents(full, 3, blend, stride=stride, align=align)
-        spans = [
-            [level[2].extent for level in pyramid_tiles((1, 1, n), 3, cubes(blend, stride), align=align)]
-            for n in (*range(1, full + 1, 5), full - 2, full - 1, full)
-        ]
-        assert (np.max(spans, axis=0) <= held).all()
-        assert held[-1] == spans[-1][-1]  # no room is wasted at the finest level
-        assert (np.array(held) <= np.array(spans[-1]) + 2 * max(stride, align)).all()
+@pytest.mark.parametrize("levels", [2, 5])
+@pytest.mark.parametrize(("tile", "stride"), [(16, 8), (32, 16), (64, 48)])
+def test_no_tile_lies_beyond_the_scan(levels, tile, stride):
+    """So that none is computed for nothing, though coarser levels cover the context of tiles that reach beyond it."""
+    for size in range(1, 130):
+        plan = pyramid_tiles([(0, size)] * 3, levels, same(gaussian(tile), stride), align=8)
+        for level, (_, _, axis) in enumerate(plan, start=1):
+            voxels = -(-size // 2 ** (levels - level))
+            assert (axis.starts < voxels).all()
+            assert (axis.starts + tile > 0).all()
+
+
+@pytest.mark.parametrize(("size", "stride"), [(96, 80), (104, 104), (160, 144), (4, 4), (64, 8), (272, 240), (18, 14)])
+def test_chunks_are_few_and_hold_little_more_than_a_tile(size, stride):
+    depth = map_chunk(size, stride)
+    assert stride % depth == 0
+    count = -(-size // depth)
+    assert count <= 8 or depth == stride
+    assert count * depth < size + stride
 
 
 @pytest.mark.parametrize("native", [1, 2, 5, 24])

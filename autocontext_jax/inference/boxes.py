@@ -76,7 +76,7 @@ def choose_box(
         strides = {size + -(-2 * margin // align) * align: size for size in box_sizes(align, high - low + 2 * align)}
         for size in sorted({*strides, *box_sizes(align, high - low + 2 * align + 2 * blend(align).border)}):
             if axis_count(low, high, size, blend(size).border, stride=size, align=align) == 1:
-                choices.append((size, size, 1))
+                choices.append((size, max(align, (size - 2 * blend(size).border) // align * align), 1))
                 break
             if size >= SMALLEST and size in strides:
                 count = axis_count(low, high, size, blend(size).border, stride=strides[size], align=align)

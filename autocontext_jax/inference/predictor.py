@@ -31,10 +31,9 @@ been queued. With several devices in this process each takes one tile of a row a
 import collections
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +51,7 @@ from autocontext_jax.inference.context import MAP_DTYPE, Chunks, ContextWindow
 from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks
 from autocontext_jax.inference.scan_tiles import ScanTiles
 from autocontext_jax.inference.tile_memory import bytes_a_voxel
-from autocontext_jax.inference.tile_programs import add_tile, background, clear, make_tile_program, shape_of
+from autocontext_jax.inference.tile_programs import add_tile, clear, make_tile_program, shape_of
 from autocontext_jax.inference.tiling import (
     SLICES,
     LevelTiles,
@@ -69,6 +68,9 @@ log = logging.getLogger(__name__)
 
 class Predictor:
     """Predicts masks of scans of any size with a trained pyramid.
+
+    Attributes:
+      tiles: divides scans into tiles.
 
     Args:
       model: a pyramid in inference mode, as `state.inference_model` returns it.
@@ -93,7 +95,7 @@ class Predictor:
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes
         self._align = max(2, align)
-        self._tiles = ScanTiles(
+        self.tiles = ScanTiles(
             config, levels=self._levels, classes=self._classes, spatial_dims=self._spatial_dims, align=self._align,
             blend=blend, bytes_a_voxel=self._bytes_a_voxel,
         )  # fmt: skip
@@ -159,7 +161,7 @@ class Predictor:
 
     def compilations(self) -> int:
         """Number of programs compiled so far; it should stay the same from the second scan on."""
-        jitted: list[Any] = [*self._programs, add_tile, background, clear, native_masks, native_maps]
+        jitted: list[Any] = [*self._programs, add_tile, clear, native_masks, native_maps]
         return sum(program._cache_size() for program in jitted)
 
     def _predict(
@@ -175,7 +177,7 @@ class Predictor:
         images = [downsample_image(voxels, factor) for factor in factors[: max(requested)]]
         classes = self._classes if keep_maps else 0
         while True:
-            planned = self._tiles.plan(shape_of(voxels), factors, images[0])
+            planned = self.tiles.plan(shape_of(voxels), factors, images[0])
             if planned is None:
                 log.warning("the scan holds no body: nothing in it is above %d HU, its mask is background", THRESHOLD)
                 return None
@@ -193,7 +195,7 @@ class Predictor:
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                self._tiles.shrink(tiles)
+                self.tiles.shrink(tiles)
 
     def _run(
         self,
@@ -261,26 +263,21 @@ class Predictor:
         for z_start, z_weights in zip(z_axis.starts, z_axis.weights, strict=True):
             row_start = (int(z_start), int(y_axis.starts[0]), int(x_axis.starts[0]))
             maps, row_offset = (None, None) if context is None else context.move_to(row_start)
-            places = list(itertools.product(range(len(y_axis.starts)), range(len(x_axis.starts))))
-            air: list[_Tile] = []
-            tiles: list[_Tile] = []
-            for y, x in places:
-                tile = _Tile(
-                    start=(row_start[0], int(y_axis.starts[y]), int(x_axis.starts[x])),
-                    place=np.array([0, y_axis.starts[y] - row_start[1], x_axis.starts[x] - row_start[2]], np.int32),
-                    weights=(z_weights, y_axis.weights[y], x_axis.weights[x]),
+            row = [
+                _Tile(
+                    start=(row_start[0], int(y_start), int(x_start)),
+                    place=np.array([0, y_start - row_start[1], x_start - row_start[2]], np.int32),
+                    weights=(z_weights, y_weights, x_weights),
                 )
-                (tiles if _reaches(image.shape, tile.start, size) else air).append(tile)
-            for tile in air:
-                slabs = add_tile(slabs, background(tile.weights, classes=self._classes), tile.place[1:])
-            for number in range(0, len(tiles), self._together):
-                group = tiles[number : number + self._together]
-                found = self._predict_tiles(
-                    level, [crop(image, tile.start, size, AIR) for tile in group], group, maps, row_offset
-                )
+                for y_start, y_weights in zip(y_axis.starts, y_axis.weights, strict=True)
+                for x_start, x_weights in zip(x_axis.starts, x_axis.weights, strict=True)
+            ]
+            for number in range(0, len(row), self._together):
+                group = row[number : number + self._together]
+                found = self._predict_tiles(level, image, group, size, maps, row_offset)
                 for tile, tile_maps in zip(group, found, strict=True):
                     slabs = add_tile(slabs, tile_maps, tile.place[1:])
-            advance(len(places))
+            advance(len(row))
             # The first slabs are finished; after the last row, all that reach into the covered region.
             planes = z_axis.stride if z_start != z_axis.starts[-1] else z_axis.high - row_start[0]
             for number in range(-(-planes // chunk)):
@@ -288,19 +285,39 @@ class Predictor:
                 yield row_start[0] + number * chunk, finished
                 slabs = (*others, clear(finished))
 
-    def _predict_tiles(self, level, images, tiles, maps, row_offset) -> list[jax.Array]:
-        """Each tile's weighted maps, [1, z, y, x, K]; as many tiles as there are devices, or fewer."""
-        missing = self._together - len(tiles)
-        stacked = np.stack(images + images[-1:] * missing)
-        tiles = tiles + tiles[-1:] * missing
-        weights = tuple(np.stack(axis) for axis in zip(*(tile.weights for tile in tiles), strict=True))
-        offsets = None if row_offset is None else np.stack([row_offset + tile.place // 2 for tile in tiles])
+    def _predict_tiles(
+        self,
+        level: int,
+        image: np.ndarray,
+        tiles: Sequence["_Tile"],
+        size: Triple,
+        maps: tuple[jax.Array, ...] | None,
+        row_offset: np.ndarray | None,
+    ) -> list[jax.Array]:
+        """Each tile's weighted maps, [1, z, y, x, K], on the first device.
+
+        Args:
+          level: 1 = coarsest.
+          image: as `_chunks`.
+          tiles: as many as there are devices, or fewer.
+          size: voxels of a tile.
+          maps: of the coarser level, see `context`; None at level 1.
+          row_offset: first voxel [3] of the context of the row's first tile in them.
+        """
+        images = [crop(image, tile.start, size, AIR) for tile in tiles]
+        # Devices for which no tile is left repeat the last one.
+        places = [*range(len(tiles)), *[len(tiles) - 1] * (self._together - len(tiles))]
+        stacked = images[0][None] if len(places) == 1 else np.stack([images[place] for place in places])
+        z, y, x = (np.stack([tiles[place].weights[axis] for place in places]) for axis in range(3))
+        offsets = None
+        if row_offset is not None:
+            offsets = np.stack([row_offset + tiles[place].place // 2 for place in places])
         with self._on_devices():
-            found = self._programs[level - 1](self._state, stacked, maps, weights, offsets)
+            found = self._programs[level - 1](self._state, stacked, maps, (z, y, x), offsets)
         if self._mesh is None:
             return [found]
         shards = sorted(found.addressable_shards, key=lambda shard: shard.index[0].start)
-        return [jax.device_put(shard.data, self._first) for shard in shards[: len(tiles) - missing]]
+        return [jax.device_put(shard.data, self._first) for shard in shards[: len(tiles)]]
 
     def _on_devices(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -319,8 +336,3 @@ class _Tile:
     start: Triple
     place: np.ndarray
     weights: tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _reaches(shape: Triple, start: Triple, size: Triple) -> bool:
-    """Whether a tile holds any voxel of an image of this shape; otherwise it holds air alone."""
-    return all(first < n and first + length > 0 for n, first, length in zip(shape, start, size, strict=True))

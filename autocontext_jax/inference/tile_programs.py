@@ -79,14 +79,6 @@ def add_tile(slabs: tuple[jax.Array, ...], maps: jax.Array, place: jax.Array) ->
     return tuple(added)
 
 
-@functools.partial(jax.jit, static_argnames="classes")
-def background(weights: tuple[jax.Array, jax.Array, jax.Array], *, classes: int) -> jax.Array:
-    """The maps of a tile that holds air alone: its weights in the first of the classes, [1, z, y, x, K]."""
-    z, y, x = weights
-    first = (jnp.arange(classes) == 0).astype(MAP_DTYPE)
-    return (z[:, None, None] * y[:, None] * x)[None, ..., None].astype(MAP_DTYPE) * first
-
-
 # Sets a slab to zero in place.
 clear: Callable[[jax.Array], jax.Array] = jax.jit(jnp.zeros_like, donate_argnums=0, keep_unused=True)
 

@@ -18,7 +18,7 @@ SMALL = (
     "--config.phantom.spacing=(12.0, 12.0, 12.0)", "--config.loader.patch_size=8", "--config.loader.batch_size=1",
     "--config.model.base_channels=2", "--config.model.depth=1", "--config.train.steps=12",
     "--config.train.checkpoint_every=4", "--config.train.log_every=1", "--config.train.keep=3",
-    "--config.train.validation_patches=2", "--config.predict.tile=16", "--config.predict.plane=24",
+    "--config.train.validation_patches=2", "--config.predict.tile=16",
     "--config.predict.checkpoint=latest", "--config.augmentation.elastic_sigma=0.0",
 )  # fmt: skip
 TIME_LIMIT = 120  # seconds; a job that takes longer hangs
