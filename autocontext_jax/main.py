@@ -46,8 +46,9 @@ def main(argv: list[str]) -> int:
         from autocontext_jax.jobs.config_files import from_config_dict
 
         config = from_config_dict(CONFIG.value)
-        runtime.set_up(training=MODE.value in ("all", "train"), dtype=config.model.dtype)
-        runtime.join_processes(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        training = MODE.value in ("all", "train")
+        runtime.set_up(training=training, dtype=config.model.dtype)
+        runtime.join_processes(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value, training=training)
         from autocontext_jax.jobs.extensions import Extensions, import_object
         from autocontext_jax.jobs.run import Paths, run
 

@@ -5,6 +5,7 @@ Nothing here imports JAX before it must: worker processes that prepare scans imp
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.metadata
 import logging
 import math
@@ -74,8 +75,15 @@ def set_up_library(*, dtype: str) -> None:
     disable_asynchronous_dispatch()
 
 
-def join_processes(distributed: bool, coordinator: str, count: int, index: int) -> None:
+def join_processes(distributed: bool, coordinator: str, count: int, index: int, *, training: bool) -> None:
     """Makes this process one of several where the flags say so; then keeps compiled programs.
+
+    Args:
+      distributed: whether it is one of several, which find each other.
+      coordinator: HOST:PORT of the first, where they cannot.
+      count: number of processes.
+      index: of this one, from 0.
+      training: whether the job trains.
 
     Raises:
       UserError: it cannot join the others.
@@ -92,7 +100,7 @@ def join_processes(distributed: bool, coordinator: str, count: int, index: int) 
             ) from error
         if not processes.is_first():
             logging.getLogger("autocontext_jax").setLevel(logging.ERROR)  # the first one speaks for all
-    keep_compiled_programs()
+    keep_compiled_programs(training=training)
 
 
 def silence_itk() -> None:
@@ -201,17 +209,32 @@ def starting_workers() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def keep_compiled_programs() -> None:
+def keep_compiled_programs(*, training: bool) -> None:
     """Keeps compiled programs in the user's cache, so that a second run of the same shapes compiles nothing.
 
-    For accelerators alone: CPU programs compile in seconds. With them JAX keeps XLA's choices of algorithms.
-    JAX_COMPILATION_CACHE_DIR names another folder; empty, nothing is kept.
+    On CPUs for prediction alone, where a small scan takes less time than its programs to compile; and apart for each
+    kind of processor, as they are machine code: a home folder may be shared. With programs for accelerators JAX keeps
+    XLA's choices of algorithms. JAX_COMPILATION_CACHE_DIR names another folder; empty, nothing is kept.
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocontext_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    on_cpu = jax.default_backend() == "cpu"
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or (on_cpu and training):
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocontext_jax"
+    if on_cpu:
+        cache /= f"cpu-{_processor()}"
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _processor() -> str:
+    """A short digest of the processor's name and instructions, or of what is known of it."""
+    known = f"{platform.machine()} {platform.processor()}"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        known += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
 
 
 def disable_asynchronous_dispatch() -> None:

@@ -14,7 +14,6 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -24,7 +23,6 @@ from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.images import scans
 from autocontext_jax.jobs.config_files import read_config
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.runtime import keep_compiled_programs
 from autocontext_jax.sections import as_dict, flat_keys
 
 ROOT = Path(__file__).parent.parent
@@ -552,22 +550,3 @@ def test_a_model_file_predicts_without_its_run(whole_job, tmp_path):
     predict[3] = "none.autocontext"
     assert "none.autocontext" in one_line_error(use(*predict, cwd=tmp_path))
     assert "--model is given" in one_line_error(use("--mode", "train", "--model", workdir, cwd=tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("backend", "environment", "expected"),
-    [
-        ("gpu", {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
-        ("cpu", {"XDG_CACHE_HOME": "/there"}, None),
-        ("gpu", {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
-    ],
-)
-def test_compiled_programs_are_kept_on_accelerators(monkeypatch, backend, environment, expected):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    updates = {}
-    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    keep_compiled_programs()
-    assert updates == ({"jax_compilation_cache_dir": expected} if expected else {})

@@ -1,6 +1,7 @@
 """--mode predict: masks of scans that have no labels."""
 
 import collections
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -51,17 +52,17 @@ def predict(load: Callable[[], Model], source: Path, target: Path, series: str |
     if overwritten:
         raise UserError(f"--output {target} would overwrite the input {overwritten.pop()}: choose another folder")
 
-    model = load()
+    model = functools.cache(load)  # loaded while the first scan is read
     bad: list[str] = []
 
     def read(job: Job) -> scans.Scan:
         found, _ = job
-        scan = scans.read_scan(found.path, series=found.series)
-        model.check(scan, str(found))
-        return scan
+        return scans.read_scan(found.path, series=found.series)
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
-        return model.mask(scan, show_tiles), scan.grid
+        found, _ = job
+        model().check(scan, str(found))
+        return model().mask(scan, show_tiles), scan.grid
 
     def write(job: Job, made: tuple[np.ndarray, scans.Grid]) -> None:
         _, output = job
@@ -69,7 +70,7 @@ def predict(load: Callable[[], Model], source: Path, target: Path, series: str |
 
     jobs = processes.mine(list(zip(inputs, outputs, strict=True)))
     bar = tqdm(
-        in_stages(jobs, read, mask_of, write),
+        in_stages(jobs, read, mask_of, write, prepare=model),
         total=len(jobs), desc="predict", unit="scan", disable=not processes.is_first(),
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ def predict(load: Callable[[], Model], source: Path, target: Path, series: str |
             bad.append(str(outcome))
     bad = [message for found in processes.gather(bad) for message in found]
     if not many and processes.is_first():
-        print(f"{outputs[0]}: {', '.join(f'{name} = {value}' for name, value in list(model.classes.items())[1:])}")
+        print(f"{outputs[0]}: {', '.join(f'{name} = {value}' for name, value in list(model().classes.items())[1:])}")
     for message in bad:
         log.error("%s", message)
     if bad:

@@ -1,4 +1,7 @@
-"""Which job a mode is, and what of a run folder it may change."""
+"""Which job a mode is, and what of a run folder it may change.
+
+Each job is imported when it is run: together their libraries take seconds to import, and no job needs them all.
+"""
 
 import contextlib
 import dataclasses
@@ -10,18 +13,11 @@ from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.inference.model import Model, load_file
 from autocontext_jax.jobs.config_files import for_inference, read_config
-from autocontext_jax.jobs.evaluate import evaluate, evaluate_run
-from autocontext_jax.jobs.experiment import experiment
-from autocontext_jax.jobs.export import export
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.predict import predict
-from autocontext_jax.jobs.prepare import prepare
-from autocontext_jax.jobs.restore import restore_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import known_split
 from autocontext_jax.jobs.saved_config import config_of_model
-from autocontext_jax.jobs.train import train
 from autocontext_jax.sections import as_dict, flat_keys
 
 log = logging.getLogger(__name__)
@@ -93,6 +89,9 @@ def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
         path = paths.model
         options = {name: value for name, value in as_dict(config.predict).items() if name != "checkpoint"}
         return processes.agree(lambda: _from_file(path, config, extensions, options))
+    from autocontext_jax.jobs.restore import restore_model
+    from autocontext_jax.jobs.run_folder import known_split
+
     workdir = paths.workdir
     config = for_inference(config, _saved(workdir), workdir)
     split = processes.agree(lambda: known_split(workdir))
@@ -116,17 +115,25 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _make(mode: str, config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """The modes that make a run, or go on with it."""
+    from autocontext_jax.jobs.prepare import prepare
+
     if mode == "all" and config.experiment:
+        from autocontext_jax.jobs.experiment import experiment
+
         return experiment(config, workdir, extensions)
     data = prepare(config, workdir)
     if mode == "prepare":
         return True
+    from autocontext_jax.jobs.train import train
+
     if not train(config, workdir, data, extensions) or mode == "train":
         return True  # perhaps ended by a signal; what was done is saved
     scored, _ = data.scored()
     if not scored:
         log.warning("every case was trained on: nothing is left to evaluate")
         return True
+    from autocontext_jax.jobs.evaluate import evaluate_run
+
     return evaluate_run(config, workdir, data, extensions)
 
 
@@ -138,11 +145,15 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
     workdir = paths.workdir
     config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":
+        from autocontext_jax.jobs.evaluate import evaluate
+
         return evaluate(config, workdir, extensions)
     if mode == "export":
+        from autocontext_jax.jobs.export import export
+
         export(config, workdir, paths.target, extensions)
         return True
-    from autocontext_jax.jobs.report import report  # needs plotly and others that nothing else does
+    from autocontext_jax.jobs.report import report
 
     processes.first_does(lambda: report(config, workdir))
     return True

@@ -14,6 +14,8 @@ def in_stages(
     read: Callable[[Item], Any],
     work: Callable[[Item, Any], Any],
     finish: Callable[[Item, Any], Any],
+    *,
+    prepare: Callable[[], Any] = lambda: None,
 ) -> Iterator[tuple[Item, Any]]:
     """Takes each item through three stages, each given what the stage before returned.
 
@@ -25,6 +27,7 @@ def in_stages(
       read: from the item.
       work: from the item and what was read.
       finish: from the item and what `work` made of it.
+      prepare: called once, in the caller's thread, while the first item is read.
 
     Yields:
       Each item, in order, with what `finish` returned, or the UserError of the stage that failed; the others go on.
@@ -32,6 +35,7 @@ def in_stages(
     finishing: Future | None = None
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as finisher:
         reading = [reader.submit(_tried, read, item) for item in items[:1]]
+        prepare()
         for number, item in enumerate(items):
             found = reading.pop().result()
             reading += [reader.submit(_tried, read, following) for following in items[number + 1 : number + 2]]

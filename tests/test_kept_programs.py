@@ -1,0 +1,86 @@
+"""Compiled programs that are kept for the next process: where, and that they give the same masks."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from random_models import with_random_weights
+from small_model import DESCRIPTION_OF_SCALE
+
+from autocontext_jax.images import scans
+from autocontext_jax.inference.model import Model
+from autocontext_jax.inference.model_file import NetworkDescription
+from autocontext_jax.inference.tiling import PredictorConfig
+from autocontext_jax.models.pyramid import make_pyramid
+from autocontext_jax.models.unet import UNet
+from autocontext_jax.runtime import keep_compiled_programs
+from autocontext_jax.training.state import inference_model
+
+
+@pytest.mark.parametrize(
+    ("backend", "training", "environment", "expected"),
+    [
+        ("gpu", True, {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
+        ("gpu", False, {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
+        ("cpu", True, {"XDG_CACHE_HOME": "/there"}, None),
+        ("cpu", False, {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax/cpu-"),
+        ("gpu", False, {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
+        ("cpu", False, {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": ""}, None),
+    ],
+)
+def test_where_compiled_programs_are_kept(monkeypatch, backend, training, environment, expected):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    keep_compiled_programs(training=training)
+    if expected is None:
+        assert updates == {}
+    elif backend == "gpu":
+        assert updates == {"jax_compilation_cache_dir": expected}
+    else:
+        assert updates["jax_compilation_cache_dir"].startswith(expected)
+
+
+def test_kept_programs_give_the_same_mask_also_where_they_are_damaged(tmp_path):
+    model, source, cache = tmp_path / "unet.autocontext", tmp_path / "scan.nii.gz", tmp_path / "cache"
+    network = NetworkDescription(base_channels=4, depth=2, name="unet")
+    description = dataclasses.replace(DESCRIPTION_OF_SCALE, network=network)
+    pyramid = with_random_weights(
+        lambda: make_pyramid(UNet, description.full_network, description.full_pyramid, seed=0), seed=3
+    )
+    pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
+    Model(description, pyramid, PredictorConfig()).save(model)
+    voxels = np.random.default_rng(0).integers(-300, 300, (40, 70, 60), dtype=np.int16)
+    scans.write_scan(source, voxels, (1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0))
+
+    def predict(target: Path) -> np.ndarray:
+        run = subprocess.run(
+            [sys.executable, "-m", "autocontext_jax.main", "--mode=predict", f"--model={model}", f"--input={source}",
+             f"--output={target}"],
+            env={**os.environ, "XDG_CACHE_HOME": str(cache)}, capture_output=True, encoding="utf-8", check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert "Traceback" not in run.stderr
+        return scans.read_scan(target).voxels
+
+    first = predict(tmp_path / "first.nii.gz")
+    kept = sorted(cache.rglob("*-cache"))
+    assert any("predict_tiles" in file.name for file in kept)
+    times = [file.stat().st_mtime_ns for file in kept]
+    np.testing.assert_array_equal(predict(tmp_path / "second.nii.gz"), first)
+    assert sorted(cache.rglob("*-cache")) == kept
+    assert [file.stat().st_mtime_ns for file in kept] == times
+    for number, file in enumerate(kept):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] if number % 2 else b"")
+    np.testing.assert_array_equal(predict(tmp_path / "third.nii.gz"), first)
+    assert len(np.unique(first)) > 1
