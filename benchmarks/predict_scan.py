@@ -1,7 +1,7 @@
 """How long does a whole scan take, and how much memory?
 
     python benchmarks/predict_scan.py [--slices 100 300 800] [--size 512] [--width 32] [--factors 1] [--tile 96]
-        [--network unet|trivial] [--peers monai nnunet] [--repeats 1] [--device cpu|gpu]
+        [--overlap 0.5] [--network unet|trivial] [--peers monai nnunet] [--repeats 1] [--device cpu|gpu]
 
 From the scan's voxels in memory to its mask on the same grid. The peers (MONAI's SlidingWindowInferer, Gaussian, and
 nnU-Net's nnUNetPredictor without mirroring) run a PyTorch network with the same weights on tiles of the same size and
@@ -10,8 +10,9 @@ overlap at native resolution; their intensities are scaled beforehand and the ne
 voxels. --network trivial computes logits by one multiplication and shows the tiling machinery alone.
 
 Each measurement is a process of its own, in turn, so that its largest resident memory is its own. Compilation is not
-counted: a short scan goes first. `per_scan_byte` is how much more memory the longest scan takes than the shortest, in
-units of int16 scan; what does not grow with the scan is the rest.
+counted: for peers a short scan goes first, for ours, whose tiles follow from the scan's size, one of the same size.
+With --cold nothing goes before ours, and its compilation counts. `per_scan_byte` is how much more memory the longest
+scan takes than the shortest, in units of int16 scan; what does not grow with the scan is the rest.
 """
 
 import argparse
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=float, default=0.0, help="GB that a box of ours may take; 0: see PredictorConfig"
     )
+    parser.add_argument("--cold", action="store_true", help="count our compilation too")
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0])
     parser.add_argument("--network", default="unet", choices=["unet", "trivial"])
@@ -104,8 +106,8 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     shape = (flags.slices[0], flags.size, flags.size)
     model = make_model(flags)
     predict = our_predictor(flags, model) if flags.only == "ours" else peer(flags, model)
-    # Ours compiles for the sizes of the boxes, which follow from the scan's.
-    predict(rng.integers(-WINDOW, WINDOW, shape if flags.only == "ours" else (8, *shape[1:]), dtype=np.int16))
+    if flags.only != "ours" or not flags.cold:
+        predict(rng.integers(-WINDOW, WINDOW, shape if flags.only == "ours" else (8, *shape[1:]), dtype=np.int16))
     voxels = rng.integers(-WINDOW, WINDOW, shape, dtype=np.int16)
     started = time.perf_counter()
     mask = predict(voxels)

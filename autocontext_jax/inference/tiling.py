@@ -35,7 +35,7 @@ class PredictorConfig:
     """
 
     tile: int = 0
-    margin: int = 16
+    margin: int = 8
     memory: float = 0.0
     crop_to_body: bool = True
 
