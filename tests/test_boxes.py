@@ -34,6 +34,7 @@ from autocontext_jax.inference.boxes import box_sizes, choose_box
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tile_memory import bytes_a_voxel, slab_bytes
 from autocontext_jax.inference.tiling import PredictorConfig, crop, gaussian
+from autocontext_jax.models import onednn
 
 
 def counts_of(box) -> list[int]:
@@ -202,6 +203,43 @@ def test_device_memory_does_not_grow_with_the_scan(small):
 
     most_alive(200)  # warms up
     assert most_alive(800) <= 1.1 * most_alive(200)
+
+
+def paper_sized(levels: int) -> Predictor:
+    """With networks as in the paper, but for their width."""
+    pyramid = trained_pyramid(levels, width=8, depth=4)
+    return Predictor(pyramid, PredictorConfig(memory=3.0), align=8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors", "tiles", "times"),
+    [
+        ((100, 512, 512), cubed(4, 2), [1, 1], [2.05, 1.14]),
+        ((300, 512, 512), cubed(4, 2), [1, 2], [1.50, 1.14]),
+        ((800, 512, 512), cubed(4, 2), [1, 4], [1.45, 1.14]),
+        ((100, 512, 512), cubed(1), [4], [1.18]),
+        ((300, 512, 512), cubed(1), [12], [1.27]),
+        ((800, 512, 512), cubed(1), [35], [1.32]),
+    ],
+)
+def test_what_scans_of_the_usual_sizes_cost(shape, factors, tiles, times):
+    """Tiles and voxels computed for each voxel of a level, coarsest first. Cubes that overlap by half: 6.7.
+
+    A coarse level holds the context of what the finer one's tiles hold beyond the scan.
+    """
+    predictor = paper_sized(len(factors))
+    for level, axes in enumerate(plan_of(predictor, np.zeros(shape, np.int16), factors)):
+        counts = [len(axis.starts) for axis in axes]
+        voxels = math.prod(counts) * math.prod(axis.size for axis in axes)
+        size = [-(-n // int(factor)) for n, factor in zip(shape, factors[level], strict=True)]
+        assert math.prod(counts) <= tiles[level]
+        assert voxels <= times[level] * math.prod(size)
+
+
+@pytest.mark.skipif(onednn.version() is None, reason="other CPUs concatenate arrays for convolutions")
+def test_what_a_voxel_of_a_tile_takes():
+    """32 channels that were enlarged, 16 of the shortcut and 16 of the result, 4 bytes each, are 256."""
+    assert paper_sized(1)._bytes_a_voxel() <= 275
 
 
 # ---- a device with too little memory ----
