@@ -224,6 +224,8 @@ class Predictor:
         # the part of its mask that no context needed.
         for chunks in reversed(streams):
             collections.deque(chunks, maxlen=0)
+        for writer in writers.values():
+            writer.mask()  # waits for the device, so that its errors are raised here
 
     def _bytes_a_voxel(self) -> float:
         """Bytes that a tile's program takes for each of its voxels at the finest level."""
