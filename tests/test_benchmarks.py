@@ -59,6 +59,12 @@ def test_predict_scan():
     assert found[0].keys() >= {"seconds", "peak_gb"}
 
 
+def test_start_up():
+    without, kept = rows("start_up.py", "--size 16 --width 1 --rounds 1")
+    assert without.keys() >= {"whole command", "import", "load the model", "compile", "predict"}
+    assert kept["whole command"] > 0
+
+
 def test_accuracy_at_times_line():
     """Its jobs are those of test_main; four more processes would take a minute and a half."""
     cases = {name: {"liver": {"dice": dice}, "vein": {"dice": 0.5}} for name, dice in (("a", 0.7), ("b", 0.9))}
