@@ -10,7 +10,7 @@ overlap at native resolution; their intensities are scaled beforehand and the ne
 voxels. --network trivial computes logits by one multiplication and shows the tiling machinery alone.
 
 Each measurement is a process of its own, in turn, so that its largest resident memory is its own. Compilation is not
-counted: for peers a short scan goes first, for ours, whose tiles follow from the scan's size, one of the same size.
+counted: for peers a small scan goes first, for ours, whose tiles follow from the scan's size, one of the same size.
 With --cold nothing goes before ours, and its compilation counts. `per_scan_byte` is how much more memory the longest
 scan takes than the shortest, in units of int16 scan; what does not grow with the scan is the rest.
 """
@@ -107,7 +107,8 @@ def measure(flags: argparse.Namespace) -> dict[str, float]:
     model = make_model(flags)
     predict = our_predictor(flags, model) if flags.only == "ours" else peer(flags, model)
     if flags.only != "ours" or not flags.cold:
-        predict(rng.integers(-WINDOW, WINDOW, shape if flags.only == "ours" else (8, *shape[1:]), dtype=np.int16))
+        first = shape if flags.only == "ours" else (8, 8, 8)  # peers have nothing to compile: one tile
+        predict(rng.integers(-WINDOW, WINDOW, first, dtype=np.int16))
     voxels = rng.integers(-WINDOW, WINDOW, shape, dtype=np.int16)
     started = time.perf_counter()
     mask = predict(voxels)

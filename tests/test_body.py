@@ -4,9 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-from test_predictor import Pointwise, cubed, plan_of, pointwise_maps, scan
+from test_predictor import SIGHT, Context, Pointwise, cubed, plan_of, scan, trained_pyramid
 
-from autocontext_jax.inference.body import MARGIN, body_box
+from autocontext_jax.data import preparation
+from autocontext_jax.data.body import MARGIN, body_box
+from autocontext_jax.data.layouts import Case
+from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tiling import PredictorConfig
 
@@ -75,20 +79,79 @@ def test_air_alone_has_no_body_and_its_mask_is_background(caplog):
     assert not asked.masks(image, cubed(2, 1))[2].any()
 
 
-@pytest.mark.parametrize("factors", [cubed(1), cubed(2, 1), ((3.0, 2.2, 2.2), (1.5, 1.1, 1.1)), cubed(1, 0.5)])
-def test_the_crop_changes_no_voxel_of_the_body(factors):
+def body_in_air() -> np.ndarray:
     voxels = np.full((40, 90, 100), AIR, np.int16)
-    place = (slice(8, 33), slice(31, 70), slice(22, 61))
-    voxels[place] = np.clip(scan((25, 39, 39)), -400, 600)
+    voxels[PLACE] = np.clip(scan((25, 39, 39)), -400, 600)
+    return voxels
+
+
+PLACE = (slice(8, 33), slice(31, 70), slice(22, 61))
+FACTORS = [cubed(1), cubed(2, 1), ((3.0, 2.2, 2.2), (1.5, 1.1, 1.1)), cubed(1, 0.5)]
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_the_crop_changes_no_voxel_of_the_body(factors):
+    voxels, levels = body_in_air(), tuple(range(1, len(factors) + 1))
     whole, cropped = (
         Predictor(Pointwise(len(factors)), PredictorConfig(crop_to_body=crop), align=4) for crop in (False, True)
     )
-    level = len(factors)
-    expected, (found, maps) = whole.masks(voxels, factors)[level], cropped.mask_and_maps(voxels, factors)
-    np.testing.assert_array_equal(found, expected)
-    assert {0, 1, 2} == set(np.unique(found[place]))
+    expected, found = (each.masks(voxels, factors, levels=levels) for each in (whole, cropped))
+    for level in levels:
+        np.testing.assert_array_equal(found[level], expected[level])
+        assert {0, 1, 2} == set(np.unique(found[level][PLACE]))
+    mask, maps = cropped.mask_and_maps(voxels, factors)
+    np.testing.assert_array_equal(mask, found[levels[-1]])
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
     size = [np.prod([axis.extent for axis in plan_of(each, voxels, factors)[-1]]) for each in (whole, cropped)]
     assert size[1] < 0.5 * size[0]
-    if factors == cubed(1):
-        np.testing.assert_allclose(maps, np.where(found[..., None] >= 0, pointwise_maps(voxels), 0), atol=2e-3)
+
+
+@pytest.mark.parametrize("factors", [cubed(2, 1), cubed(4, 2), ((3.0, 2.2, 2.2), (1.5, 1.1, 1.1))])
+def test_the_context_of_a_cropped_box_lies_where_it_belongs(factors):
+    voxels = body_in_air()
+    expected, found = (
+        Predictor(Context(), PredictorConfig(crop_to_body=crop), align=4).masks(voxels, factors)[2]
+        for crop in (False, True)
+    )
+    assert {0, 1, 2} == set(np.unique(found[PLACE]))
+    assert np.mean(found[PLACE] != expected[PLACE]) < 2e-3  # rounding where maps tie
+
+
+def test_a_network_sees_the_air_around_the_body_as_before():
+    """With a box that is wider than the body by more than the network sees nothing changes, skin or not."""
+    voxels = body_in_air()
+    model = trained_pyramid(1)
+    expected, found = (
+        Predictor(model, PredictorConfig(crop_to_body=crop), align=2).masks(voxels, cubed(1))[1]
+        for crop in (False, True)
+    )
+    inner = tuple(slice(part.start + SIGHT, part.stop - SIGHT) for part in PLACE)
+    assert len(np.unique(found[inner])) > 1
+    np.testing.assert_array_equal(found[inner], expected[inner])
+
+
+def test_vessels_in_a_lung_are_no_body():
+    image = in_air(
+        (60, 60, 60), *(((z, z + 2), (3, 57), (y, y + 2)) for z in range(5, 50, 12) for y in range(5, 50, 12))
+    )
+    image[30, 3:5, 5:50] = 40  # they hang together
+    image[5:50, 3:5, 5] = 40
+    assert body_box(image) == ((0, 60),) * 3
+
+
+def test_labels_outside_the_body_are_named(tmp_path, caplog):
+    """The couch, say: prediction would lose them."""
+    for name, row in (("inside", 30), ("outside", 1)):
+        image, label = body_in_air(), np.zeros((40, 90, 100), np.uint8)
+        label[20, row + 5, 40:45] = 1
+        write_case(
+            str(tmp_path), name, image, label, (1.0, 1.0, 1.0), LevelGrids((2, 1)), ("background", "organ"),
+            origin=(0.0, 0.0, 0.0), direction=((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)), digest="",
+        )  # fmt: skip
+    cases = [Case(name, tmp_path, tmp_path) for name in ("inside", "outside")]
+    preparation.check_body(cases[:1], str(tmp_path), "mine")
+    assert not caplog.records
+    preparation.check_body(cases, str(tmp_path), "mine")
+    (record,) = caplog.records
+    assert "outside; set --config.predict.crop_to_body=False" in record.getMessage()
+    assert "inside" not in record.getMessage()

@@ -32,7 +32,7 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.inference import boxes, scan_tiles
 from autocontext_jax.inference.boxes import box_sizes, choose_box
 from autocontext_jax.inference.predictor import Predictor
-from autocontext_jax.inference.tile_memory import bytes_a_voxel, slab_bytes
+from autocontext_jax.inference.tile_memory import bytes_a_voxel, row_bytes
 from autocontext_jax.inference.tiling import PredictorConfig, crop, gaussian
 from autocontext_jax.models import onednn
 
@@ -58,6 +58,7 @@ def test_box_sizes_are_few_and_their_steps_small(align):
     for low, high in itertools.pairwise(sizes):
         if low >= 64:
             assert high <= max(1.125 * low, low + align)
+    assert set(box_sizes(align, 1024, 4)) <= set(sizes)
 
 
 @pytest.mark.parametrize("size", [(50, 256, 256), (75, 128, 128), (1, 40, 30), (20, 20, 20), (96, 96, 96)])
@@ -90,13 +91,21 @@ def test_no_box_within_the_memory_gives_the_smallest():
     assert max(box.size) < boxes.SMALLEST + 2 * 8
 
 
+def test_networks_that_halve_often_have_boxes_beyond_the_largest():
+    """Of depth 8: no box with an overlap holds fewer voxels than `LARGEST`."""
+    regions = [(0, 200), (0, 256), (0, 600)]
+    box = choose_box(regions, margin=8, align=128, blend=gaussian, fits=lambda _: True)
+    assert box.size == (256, 256, 256)
+    assert box.stride[2] == 128
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Boxes from 16 voxels on, of which a voxel takes a byte; gives a function that limits a tile's voxels."""
     monkeypatch.setattr(boxes, "SMALLEST", 16)
     monkeypatch.setattr(scan_tiles, "FITS", 0)
     monkeypatch.setattr(Predictor, "_bytes_a_voxel", lambda self: 1.0)
-    monkeypatch.setattr(scan_tiles, "slab_bytes", lambda *_: 0)
+    monkeypatch.setattr(scan_tiles, "row_bytes", lambda *_: 0)
     return lambda voxels: monkeypatch.setattr(scan_tiles, "free_bytes", lambda: voxels)
 
 
@@ -167,17 +176,35 @@ def test_scans_of_similar_sizes_share_their_programs():
 
 
 def test_tiles_take_no_more_memory_than_they_may(monkeypatch):
-    """By the compiled program's own figure, with the maps of a row of tiles."""
+    """By the compiled program's own figure, with the maps beside it."""
     monkeypatch.setattr(scan_tiles, "FITS", 0)
     predictor = Predictor(trained_pyramid(1, width=2), PredictorConfig(memory=0.15), align=2)
     ((z, y, x),) = plan_of(predictor, np.zeros((300, 130, 140), np.int16), cubed(1))
     assert len(z.starts) > 1
-    slabs = slab_bytes(z.size, z.stride, (y.extent, x.extent), CLASSES)
+    slabs = row_bytes(z.size, z.stride, (y.extent, x.extent), CLASSES)
     tile = (z.size, y.size, x.size)
     needed = math.prod(tile) * bytes_a_voxel(
         predictor._programs[0], predictor._state, tile, context=False, classes=CLASSES, spatial_dims=3
     )
     assert 0.08e9 < needed + slabs <= 0.155e9
+
+
+def test_maps_of_many_classes_count_too():
+    """Also where a box is so small that its own memory is not measured."""
+
+    def taken(classes: int) -> tuple[int, int]:
+        tiles = scan_tiles.ScanTiles(
+            PredictorConfig(memory=0.6), levels=1, classes=classes, spatial_dims=3, align=8, blend=gaussian,
+            bytes_a_voxel=lambda: 1e9,
+        )  # fmt: skip
+        voxels = np.zeros((90, 350, 350), np.int16)
+        ((z, y, x),), _ = tiles.plan(voxels.shape, cubed(1), voxels)
+        assert z.size * y.size * x.size <= scan_tiles.FITS
+        return z.size, row_bytes(z.size, z.stride, (y.extent, x.extent), classes)
+
+    few, many = taken(3), taken(20)
+    assert many[0] < few[0]
+    assert max(few[1], many[1]) <= 0.6e9
 
 
 def test_the_bytes_of_a_voxel_hardly_depend_on_the_tile():

@@ -294,3 +294,13 @@ def test_inference_takes_the_runs_own_keys_but_those_it_may_change(tmp_path):
     assert configuration.for_inference(outside, at, tmp_path).data.outside_paths
     with pytest.raises(UserError, match=r"model\.base_channels \(the run has 32, given is 8\).*leave --config out"):
         configuration.for_inference(changed(model__base_channels=8), saved, tmp_path)
+
+
+def test_configurations_from_before_tiles_were_boxes_are_read(tmp_path):
+    content = {"format": configuration.FORMAT, "config": as_dict(RunConfig())}
+    content["config"]["predict"] |= {"tile": 96, "overlap": 0.5, "plane": 512, "space": 1}
+    for key in ("margin", "memory", "crop_to_body"):
+        content["config"]["predict"].pop(key)
+    write_json(tmp_path / "config.json", content)
+    predict = configuration.read_config(tmp_path).predict
+    assert (predict.tile, predict.margin, predict.crop_to_body) == (96, RunConfig().predict.margin, False)

@@ -183,10 +183,11 @@ def test_augmentation_stays_in_its_slice_and_moves_levels_together():
     np.testing.assert_allclose(coarse[:, :, inner, inner], means, atol=0.1)
 
 
-def test_a_scan_is_predicted_slice_by_slice():
+@pytest.mark.parametrize("tile", [EDGE, 0])
+def test_a_scan_is_predicted_slice_by_slice(tile):
     model = at_inference(pyramid(2, 2))
     scan = (300 * normal(5, SLICES + 2, 40, 30)).astype(np.int16)
-    predictor = Predictor(model, PredictorConfig(EDGE), align=2)
+    predictor = Predictor(model, PredictorConfig(tile), align=2)
     whole = predictor.masks(scan, FLAT, levels=(1, 2))
     alone = [predictor.masks(scan[z : z + 1], FLAT, levels=(1, 2)) for z in range(len(scan))]
     for level in (1, 2):

@@ -31,6 +31,7 @@ from autocontext_jax.inference.model_file import (
     read_model,
     write_model,
 )
+from autocontext_jax.inference.tiling import PredictorConfig
 
 
 @pytest.fixture
@@ -175,3 +176,11 @@ def test_arrays_that_numpy_lacks_are_refused_when_they_are_written(tmp_path):
     weights = {"level_1/matrix/kernel": np.asarray(jnp.ones((1, 2), jnp.bfloat16))}
     with pytest.raises(UserError, match=r"level_1/matrix/kernel is bfloat16; expected float32"):
         write_model(tmp_path / "x.autocontext", DESCRIPTION_OF_SCALE, weights, "")
+
+
+def test_files_from_before_tiles_were_boxes_are_read(file):
+    tiling = {"tile": 8, "overlap": 0.5, "plane": 16, "flip": False, "flip_classes": []}
+    model = load_file(described(file, model__tiling=tiling), NETWORKS, {})
+    found = model.description.tiling
+    assert (found.tile, found.margin, found.crop_to_body) == (8, PredictorConfig.margin, False)
+    assert model.predict(SCAN, spacing=(1, 1, 1), progress=False).shape == SCAN.shape

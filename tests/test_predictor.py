@@ -288,8 +288,8 @@ class Context(nnx.Module):
     def level(self, level, image, maps):
         if level == 1:
             return Pointwise.level(self, level, image, maps)
-        n = image.shape[1] // 2 + 2
-        fine = jax.image.resize(maps.astype(jnp.float32), (1, 2 * n, 2 * n, 2 * n, 3), "linear")
+        size = (2 * (n // 2 + 2) for n in image.shape[1:])
+        fine = jax.image.resize(maps.astype(jnp.float32), (1, *size, 3), "linear")
         return jnp.log(fine[:, 2:-2, 2:-2, 2:-2] + 1e-6)
 
 
@@ -373,6 +373,8 @@ def masks_of_several_devices() -> None:
     """What the subprocess runs: each tile of a row on a device of its own gives what one device gives."""
     model = inference_model(*nnx.split(trained_pyramid(2), nnx.Param, ...))
     voxels = scan((50, 48, 44))
+    boxes = Predictor(model, PredictorConfig(), align=2)
+    expected_of_boxes = boxes.masks(voxels, cubed(2, 1))[2]
     several = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
     found = several.masks(voxels, cubed(2, 1), levels=(1, 2))
     programs = several.compilations()
@@ -384,6 +386,9 @@ def masks_of_several_devices() -> None:
     alone = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
     for level, mask in alone.masks(voxels, cubed(2, 1), levels=(1, 2)).items():
         np.testing.assert_array_equal(found[level], mask)
+    alone = Predictor(model, PredictorConfig(), align=2)
+    np.testing.assert_array_equal(alone.masks(voxels, cubed(2, 1))[2], expected_of_boxes)
+    assert 0.8 < boxes._bytes_a_voxel() / alone._bytes_a_voxel() < 1.3  # each of them takes a tile
     print("equal")
 
 

@@ -32,20 +32,20 @@ class Box:
     extent: Triple
 
 
-def box_sizes(align: int, largest: int) -> list[int]:
+def box_sizes(align: int, largest: int, step: int = 8) -> list[int]:
     """The sizes that a box may have along an axis, up to the first that is not below `largest`.
 
-    They are few, so that scans of similar sizes have the same ones, and near each other: each is larger than the one
-    before by an eighth at most, or by `align`.
+    They are few, so that scans of similar sizes have the same ones, and near each other.
 
     Args:
       align: all are multiples of it.
       largest: number of voxels.
+      step: each size is larger than the one before by a share of 1 / step at most, or by `align`; a power of two.
     """
     sizes = [align]
     while sizes[-1] < largest:
-        step = max(align, 1 << max(0, sizes[-1].bit_length() - 4))
-        sizes.append((sizes[-1] // align + -(-step // align)) * align)
+        share = max(align, (1 << (sizes[-1].bit_length() - 1)) // step)
+        sizes.append((sizes[-1] // align + -(-share // align)) * align)
     return sizes
 
 
@@ -56,6 +56,7 @@ def choose_box(
     align: int,
     blend: MakeBlend,
     fits: Callable[[Box], bool],
+    step: int = 8,
 ) -> Box:
     """The box whose tiles cover a level with the fewest voxels computed.
 
@@ -65,6 +66,7 @@ def choose_box(
       align: starts and sizes are multiples of it.
       blend: weights of a tile; a border of theirs is at most the margin.
       fits: whether a box fits the memory. If none does, the smallest is taken.
+      step: of the sizes, see `box_sizes`.
 
     Returns:
       The box. Among equals it is the smallest.
@@ -73,8 +75,9 @@ def choose_box(
     for low, high in regions:
         choices = []  # size, stride, number of tiles
         # With several tiles, what a tile adds to the one before is a size of the ladder.
-        strides = {size + -(-2 * margin // align) * align: size for size in box_sizes(align, high - low + 2 * align)}
-        for size in sorted({*strides, *box_sizes(align, high - low + 2 * align + 2 * blend(align).border)}):
+        ladder = box_sizes(align, high - low + 2 * align + 2 * blend(align).border, step)
+        strides = {size + -(-2 * margin // align) * align: size for size in ladder}
+        for size in sorted({*strides, *ladder}):
             if axis_count(low, high, size, blend(size).border, stride=size, align=align) == 1:
                 choices.append((size, max(align, (size - 2 * blend(size).border) // align * align), 1))
                 break
@@ -85,13 +88,12 @@ def choose_box(
     options = []
     for choice in itertools.product(*axes):
         (z, z_stride, z_count), (y, y_stride, y_count), (x, x_stride, x_count) = choice
-        if (voxels := z * y * x) <= LARGEST:
-            extent = z + (z_count - 1) * z_stride, y + (y_count - 1) * y_stride, x + (x_count - 1) * x_stride
-            box = Box((z, y, x), (z_stride, y_stride, x_stride), extent)
-            options.append((voxels * z_count * y_count * x_count, voxels, box))
+        extent = z + (z_count - 1) * z_stride, y + (y_count - 1) * y_stride, x + (x_count - 1) * x_stride
+        box = Box((z, y, x), (z_stride, y_stride, x_stride), extent)
+        options.append((z * y * x * z_count * y_count * x_count, z * y * x, box))
     options.sort(key=lambda option: option[:2])
     smallest = min(options, key=lambda option: option[1])[2]
-    return next((box for _, _, box in options if fits(box)), smallest)
+    return next((box for _, voxels, box in options if voxels <= LARGEST and fits(box)), smallest)
 
 
 def cube_stride(edge: int, margin: int, align: int) -> int:

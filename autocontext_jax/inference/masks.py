@@ -91,8 +91,9 @@ class MaskWriter:
             z_low = _padded(self._z_low[first:last] - z, GROUP)
             z_weight = _padded(self._z_weight[first:last], GROUP)
             place = (before, chunk, z_low, z_weight, *self._in_plane)
-            planes = native_masks(*place, reach=self._reach)
-            maps = native_maps(*place, reach=self._reach) if self._maps.size else None
+            reach = min(self._reach, chunk.shape[0])
+            planes = native_masks(*place, reach=reach)
+            maps = native_maps(*place, reach=reach) if self._maps.size else None
             planes.copy_to_host_async()
             started.append((first, last, planes, maps))
         self._next_plane = max(self._next_plane, end)
@@ -142,8 +143,8 @@ def weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:
     2.5 times as long to reduce over an axis of length 4 or 8.
 
     Args:
-      logits: [z, y, x, K].
-      weights: [z, y, x].
+      logits: [..., K].
+      weights: [...].
     """
     if logits.shape[-1] >= 16:
         return jax.nn.softmax(logits) * weights[..., None]
@@ -167,7 +168,7 @@ def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_l
       y_weight: [plane] float32.
       x_low: [plane] int32, columns of the canvas.
       x_weight: [plane] float32.
-      reach: number of planes of maps between which GROUP planes of the scan can lie.
+      reach: number of planes of maps between which GROUP planes of the scan can lie, at most n.
 
     Returns:
       For each of the planes what `finish` made of it, stacked.
@@ -179,15 +180,14 @@ def _plane_by_plane(finish, before, chunk, z_low, z_weight, y_low, y_weight, x_l
         return here + weight.reshape([-1 if i == axis else 1 for i in range(maps.ndim)]) * (after - here)
 
     # The planes that the group needs, in float32: each is converted once, though two planes of the scan use it.
-    needed = min(reach, chunk.shape[0])
-    first = jnp.clip(z_low[0], 0, chunk.shape[0] - needed)
-    window = lax.dynamic_slice_in_dim(chunk, first, needed).astype(jnp.float32)
+    first = jnp.clip(z_low[0], 0, chunk.shape[0] - reach)
+    window = lax.dynamic_slice_in_dim(chunk, first, reach).astype(jnp.float32)
     previous = before[0].astype(jnp.float32)
 
     def one_plane(lookup):
         low, weight = lookup
         here = jnp.where(low < 0, previous, window[jnp.maximum(low - first, 0)])
-        maps = here + weight * (window[jnp.minimum(low + 1 - first, needed - 1)] - here)
+        maps = here + weight * (window[jnp.minimum(low + 1 - first, reach - 1)] - here)
         maps = between(between(maps, y_low, y_weight, 0), x_low, x_weight, 1)
         return finish(maps)
 

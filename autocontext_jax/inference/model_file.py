@@ -203,11 +203,11 @@ def read_description(path: Path) -> Description:
 def _described(path: Path, content: dict[str, Any]) -> Description:
     model = content.get("model")
     if isinstance(model, dict) and isinstance(tiling := model.get("tiling"), dict):
-        # The first files have other fields: their tiles were cubes that overlapped by a share of them.
+        # The first files have other fields: their tiles were cubes that overlapped by a share of them, everywhere.
         for name in ("overlap", "plane"):
             tiling.pop(name, None)
-        for name in ("margin", "crop_to_body"):
-            tiling.setdefault(name, getattr(PredictorConfig, name))
+        tiling.setdefault("margin", PredictorConfig.margin)
+        tiling.setdefault("crop_to_body", False)
     return from_dict(Description, model, place=f"{path}: {DESCRIPTION}: key", prefix="model.")
 
 

@@ -1,6 +1,7 @@
 """Predicts masks of whole scans in overlapping tiles.
 
-Streams z-slabs through all levels; the device's memory does not depend on the scan's length.
+Streams z-slabs through all levels. Beyond the depth of the largest tiles, the device's memory does not depend on the
+scan's length.
 
 How one level is predicted:
 
@@ -23,9 +24,10 @@ How the levels are connected:
 
 So each level holds the slabs and the context of one row. The host holds the scan, its downsampled images and the masks.
 
-Sizes of arrays on the device follow from the tiles and the canvas, which scans of similar sizes share. So programs are
-seldom compiled. The loop over tiles only queues work; a mask writer waits for a chunk after the next one's work has
-been queued. With several devices in this process each takes one tile of a row at a time.
+Sizes of arrays on the device follow from the tiles and the canvas, which scans with bodies of similar sizes share; they
+share their compiled programs too. The loop over tiles only queues work; a mask writer waits for a chunk after the next
+one's work has been queued. With several devices in this process each takes one tile of a row at a time; those for which
+the row has none repeat another.
 """
 
 import collections
@@ -42,10 +44,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from autocontext_jax.data.body import THRESHOLD
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.geometry import Triple
-from autocontext_jax.inference.body import THRESHOLD
 from autocontext_jax.inference.boxes import SMALLEST
 from autocontext_jax.inference.context import MAP_DTYPE, Chunks, ContextWindow
 from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks
@@ -160,7 +162,7 @@ class Predictor:
         return writers[self._levels].mask(), writers[self._levels].maps()
 
     def compilations(self) -> int:
-        """Number of programs compiled so far; it should stay the same from the second scan on."""
+        """Number of programs compiled so far; it stays the same for further scans of the same size."""
         jitted: list[Any] = [*self._programs, add_tile, clear, native_masks, native_maps]
         return sum(program._cache_size() for program in jitted)
 

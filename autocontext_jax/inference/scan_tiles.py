@@ -5,13 +5,14 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
+from autocontext_jax.data.body import Interval, body_box
 from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import Triple, level_shape
-from autocontext_jax.inference.body import Interval, body_box
 from autocontext_jax.inference.boxes import Box, choose_box, cube_stride
-from autocontext_jax.inference.tile_memory import free_bytes, slab_bytes
+from autocontext_jax.inference.tile_memory import free_bytes, row_bytes
 from autocontext_jax.inference.tiling import (
     SLICES,
     Blend,
@@ -22,7 +23,7 @@ from autocontext_jax.inference.tiling import (
     tile_shape,
 )
 
-FITS = 96**3  # a box of so many voxels is taken to fit the memory
+FITS = 96**3  # a box of so many voxels is taken to fit the memory beside its maps
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class ScanTiles:
     ):
         self._config, self._levels, self._classes, self._spatial_dims = config, levels, classes, spatial_dims
         self._align, self._blend, self._bytes_a_voxel = align, blend, bytes_a_voxel
+        # On accelerators a program takes longer to compile than a scan to predict, so that fewer sizes are better.
+        self._step = 8 if jax.default_backend() == "cpu" else 4
         self._too_large = math.inf  # voxels of the smallest tile that did not fit
 
     def plan(
@@ -95,9 +98,9 @@ class ScanTiles:
         size = max((tile_shape(axes) for axes in tiles), key=math.prod)
         voxels, name = math.prod(size), "x".join(map(str, size))
         if self._config.tile or voxels >= self._too_large:
+            smaller = ", or a smaller predict.tile" if self._config.tile else ""
             raise UserError(
-                f"the device has too little free memory for a tile of {name} voxels; expected more of it, or a smaller "
-                "predict.tile"
+                f"the device has too little free memory for a tile of {name} voxels; expected more of it{smaller}"
             )
         self._too_large = voxels
         log.warning("tiles of %s voxels do not fit the memory: smaller ones are used", name)
@@ -109,18 +112,19 @@ class ScanTiles:
         if config.tile:
             sizes, strides = [config.tile] * 3, [cube_stride(config.tile, config.margin, self._align)] * 3
         else:
-            box = choose_box(covered, margin=config.margin, align=self._align, blend=self._blend, fits=self._fits)
+            box = choose_box(
+                covered, margin=config.margin, align=self._align, blend=self._blend, fits=self._fits, step=self._step
+            )
             sizes, strides = list(box.size), list(box.stride)
         return [(self._blend(size), stride) for size, stride in zip(sizes, strides, strict=True)][len(flat) :]
 
     def _fits(self, box: Box) -> bool:
-        voxels = math.prod(box.size)
+        deep = box.size[0] if self._spatial_dims == 3 else SLICES
+        voxels = deep * box.size[1] * box.size[2]
         if voxels >= self._too_large:
             return False
-        if voxels <= FITS:
-            return True
-        slabs = slab_bytes(box.size[0], box.stride[0], box.extent[1:], self._classes)
-        return voxels * self._cost + slabs <= self._limit
+        maps = row_bytes(deep, box.stride[0], box.extent[1:], self._classes)
+        return maps + (voxels * self._cost if voxels > FITS else 0) <= self._limit
 
     @functools.cached_property
     def _cost(self) -> float:

@@ -53,8 +53,8 @@ def tile_arguments(
     return image, maps, weights, jax.ShapeDtypeStruct((devices, 3), jnp.int32)
 
 
-def slab_bytes(size: int, stride: int, canvas: tuple[int, int], classes: int) -> int:
-    """Bytes of the maps that a row of tiles is added to.
+def row_bytes(size: int, stride: int, canvas: tuple[int, int], classes: int) -> int:
+    """Bytes of the maps beside a tile: those of its row, the coarser level's below them, and planes for a mask.
 
     Args:
       size: voxels of a tile along z.
@@ -62,5 +62,8 @@ def slab_bytes(size: int, stride: int, canvas: tuple[int, int], classes: int) ->
       canvas: height and width of all tiles of a row together.
       classes: K.
     """
-    chunk = map_chunk(size, stride)
-    return -(-size // chunk) * chunk * canvas[0] * canvas[1] * classes * np.dtype(MAP_DTYPE).itemsize
+    chunk, plane = map_chunk(size, stride), canvas[0] * canvas[1] * classes
+    slabs = -(-size // chunk) * chunk * plane * np.dtype(MAP_DTYPE).itemsize
+    # The coarser level has an eighth of the voxels, its context in whole chunks up to twice of that. A mask takes
+    # about ten planes in float32.
+    return slabs * 5 // 4 + 10 * plane * 4

@@ -47,10 +47,13 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
             context = jax.vmap(lambda offset: cut_window(maps, offset, size))(offsets)
         if not mirror.size:
             return weighted_softmax(model.level(level, images, context), weight).astype(MAP_DTYPE)
+        # Each tile and its mirror image follow each other in the batch, so that one device has both.
+        images = _pairs(images, images[..., ::-1])
         if context is not None:
-            context = jnp.concatenate([context, context[..., ::-1, mirror]])
-        plain, mirrored = jnp.split(model.level(level, jnp.concatenate([images, images[..., ::-1]]), context), 2)
-        both = weighted_softmax(plain, weight / 2) + weighted_softmax(mirrored[..., ::-1, mirror], weight / 2)
+            context = _pairs(context, context[..., ::-1, mirror])
+        logits = model.level(level, images, context)
+        plain, mirrored = logits[::2], logits[1::2, :, :, ::-1, mirror]
+        both = weighted_softmax(plain, weight / 2) + weighted_softmax(mirrored, weight / 2)
         return both.astype(MAP_DTYPE)
 
     sharding: dict[str, Any] = {}
@@ -58,6 +61,11 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
         whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
         sharding = {"in_shardings": (whole, split, whole, split, split), "out_shardings": split}
     return jax.jit(predict_tiles, compiler_options=compiler_options(jax.default_backend()), **sharding)
+
+
+def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
+    """[n, ...] and [n, ...] -> [2n, ...], in turn."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Same-size 3D convolutions on x86 processors by the oneDNN library, called from compiled programs.
+"""Same-size 3D convolutions and deconvolutions on x86 processors by the oneDNN library, called from programs.
 
 XLA's compiler has no fast 3D convolution for CPUs. oneDNN has one, in float32 and, on processors that multiply it, in
 bfloat16. Its operations (`onednn_operations.py`) run in handlers that are registered with XLA's foreign function

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
 from autocontext_jax.geometry import level_shape
 from autocontext_jax.inference.scan_tiles import ScanTiles
-from autocontext_jax.inference.tile_memory import slab_bytes, tile_arguments
+from autocontext_jax.inference.tile_memory import row_bytes, tile_arguments
 from autocontext_jax.inference.tile_programs import make_tile_program
 from autocontext_jax.inference.tiling import PredictorConfig, gaussian
 from autocontext_jax.models.pyramid import Pyramid
@@ -105,7 +105,7 @@ class TilePrediction:
         planned = tiles.plan(native, factors, np.zeros(level_shape(native, factors[0]), np.int16))
         assert planned is not None, "an image of zeros is all body"
         plan, _ = planned
-        slabs = sum(slab_bytes(z.size, z.stride, (y.extent, x.extent), classes) for z, y, x in plan)
+        slabs = sum(row_bytes(z.size, z.stride, (y.extent, x.extent), classes) for z, y, x in plan)
         return make_tile_program(graph, level).lower(*_placed((state, *arguments), device)), slabs
 
 
