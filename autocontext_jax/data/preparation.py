@@ -130,6 +130,8 @@ def check_classes(cases: Sequence[Case], root: str, labels: tuple[str, ...], dat
 def check_body(cases: Sequence[Case], root: str, dataset: str) -> None:
     """Warns of labels outside the box around the body, which prediction would lose (`predict.crop_to_body`).
 
+    It looks at the coarsest level, where the box is found too.
+
     Args:
       cases: prepared.
       root: folder or URL of the store.
