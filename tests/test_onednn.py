@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autocontext_jax.models import convolution, onednn
+from autocontext_jax.models import convolution, onednn, onednn_operations
 
 pytestmark = pytest.mark.skipif(onednn.version() is None, reason="oneDNN's package is for x86 Linux alone")
 
@@ -73,7 +73,7 @@ def test_ctrl_c_within_a_call_fails_the_program(monkeypatch):
     def interrupted(*addresses):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onednn._Operation, "run", interrupted)
+    monkeypatch.setattr(onednn_operations.Operation, "run", interrupted)
     x, kernel = normal(0, 1, 4, 4, 4, 4), normal(1, 4, 3, 3, 3, 4)
     with pytest.raises(jax.errors.JaxRuntimeError, match="KeyboardInterrupt"):
         jax.block_until_ready(jax.jit(onednn.convolution)(x, kernel))
