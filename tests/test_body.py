@@ -10,7 +10,7 @@ from autocontext_jax.data import preparation
 from autocontext_jax.data.body import MARGIN, body_box
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.data.store.level_grids import LevelGrids
-from autocontext_jax.data.store.writer import write_case
+from autocontext_jax.images import scans
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tiling import PredictorConfig
 
@@ -139,19 +139,16 @@ def test_vessels_in_a_lung_are_no_body():
     assert body_box(image) == ((0, 60),) * 3
 
 
-def test_labels_outside_the_body_are_named(tmp_path, caplog):
+def test_labels_outside_the_body_are_named_once_when_they_are_prepared(tmp_path, caplog):
     """The couch, say: prediction would lose them."""
     for name, row in (("inside", 30), ("outside", 1)):
         image, label = body_in_air(), np.zeros((40, 90, 100), np.uint8)
-        label[18:22, row + 4 : row + 8, 40:45] = 1
-        write_case(
-            str(tmp_path), name, image, label, (1.0, 1.0, 1.0), LevelGrids((2, 1)), ("background", "organ"),
-            origin=(0.0, 0.0, 0.0), digest="",
-        )  # fmt: skip
-    cases = [Case(name, tmp_path, tmp_path) for name in ("inside", "outside")]
-    preparation.check_body(cases[:1], str(tmp_path), "mine")
-    assert not caplog.records
-    preparation.check_body(cases, str(tmp_path), "mine")
-    (record,) = caplog.records
-    assert "outside; set --config.predict.crop_to_body=False" in record.getMessage()
-    assert "inside" not in record.getMessage()
+        label[20, row + 5, 40:45] = 1
+        files = [tmp_path / f"{name}_{kind}.nii.gz" for kind in ("image", "label")]
+        for file, voxels in zip(files, (image, label), strict=True):
+            scans.write_scan(file, voxels, (1.0, 1.0, 1.0))
+        for _ in range(2):
+            preparation.prepare_case(Case(name, *files), str(tmp_path), LevelGrids((2, 1)), ("background", "organ"))
+    (line,) = [record.getMessage() for record in caplog.records if "outside the box" in record.getMessage()]
+    assert "case outside: 5 labelled voxels" in line
+    assert "--config.predict.crop_to_body=False" in line

@@ -50,6 +50,19 @@ def test_where_compiled_programs_are_kept(monkeypatch, backend, training, enviro
         assert updates["jax_compilation_cache_dir"].startswith(expected)
 
 
+# The command, and how many programs it took from the cache.
+COUNT_HITS = """
+import sys
+import jax
+from autocontext_jax import main
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+status = main.main(["main", *sys.argv[1:]])
+print(len(hits))
+sys.exit(status)
+"""
+
+
 def test_kept_programs_give_the_same_mask_also_where_they_are_damaged(tmp_path):
     model, source, cache = tmp_path / "unet.autocontext", tmp_path / "scan.nii.gz", tmp_path / "cache"
     network = NetworkDescription(base_channels=4, depth=2, name="unet")
@@ -62,25 +75,28 @@ def test_kept_programs_give_the_same_mask_also_where_they_are_damaged(tmp_path):
     voxels = np.random.default_rng(0).integers(-300, 300, (40, 70, 60), dtype=np.int16)
     scans.write_scan(source, voxels, (1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0))
 
-    def predict(target: Path) -> np.ndarray:
+    def predict(target: Path) -> tuple[np.ndarray, int]:
         run = subprocess.run(
-            [sys.executable, "-m", "autocontext_jax.main", "--mode=predict", f"--model={model}", f"--input={source}",
+            [sys.executable, "-c", COUNT_HITS, "--mode=predict", f"--model={model}", f"--input={source}",
              f"--output={target}"],
             env={**os.environ, "XDG_CACHE_HOME": str(cache)}, capture_output=True, encoding="utf-8", check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         assert "Traceback" not in run.stderr
-        return scans.read_scan(target).voxels
+        return scans.read_scan(target).voxels, int(run.stdout.split()[-1])
 
-    first = predict(tmp_path / "first.nii.gz")
+    first, hits = predict(tmp_path / "first.nii.gz")
+    assert hits == 0
     kept = sorted(cache.rglob("*-cache"))
     assert any("predict_tiles" in file.name for file in kept)
-    times = [file.stat().st_mtime_ns for file in kept]
-    np.testing.assert_array_equal(predict(tmp_path / "second.nii.gz"), first)
+    second, hits = predict(tmp_path / "second.nii.gz")
+    assert hits >= 2  # the program of each level
+    np.testing.assert_array_equal(second, first)
     assert sorted(cache.rglob("*-cache")) == kept
-    assert [file.stat().st_mtime_ns for file in kept] == times
     for number, file in enumerate(kept):
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2] if number % 2 else b"")
-    np.testing.assert_array_equal(predict(tmp_path / "third.nii.gz"), first)
+    third, hits = predict(tmp_path / "third.nii.gz")
+    assert hits == 0
+    np.testing.assert_array_equal(third, first)
     assert len(np.unique(first)) > 1

@@ -50,3 +50,15 @@ def body_box(image: np.ndarray) -> tuple[Interval, Interval, Interval] | None:
         box.append((max(0, (low - MARGIN) * step), min(size, (high + MARGIN) * step)))
     z, y, x = box
     return z, y, x
+
+
+def voxels_outside(image: np.ndarray, label: np.ndarray) -> int:
+    """How many labelled voxels lie outside the box around the body: prediction would lose them.
+
+    Args:
+      image: [D, H, W] int16, HU.
+      label: [D, H, W], 0 where nothing is labelled.
+    """
+    box = body_box(image)
+    inside = 0 if box is None else np.count_nonzero(label[tuple(slice(*edges) for edges in box)])
+    return int(np.count_nonzero(label) - inside)

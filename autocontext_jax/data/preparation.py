@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from autocontext_jax.data.body import body_box
+from autocontext_jax.data.body import voxels_outside
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.data.split import content_checksum
 from autocontext_jax.data.store.format import FORMAT, read_attributes
@@ -47,6 +47,11 @@ def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ..
     if not scans.looks_like_ct(scan.voxels):
         log.warning("case %s does not look like CT in HU: %d to %d", case.name, scan.voxels.min(), scan.voxels.max())
     label = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
+    if lost := voxels_outside(scan.voxels, label):
+        log.warning(
+            "case %s: %d labelled voxels lie outside the box around the body, where prediction leaves them out unless "
+            "--config.predict.crop_to_body=False is set", case.name, lost,
+        )  # fmt: skip
     write_case(
         root,
         case.name,
@@ -125,31 +130,6 @@ def check_classes(cases: Sequence[Case], root: str, labels: tuple[str, ...], dat
         log.warning("%s: no class is labelled in these cases, trained on as background: %s", dataset, some(empty))
     if absent := [name for name, has in zip(labels[1:], voxels.T, strict=True) if not has.any()]:
         log.warning("%s: no training case has these classes, which cannot be learned: %s", dataset, some(absent))
-
-
-def check_body(cases: Sequence[Case], root: str, dataset: str) -> None:
-    """Warns of labels outside the box around the body, which prediction would lose (`predict.crop_to_body`).
-
-    It looks at the coarsest level, where the box is found too.
-
-    Args:
-      cases: prepared.
-      root: folder or URL of the store.
-      dataset: name of the data set, for the message.
-    """
-    outside = []
-    for case in cases:
-        prepared = PreparedCase.open(root, case.name)
-        image, label = prepared.read(1, (0, 0, 0), prepared.shapes[0]).result()
-        box = body_box(image)
-        inside = np.zeros(0, np.uint8) if box is None else label[tuple(slice(*edges) for edges in box)]
-        if np.count_nonzero(inside) < np.count_nonzero(label):
-            outside.append(case.name)
-    if outside:
-        log.warning(
-            "%s: in these cases voxels outside the box around the body are labelled, where prediction would leave them "
-            "out: %s; set --config.predict.crop_to_body=False", dataset, some(outside),
-        )  # fmt: skip
 
 
 def _digest(case: Case, grids: LevelGrids, labels: tuple[str, ...]) -> str:

@@ -74,10 +74,10 @@ def choose_box(
     axes = []
     for low, high in regions:
         choices = []  # size, stride, number of tiles
-        # With several tiles, what a tile adds to the one before is a size of the ladder.
-        ladder = box_sizes(align, high - low + 2 * align + 2 * blend(align).border, step)
-        strides = {size + -(-2 * margin // align) * align: size for size in ladder}
-        for size in sorted({*strides, *ladder}):
+        sizes = box_sizes(align, high - low + 2 * align + 2 * blend(align).border, step)
+        # Of several tiles the stride is one of the sizes; each tile is larger than the stride by two margins.
+        strides = {size + -(-2 * margin // align) * align: size for size in sizes}
+        for size in sorted({*strides, *sizes}):
             if axis_count(low, high, size, blend(size).border, stride=size, align=align) == 1:
                 choices.append((size, max(align, (size - 2 * blend(size).border) // align * align), 1))
                 break

@@ -92,7 +92,6 @@ class Predictor:
         blend: MakeBlend = gaussian,
         mirror_classes: tuple[int, ...] = (),
     ):
-        self.config = config
         self._spatial_dims: int = model.config.spatial_dims
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes

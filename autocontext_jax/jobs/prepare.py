@@ -43,11 +43,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
             log.error("%s", message)
         count = len(data.training) + len(data.validation)
         raise UserError(f"{messages[-1]} ({len(messages)} of {count} cases cannot be prepared)")
-
-    def check() -> None:
-        preparation.check_classes(data.training, data.store, data.classes, str(data.dataset.root))
-        if config.predict.crop_to_body:
-            preparation.check_body(data.training, data.store, str(data.dataset.root))
-
-    processes.first_does(check)
+    processes.first_does(
+        lambda: preparation.check_classes(data.training, data.store, data.classes, str(data.dataset.root))
+    )
     return data

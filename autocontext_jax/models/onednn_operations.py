@@ -128,6 +128,15 @@ def _reorder(source: tuple[c_void_p, str], target: tuple[c_void_p, str], attribu
     return _Primitive(primitive_desc, {DNNL_ARG_SRC: source, DNNL_ARG_DST: target})
 
 
+def _reading_kernel(
+    primitive_desc: c_void_p, kernel: tuple[c_void_p, str], arguments: dict[int, tuple[c_void_p, str]]
+) -> tuple[list[_Primitive], c_void_p]:
+    """A primitive after the reorder of its kernel, and the layout of kernels that oneDNN prefers for it."""
+    preferred = _query(primitive_desc, DNNL_QUERY_WEIGHTS_MD)
+    arguments = {**arguments, DNNL_ARG_WEIGHTS: (preferred, "preferred")}
+    return [_reorder(kernel, (preferred, "preferred"), _attributes()), _Primitive(primitive_desc, arguments)], preferred
+
+
 def _attributes(*, add: bool = False, relu: bool = False, dtype: str = "float32") -> c_void_p:
     """Attributes of a primitive.
 
@@ -202,22 +211,21 @@ def convolution_relu(xs: tuple[Shape, ...], kernels: tuple[Shape, ...], dtype: s
 
 def _convolutions(parts: Sequence[tuple[str, Shape, str, Shape]], dtype: str, *, relu: bool = False) -> Operation:
     """Each convolution is added to the result of those before; with `relu` there is a bias too."""
-    steps, chosen = [], []
+    steps: list[_Primitive] = []
+    chosen = []
     for number, (x_name, x, kernel_name, kernel) in enumerate(parts):
         last = number == len(parts) - 1
         with_bias = relu and number == 0
         attributes = _attributes(add=number > 0, relu=relu and last, dtype=dtype)
         primitive_desc = _forward(x, kernel, dtype, attributes, bias=with_bias)
-        preferred = _query(primitive_desc, DNNL_QUERY_WEIGHTS_MD)
         arguments = {
             DNNL_ARG_SRC: (_memory_desc(x, dtype), x_name),
-            DNNL_ARG_WEIGHTS: (preferred, "preferred"),
             DNNL_ARG_DST: (_memory_desc((*x[:4], kernel[0]), dtype), "y"),
         }
         if with_bias:
             arguments[DNNL_ARG_BIAS] = (_vector(kernel[0]), "bias")
-        steps.append(_reorder((_memory_desc(kernel, dtype), kernel_name), (preferred, "preferred"), _attributes()))
-        steps.append(_Primitive(primitive_desc, arguments))
+        both, preferred = _reading_kernel(primitive_desc, (_memory_desc(kernel, dtype), kernel_name), arguments)
+        steps += both
         chosen.append(preferred)
     return Operation(steps, chosen)
 
@@ -234,16 +242,10 @@ def deconvolution_relu(x: Shape, kernel: Shape, dtype: str) -> Operation:
         DNNL_DECONVOLUTION_DIRECT, x_desc, any_kernel, bias_desc, y_desc,
         _dims(size), _dims([0] * 3), _dims([0] * 3), _dims([0] * 3), _attributes(relu=True),
     )  # fmt: skip
-    preferred = _query(primitive_desc, DNNL_QUERY_WEIGHTS_MD)
-    arguments = {
-        DNNL_ARG_SRC: (x_desc, "x"),
-        DNNL_ARG_WEIGHTS: (preferred, "preferred"),
-        DNNL_ARG_BIAS: (bias_desc, "bias"),
-        DNNL_ARG_DST: (y_desc, "y"),
-    }
+    arguments = {DNNL_ARG_SRC: (x_desc, "x"), DNNL_ARG_BIAS: (bias_desc, "bias"), DNNL_ARG_DST: (y_desc, "y")}
     given = _memory_desc(kernel, dtype, DECONVOLUTION_KERNEL)
-    reorder = _reorder((given, "kernel"), (preferred, "preferred"), _attributes())
-    return Operation([reorder, _Primitive(primitive_desc, arguments)], [preferred])
+    steps, preferred = _reading_kernel(primitive_desc, (given, "kernel"), arguments)
+    return Operation(steps, [preferred])
 
 
 @functools.cache
@@ -256,14 +258,9 @@ def input_gradient(x: Shape, kernel: Shape, dtype: str) -> Operation:
         x_desc, _any_layout(kernel, dtype), y_desc, *_geometry(kernel),
         _forward(x, kernel, dtype, attributes), attributes,
     )  # fmt: skip
-    preferred = _query(primitive_desc, DNNL_QUERY_WEIGHTS_MD)
-    arguments = {
-        DNNL_ARG_DIFF_DST: (y_desc, "y"),
-        DNNL_ARG_WEIGHTS: (preferred, "preferred"),
-        DNNL_ARG_DIFF_SRC: (x_desc, "x"),
-    }
-    reorder = _reorder((_memory_desc(kernel, dtype), "kernel"), (preferred, "preferred"), attributes)
-    return Operation([reorder, _Primitive(primitive_desc, arguments)], [preferred])
+    arguments = {DNNL_ARG_DIFF_DST: (y_desc, "y"), DNNL_ARG_DIFF_SRC: (x_desc, "x")}
+    steps, preferred = _reading_kernel(primitive_desc, (_memory_desc(kernel, dtype), "kernel"), arguments)
+    return Operation(steps, [preferred])
 
 
 @functools.cache
