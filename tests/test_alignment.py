@@ -77,8 +77,8 @@ def prepared(request, tmp_path_factory) -> tuple[PreparedCase, list[Level]]:
     voxels = np.rint(ramp(np.indices(SIZE) * np.array(SPACING)[:, None, None, None])).astype(np.int16)
     label = np.zeros(SIZE, np.uint8)
     label[28:33, 32:38, 30:36] = 1
-    case = Case("ramp", folder / "ramp.nii.gz", folder / "ramp_label.nii.gz")
-    scans.write_scan(case.image, voxels, SPACING)
+    case = Case("ramp", (folder / "ramp.nii.gz",), folder / "ramp_label.nii.gz")
+    scans.write_scan(case.images[0], voxels, SPACING)
     scans.write_scan(case.label, label, SPACING)
     root = str(folder / "store")
     preparation.prepare_case(case, root, SETTINGS[request.param], ("background", "organ"))
@@ -159,11 +159,11 @@ def test_crops_and_context_agree_at_the_same_millimetre(prepared, margin):
         for level, start, own, image in zip(levels, starts, margins, batch["images"], strict=True):
             # A level's crop has the ramp's value at each voxel's mm.
             first = np.array(start) - own
-            whole = level.whole(first, image.shape[1:])
-            difference = image[sample] - ramp(level.places(first, image.shape[1:]))
+            whole = level.whole(first, image.shape[2:])
+            difference = image[sample, 0] - ramp(level.places(first, image.shape[2:]))
             assert np.abs(difference[whole]).max(initial=0) <= level.tolerance
             patch = tuple(slice(m, m + EDGE) for m in own)
-            patches.append((level, start, image[sample][patch].astype(np.float64), whole[patch]))
+            patches.append((level, start, image[sample, 0][patch].astype(np.float64), whole[patch]))
 
         for (coarse, _, image, whole), (fine, start, finer, finer_whole) in itertools.pairwise(patches):
             # The context laid over the next level's patch: against the mm and against that level's own crop.
@@ -202,7 +202,7 @@ def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialRa
     loader = Loader([case], LoaderConfig(3, EDGE), seed=1, sharding=sharding, spatial=spatial)
     images, _ = next(loader)
     loader.close()
-    images = [np.array(image, np.float64) for image in images]
+    images = [np.array(image[..., 0], np.float64) for image in images]
     return [np.stack([context_hu(before) for before in coarse]) - fine for coarse, fine in itertools.pairwise(images)]
 
 
@@ -243,7 +243,7 @@ def moved_places(
             axes.append(voxels * mm * 2 ** (levels - level))
         crops = np.stack(np.meshgrid(*axes, indexing="ij"))
         places.append(crops[(slice(None), *(slice(m, m + edge) for m in margin))])
-        images.append(np.rint(np.tile(crops, (fields, 1, 1, 1)) * GAIN).astype(np.int16))
+        images.append(np.rint(np.tile(crops, (fields, 1, 1, 1)) * GAIN).astype(np.int16)[:, None])
         labels.append((np.tile(crops, (fields, 1, 1, 1)) > 0).astype(np.uint8))
     # The same number for the samples of all three axes: the same field.
     numbers, spacing = np.repeat(np.arange(fields, dtype=np.uint32), 3), np.array([FINEST] * 3 * fields, np.float32)

@@ -12,6 +12,7 @@ from flax import nnx
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_json
+from autocontext_jax.images.spec import CT
 from autocontext_jax.jobs import config_files as configuration
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, to_config_dict
 from autocontext_jax.jobs.restore import make_model
@@ -111,7 +112,7 @@ def test_the_model_has_the_modes_levels():
 
 def test_the_number_of_dimensions_reaches_the_model():
     config = changed(levels__spatial_dims=2, model__base_channels=2)
-    model = nnx.eval_shape(lambda: make_model(config, 3, UNet))
+    model = nnx.eval_shape(lambda: make_model(config, 3, CT, UNet))
     assert model.config.spatial_dims == 2
     kernels = [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if len(leaf.shape) == 5]
     # [O, 1, k, k, C], and [1, 2, 2, O, C] of deconvolutions.
@@ -173,7 +174,7 @@ BAD = [
     ("loss.dice", 0.0),
     ("loss.dice", -1.0),
     ("loss.level_weights", (0.0, 0.0)),
-    ("pyramid.window", (3.0, 3.0)),
+    ("data.window", (3.0, 3.0)),
     ("data.new_cases", "validate"),
     ("phantom.size", (0, 1, 1)),
     ("seed", -1),

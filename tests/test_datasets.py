@@ -78,12 +78,12 @@ def test_nnunet(nnunet):
     assert dataset.root == nnunet
     assert dataset.labels == ("background", "artery", "vein")
     assert dataset.training == (
-        Case("a", nnunet / "imagesTr/a_0000.nii.gz", nnunet / "labelsTr/a.nii.gz"),
-        Case("b_1", nnunet / "imagesTr/b_1_0000.nii.gz", nnunet / "labelsTr/b_1.nii.gz"),
+        Case("a", (nnunet / "imagesTr/a_0000.nii.gz",), nnunet / "labelsTr/a.nii.gz"),
+        Case("b_1", (nnunet / "imagesTr/b_1_0000.nii.gz",), nnunet / "labelsTr/b_1.nii.gz"),
     )
     assert dataset.test == (
-        Case("t", nnunet / "imagesTs/t_0000.nii.gz", nnunet / "labelsTs/t.nii.gz"),
-        Case("u", nnunet / "imagesTs/u_0000.nii.gz", None),
+        Case("t", (nnunet / "imagesTs/t_0000.nii.gz",), nnunet / "labelsTs/t.nii.gz"),
+        Case("u", (nnunet / "imagesTs/u_0000.nii.gz",), None),
     )
 
 
@@ -91,8 +91,8 @@ def test_msd(msd):
     dataset = datasets.read_dataset(msd)
     assert dataset.labels == ("background", "artery", "vein")
     assert [case.name for case in dataset.training] == ["a", "b"]
-    assert dataset.training[0] == Case("a", msd / "imagesTr/a.nii.gz", msd / "labelsTr/a.nii.gz")
-    assert dataset.test == (Case("t", msd / "imagesTs/t.nii.gz", None),)
+    assert dataset.training[0] == Case("a", (msd / "imagesTr/a.nii.gz",), msd / "labelsTr/a.nii.gz")
+    assert dataset.test == (Case("t", (msd / "imagesTs/t.nii.gz",), None),)
     touch(msd, "labelsTs/t.nii.gz")
     assert datasets.read_dataset(msd).test[0].label == msd / "labelsTs/t.nii.gz"
 

@@ -70,7 +70,7 @@ def data_set(root: Path, labels: dict[str, np.ndarray], side: str = "Tr", names=
 
 def prepared(folder: Path, name: str, label: np.ndarray, factors=(2, 1)) -> PreparedCase:
     data_set(folder, {name: label})
-    case = Case(name, folder / f"imagesTr/{name}_0000.nii.gz", folder / f"labelsTr/{name}.nii.gz")
+    case = Case(name, (folder / f"imagesTr/{name}_0000.nii.gz",), folder / f"labelsTr/{name}.nii.gz")
     preparation.prepare_case(case, str(folder / "store"), LevelGrids(factors), LABELS)
     return PreparedCase.open(str(folder / "store"), name)
 

@@ -83,7 +83,7 @@ def test_kept_programs_give_the_same_mask_also_where_they_are_damaged(tmp_path):
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         assert "Traceback" not in run.stderr
-        return scans.read_scan(target).voxels, int(run.stdout.split()[-1])
+        return scans.read_scan(target).voxels[0], int(run.stdout.split()[-1])
 
     first, hits = predict(tmp_path / "first.nii.gz")
     assert hits == 0

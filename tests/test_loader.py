@@ -45,13 +45,13 @@ def cases(tmp_path_factory) -> list[PreparedCase]:
     opened = []
     for number, size in enumerate(SIZES):
         name, spacing = f"case_{number}", (2.5 - 0.25 * number, 0.75, 1.0)
-        case = Case(name, folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz")
+        case = Case(name, (folder / f"{name}.nii.gz",), folder / f"{name}_label.nii.gz")
         label = np.zeros(size, np.uint8)
         label[:6, :7, :8] = 1  # at the very corner
         if number < 4:
             label[-5:, 10:20, 10:20] = 2
             label[10:20, 8:24, -12:-4] = 3
-        scans.write_scan(case.image, rng.integers(-1000, 2000, size, np.int16), spacing)
+        scans.write_scan(case.images[0], rng.integers(-1000, 2000, size, np.int16), spacing)
         scans.write_scan(case.label, label, spacing)
         preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LABELS)
         opened.append(PreparedCase.open(str(folder / "store"), name))
@@ -96,7 +96,7 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
     for case in cases[:2]:
         for level, shape in enumerate(case.shapes, start=1):
             image, label = case.read(level, (0, 0, 0), shape).result()
-            whole[case.name, level] = np.pad(image, wide, constant_values=-1024), np.pad(label, wide)
+            whole[case.name, level] = np.pad(image[0], wide, constant_values=-1024), np.pad(label, wide)
     z, y, x = cases[1].shapes[-1]
     places = [(0, (9, 9, 10)), (0, (0, 0, 0)), (1, (z - 1, y - 1, x - 1)), (1, (0, y - 1, 5)), (0, (-20, 70, 3))]
     batch = read_batch([(cases[number], centre, margins) for number, centre in places], EDGE, margins)
@@ -109,7 +109,7 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
             box = tuple(
                 slice(wide + first - m, wide + first + EDGE + m) for first, m in zip(start, margin, strict=True)
             )
-            image, label = batch["images"][level - 1][sample], batch["labels"][level - 1][sample]
+            image, label = batch["images"][level - 1][sample, 0], batch["labels"][level - 1][sample]
             assert (image.dtype, label.dtype) == (np.int16, np.uint8)
             wanted_image, wanted_label = whole[cases[number].name, level]
             np.testing.assert_array_equal(image, wanted_image[box])
@@ -302,8 +302,8 @@ def test_a_case_is_read_no_further_than_its_own_margins(cases, monkeypatch):
     assert read == sizes
     for level, (inner, outer) in enumerate(zip(small, large, strict=True)):
         inside = tuple(slice(b - a, b + EDGE + a) for a, b in zip(inner, outer, strict=True))
-        image, label = both["images"][level][0], both["labels"][level][0]
-        np.testing.assert_array_equal(image[inside], alone["images"][level][0])
+        image, label = both["images"][level][0, 0], both["labels"][level][0]
+        np.testing.assert_array_equal(image[inside], alone["images"][level][0, 0])
         image[inside], label[inside] = -1024, 0
         assert (image == -1024).all()
         assert not label.any()

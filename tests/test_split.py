@@ -29,7 +29,7 @@ def refused(call, *parts):
 
 
 def cases_of(count):
-    return [Case(f"c{index:02d}", Path(f"c{index:02d}.nii"), None) for index in range(count)]
+    return [Case(f"c{index:02d}", (Path(f"c{index:02d}.nii"),), None) for index in range(count)]
 
 
 def test_split_is_a_partition_that_depends_on_the_seed_alone():
@@ -102,10 +102,12 @@ def dataset(tmp_path) -> Dataset:
         for path in (image, label)[: 1 + labelled]:
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"{path.parent.name} of {name}", encoding="utf-8")
-        return Case(name, image, label if labelled else None)
+        return Case(name, (image,), label if labelled else None)
 
     training = tuple(case(name, "Tr") for name in ("a", "b", "c"))
-    return Dataset(tmp_path, ("background", "one"), training, (case("d", "Ts"), case("e", "Ts", labelled=False)))
+    return Dataset(
+        tmp_path, ("background", "one"), ("CT",), training, (case("d", "Ts"), case("e", "Ts", labelled=False))
+    )
 
 
 @pytest.fixture
@@ -145,15 +147,15 @@ def test_an_unchanged_data_set_shows_no_change_and_nothing_of_it_is_read(dataset
 
 
 def test_a_file_that_was_only_touched_is_read_and_found_the_same(dataset, split):
-    os.utime(dataset.training[0].image, ns=(1, 1))
+    os.utime(dataset.training[0].images[0], ns=(1, 1))
     now, changes = compare(split, dataset)
     assert changes.changed == ()
-    assert now.cases["a"].image.modified == 1
+    assert now.cases["a"].images[0].modified == 1
 
 
 def test_a_case_that_was_added_changes_no_side(dataset, split):
     (more := dataset.root / "more").write_text("x", encoding="utf-8")
-    larger = dataclasses.replace(dataset, training=(*dataset.training, Case("bb", more, more)))
+    larger = dataclasses.replace(dataset, training=(*dataset.training, Case("bb", (more,), more)))
     now, changes = compare(split, larger)
     assert changes.new == ("bb",)
     assert now == split
@@ -173,14 +175,14 @@ def test_another_folder_with_the_same_content_is_the_same_data_set(dataset, spli
 
     def moved(case: Case) -> Case:
         files = []
-        for path in (case.image, case.label):
+        for path in (case.images[0], case.label):
             new = None
             if path is not None:
                 new = root / path.relative_to(dataset.root)
                 new.parent.mkdir(exist_ok=True)
                 new.write_bytes(path.read_bytes())
             files.append(new)
-        return Case(case.name, *files)
+        return Case(case.name, tuple(files[:-1]), files[-1])
 
     other = dataclasses.replace(
         dataset, root=root, training=tuple(map(moved, dataset.training)), test=tuple(map(moved, dataset.test))

@@ -36,15 +36,15 @@ def write_case(folder: Path, name: str = "case 1", seed: int = 0, organs: bool =
     for number in range(1, len(LABELS)):
         z, y, x = rng.integers(5, 40, 3)
         label[z : z + 20, y : y + 15, x : x + 25] = number * organs
-    case = Case(name, folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz")
-    scans.write_scan(case.image, voxels, SPACING, ORIGIN)
+    case = Case(name, (folder / f"{name}.nii.gz",), folder / f"{name}_label.nii.gz")
+    scans.write_scan(case.images[0], voxels, SPACING, ORIGIN)
     scans.write_scan(case.label, label, SPACING, ORIGIN)
     return case
 
 
 def expected_levels(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
     """Image and label of each level, coarsest first, straight from the files."""
-    scan = scans.read_scan(case.image)
+    scan = scans.read_scan(case.images)
     label = scans.read_label(case.label, labels=range(len(LABELS)), like=scan.grid, case=case.name)
     return [
         (
@@ -94,18 +94,20 @@ def test_others_read_what_was_written(prepared):
 
     for described in (image, masks):
         (multiscale,) = described.ome_attributes.multiscales
-        assert [(axis.name, axis.type, axis.unit) for axis in multiscale.axes] == [
-            (name, "space", "millimeter") for name in "zyx"
-        ]
+        axes = [(axis.name, axis.type) for axis in multiscale.axes]
+        channel = [("c", "channel")] if described is image else []
+        assert axes == [*channel, *((name, "space") for name in "zyx")]
+        assert {axis.unit for axis in multiscale.axes[-3:]} == {"millimeter"}
         assert [dataset.path for dataset in multiscale.datasets] == ["level_2", "level_1"]  # finest first
         for dataset, factor in zip(multiscale.datasets, (2, 4), strict=True):
             scale, translation = dataset.coordinateTransformations
-            np.testing.assert_allclose(scale.scale, np.multiply(SPACING, factor))
-            np.testing.assert_allclose(translation.translation, np.multiply(SPACING, (factor - 1) / 2))
+            ones, zeros = ([1], [0]) if channel else ([], [])
+            np.testing.assert_allclose(scale.scale, [*ones, *np.multiply(SPACING, factor)])
+            np.testing.assert_allclose(translation.translation, [*zeros, *np.multiply(SPACING, (factor - 1) / 2)])
     for level, (voxels, label) in enumerate(expected_levels(case), start=1):
         for path, expected in ((f"level_{level}", voxels), (f"labels/classes/level_{level}", label)):
             assert group[path].dtype == expected.dtype
-            assert group[path].metadata.dimension_names == ("z", "y", "x")
+            assert group[path].metadata.dimension_names == tuple("czyx"[-expected.ndim :])
             np.testing.assert_array_equal(group[path][:], expected)
 
     ours = group.attrs["autocontext_jax"]
@@ -119,7 +121,8 @@ def test_description(prepared):
     opened = PreparedCase.open(root, case.name)
     assert (opened.name, opened.labels) == (case.name, LABELS)
     assert opened.factors == ((4, 4, 4), (2, 2, 2))
-    assert opened.shapes == tuple(image.shape for image, _ in expected_levels(case))
+    assert opened.shapes == tuple(label.shape for _, label in expected_levels(case))
+    assert [channel.normalization for channel in opened.image.channels] == ["CT"]
     np.testing.assert_allclose(opened.spacing, np.multiply(SPACING, 2))
 
 
@@ -130,11 +133,11 @@ def test_crops_equal_a_padded_scan(prepared, cache_bytes):
     margin = 60
     size = (17, 8, 33)
     for level, (image, label) in enumerate(expected_levels(case), start=1):
-        padded = np.pad(image, margin, constant_values=-1024), np.pad(label, margin)
+        padded = np.pad(image[0], margin, constant_values=-1024)[None], np.pad(label, margin)
         # Along each axis: beyond on either side, across either border, inside, and larger than the scan.
-        starts = [(-50, -16, -3, 0, 5, n - 4, n, n + 20) for n in image.shape]
+        starts = [(-50, -16, -3, 0, 5, n - 4, n, n + 20) for n in label.shape]
         crops = [(start, size, opened.read(level, start, size)) for start in itertools.product(*starts)]
-        whole = tuple(n + 20 for n in image.shape)
+        whole = tuple(n + 20 for n in label.shape)
         crops.append(((-10, -10, -10), whole, opened.read(level, (-10, -10, -10), whole)))
         for start, edges, crop in crops:
             box = tuple(slice(margin + first, margin + first + n) for first, n in zip(start, edges, strict=True))
@@ -234,7 +237,7 @@ def open_then_die(*args, **keywords):
 if sys.argv[4] == "0":
     writer.ts.KvStore.KeyRange = die
 writer.ts.open = open_then_die
-case = Case(sys.argv[1], Path(sys.argv[2] + ".nii.gz"), Path(sys.argv[2] + "_label.nii.gz"))
+case = Case(sys.argv[1], (Path(sys.argv[2] + ".nii.gz"),), Path(sys.argv[2] + "_label.nii.gz"))
 preparation.prepare_case(case, sys.argv[3], LevelGrids((4, 2)), {LABELS!r})
 """
 
@@ -313,7 +316,7 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
     later = store_format.FORMAT + 1
     for module in (store_format, reader, preparation, writer):
         monkeypatch.setattr(module, "FORMAT", later)
-    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 3, expected 4: delete that folder"):
+    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 4, expected 5: delete that folder"):
         PreparedCase.open(root, case.name)
     assert preparation.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
 
@@ -329,7 +332,10 @@ def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
     root = str(tmp_path / "store")
     small, good = write_case(tmp_path, "small", organs=False), write_case(tmp_path, "good")
     scans.write_scan(small.label, np.zeros((5, 5, 5), np.uint8), SPACING, ORIGIN)
-    unlabelled, lost = Case("unlabelled", good.image, None), Case("lost", tmp_path / "lost.nii.gz", good.label)
+    unlabelled, lost = (
+        Case("unlabelled", (good.images[0],), None),
+        Case("lost", (tmp_path / "lost.nii.gz",), good.label),
+    )
     done: list[str] = []
     cases = [small, unlabelled, good, lost]
     bad = preparation.prepare_cases(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)

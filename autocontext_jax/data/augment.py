@@ -50,8 +50,9 @@ def make_augment(
         numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on
           its place in the batch or on the device;
         spacing [B, 3] is the finest level's, mm;
-        images and labels hold for each trained level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
-      and the result holds for each level [B, N, N, N] float32 HU and uint8.
+        images and labels hold for each trained level [B, C, N + 2 m_z, N + 2 m_y, N + 2 m_x] as it is stored and
+          [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] uint8;
+      and the result holds for each level [B, N, N, N, C] float32 and [B, N, N, N] uint8.
     """
     shape = patch_shape(patch_size, spatial_dims)
     scales = [
@@ -77,7 +78,7 @@ def make_augment(
                 moved = tuple(_centre(array, shape, margin) for array in (image, label))
             else:
                 moved = _resample(image, label, position)
-            image_out.append(moved[0].astype(jnp.float32))
+            image_out.append(jnp.moveaxis(moved[0].astype(jnp.float32), 0, -1))
             label_out.append(moved[1])
         if spatial is not None and spatial.flip_classes:
             classes = jnp.asarray(spatial.flip_classes, jnp.uint8)
@@ -175,14 +176,14 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
     """Reads a level's crop at `position`: the image linearly, the label at the nearest voxel.
 
     Args:
-      image: [D, H, W], int16; D may be 1.
+      image: [C, D, H, W], of any type; D may be 1.
       label: [D, H, W], uint8.
       position: three arrays [N, N, N] or [1, N, N], voxels of this level about the crop's centre.
 
     Returns:
-      image float32 and label uint8 in the shape of the positions.
+      image [C, ...] float32 and label uint8 in the shape of the positions.
     """
-    shape = image.shape
+    shape = label.shape
     base, fraction, nearest = [], [], []
     for along, size in zip(position, shape, strict=True):
         index = jnp.clip(along + (size - 1) / 2, 0, size - 1)
@@ -195,11 +196,11 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
     def flat(indices):
         return sum(index * stride for index, stride in zip(indices, strides, strict=True))
 
-    voxels, corner = image.ravel(), flat(base)
+    voxels, corner = image.reshape(len(image), -1), flat(base)
 
     def corner_value(dz: int, dy: int, dx: int) -> jax.Array:
         offset = dz * strides[0] + dy * strides[1] + dx
-        return voxels.at[corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
+        return voxels.at[:, corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
 
     depths = range(min(2, shape[0]))
 
@@ -213,17 +214,23 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
 
 
 def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:
-    return lax.slice(array, margin, tuple(m + size for m, size in zip(margin, shape, strict=True)))
+    """Without the margins: [..., N + 2 m_z, N + 2 m_y, N + 2 m_x] -> [..., N, N, N]."""
+    inside = (slice(m, m + size) for m, size in zip(margin, shape, strict=True))
+    return array[..., *inside]
 
 
 def _change_intensity(key: jax.Array, images: list[jax.Array], ranges: IntensityRanges) -> tuple[jax.Array, ...]:
-    """The same shift and contrast for all levels of a sample; noise of the same strength, but independent."""
+    """The same shift and contrast for all levels of a sample; noise of the same strength, but independent.
+
+    Each channel of the images, [N, N, N, C], has its own.
+    """
     if ranges == IntensityRanges():
         return tuple(images)
     scale_key, shift_key, strength_key, noise_key = jax.random.split(key, 4)
-    scale = 1 + ranges.scale * jax.random.uniform(scale_key, minval=-1, maxval=1)
-    shift = ranges.shift * jax.random.uniform(shift_key, minval=-1, maxval=1)
-    strength = ranges.noise * jax.random.uniform(strength_key)
+    channels = images[0].shape[-1:]
+    scale = 1 + ranges.scale * jax.random.uniform(scale_key, channels, minval=-1, maxval=1)
+    shift = ranges.shift * jax.random.uniform(shift_key, channels, minval=-1, maxval=1)
+    strength = ranges.noise * jax.random.uniform(strength_key, channels)
     return tuple(
         image * scale + shift + strength * jax.random.normal(level_key, image.shape)
         for level_key, image in zip(jax.random.split(noise_key, len(images)), images, strict=True)

@@ -45,12 +45,14 @@ class Dataset:
     Attributes:
       root: the folder that holds `dataset.json`.
       labels: K names in the order of their values, "background" (0) first.
+      channels: [C] names of the images' channels.
       training: every case with its label, by name.
       test: cases kept apart, by name; with labels where `labelsTs` has them.
     """
 
     root: Path
     labels: tuple[str, ...]
+    channels: tuple[str, ...]
     training: tuple[Case, ...]
     test: tuple[Case, ...]
 
@@ -66,7 +68,7 @@ def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dat
 
     Raises:
       UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not 0..K-1 with
-        background at 0; there are several channels; an image lacks its label or a label its image; a case is named
+        background at 0; there is no channel; an image lacks its label or a label its image; a case is named
         twice; a path leads out of the folder; there is no case; there are not as many as the file says.
     """
     place = Root(Path(root), outside_paths)
@@ -92,13 +94,13 @@ def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dat
 
 def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
     """nnU-Net v2: labels by name; cases lie side by side, or the key "dataset" names their files."""
-    _one_channel(root.json, "channel_names", description)
+    channels = _channels(root.json, "channel_names", description)
     labels = _labels(root.json, get(str(root.json), description, "labels", dict))
     ending = get(str(root.json), description, "file_ending", str)
     check_ending(root, ending)
     _warn_of_keys(root, description, NNUNET)
     if "dataset" in description:
-        training = named_cases(root, get(str(root.json), description, "dataset", dict))
+        training = named_cases(root, get(str(root.json), description, "dataset", dict), channels)
         warn_of_unlisted(root, 'its key "dataset" does not name them', training, ("imagesTr", "labelsTr"))
         _warn_of_number(root, description, "numTraining", "dataset", training)
     else:
@@ -109,17 +111,17 @@ def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
                     f"{root.folder} has no folder {folder}: expected the training cases' {folder.removesuffix('Tr')} "
                     "there"
                 )
-        training = paired_cases(root, ending, "Tr")
+        training = paired_cases(root, ending, "Tr", channels)
         _check_number(root, description, "numTraining", "imagesTr", training)
         _warn_of_other_labels(root, description, training)
-    test = paired_cases(root, ending, "Ts")
+    test = paired_cases(root, ending, "Ts", channels)
     _check_number(root, description, "numTest", "imagesTs", test)
-    return Dataset(root.folder, labels, training, test)
+    return Dataset(root.folder, labels, channels, training, test)
 
 
 def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
     """MSD and nnU-Net v1: labels by value, cases in lists."""
-    _one_channel(root.json, "modality", description)
+    channels = _channels(root.json, "modality", description)
     by_value = get(str(root.json), description, "labels", dict)
     values: dict[str, str] = {}
     for value, name in by_value.items():
@@ -127,15 +129,15 @@ def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
             raise UserError(f'{root.json}: the labels {other} and {value} are both "{name}": expected each name once')
     labels = _labels(root.json, values)
     _warn_of_keys(root, description, ABOUT)
-    training = listed_cases(root, "training", get(str(root.json), description, "training", list))
+    training = listed_cases(root, "training", get(str(root.json), description, "training", list), channels)
     _warn_of_number(root, description, "numTraining", "training", training)
     if "test" in description:
-        test = listed_cases(root, "test", get(str(root.json), description, "test", list), "labelsTs")
+        test = listed_cases(root, "test", get(str(root.json), description, "test", list), channels, "labelsTs")
         _warn_of_number(root, description, "numTest", "test", test)
     else:
         test = ()
     warn_of_unlisted(root, "no list of it names them", (*training, *test))
-    return Dataset(root.folder, labels, training, test)
+    return Dataset(root.folder, labels, channels, training, test)
 
 
 def _check_cases(dataset: Dataset) -> None:
@@ -154,12 +156,12 @@ def _check_cases(dataset: Dataset) -> None:
     for case in dataset.training:
         if case.label is None:
             raise UserError(
-                f'case {case.name}: "training" in {dataset.root / "dataset.json"} names no label of {case.image}: '
+                f'case {case.name}: "training" in {dataset.root / "dataset.json"} names no label of {case.images[0]}: '
                 'expected {"image": path, "label": path}, or the case taken out'
             )
     first: dict[Path, str] = {}
-    if shared := [case for case in cases if first.setdefault(case.image, case.name) != case.name]:
-        pairs = (f"{first[case.image]} and {case.name}" for case in shared)
+    if shared := [case for case in cases if first.setdefault(case.images[0], case.name) != case.name]:
+        pairs = (f"{first[case.images[0]]} and {case.name}" for case in shared)
         log.warning(
             "%s: different cases have the same image, and may be trained on and scored: %s", dataset.root, some(pairs)
         )
@@ -210,11 +212,13 @@ def _warn_of_other_labels(root: Root, description: Mapping[str, Any], training: 
         )  # fmt: skip
 
 
-def _one_channel(path: Path, key: str, description: Mapping[str, Any]) -> None:
+def _channels(path: Path, key: str, description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the channels, in the order of their numbers."""
     channels = get(str(path), description, key, dict)
-    if len(channels) != 1:
-        found = ", ".join(map(str, channels.values())) or "none"
-        raise UserError(f'{path}: "{key}" has {len(channels)} channels ({found}): expected one, the CT')
+    if sorted(channels) != sorted(str(number) for number in range(len(channels))) or not channels:
+        found = ", ".join(f'"{number}": {shown(name)}' for number, name in channels.items()) or "empty"
+        raise UserError(f'{path}: "{key}" is {found}: expected channels with the numbers "0", "1", ..., as "0": "CT"')
+    return tuple(str(channels[str(number)]) for number in range(len(channels)))
 
 
 def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from autocontext_jax.data.augment import Augment, make_augment
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_centre
-from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import require
 from autocontext_jax.geometry import Triple, patch_shape, pyramid_starts
@@ -107,7 +106,7 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """(images, labels), each trained level's [B, N, N, N], coarsest first; float32 HU and uint8."""
+        """(images, labels) of each trained level, coarsest first: [B, N, N, N, C] float32 and [B, N, N, N] uint8."""
         local = next(self._host)
 
         def place(array: np.ndarray) -> jax.Array:
@@ -178,8 +177,8 @@ def host_batches(
     `margins` are those of each case. Each element is a dict of
       numbers: [b] uint32, the samples' places in the whole run's sequence;
       spacing: [b, 3] float32, the finest level's, mm;
-      images, labels: for each trained level [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8, with m the largest
-        of all cases' margins.
+      images, labels: for each trained level [b, C, N + 2 m_z, N + 2 m_y, N + 2 m_x] as it is stored and
+        [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] uint8, with m the largest of all cases' margins.
     """
     mine = np.arange(config.batch_size, dtype=np.uint32)[rows or slice(None)]
     largest = largest_margins(margins)
@@ -223,7 +222,7 @@ def read_batch(
     """Crops of the pyramid patches around given centres; `host_batches` says of what shape.
 
     All reads are under way together: levels and samples wait for the disk once, not one after another. Of each case no
-    more is read than its own margins; beyond them the arrays hold air and background, which augmentation never reads.
+    more is read than its own margins; beyond them the arrays hold padding, which augmentation never reads.
 
     Args:
       crops: of each sample its case, the patch's centre as a voxel of the finest level, and the case's margins.
@@ -237,7 +236,10 @@ def read_batch(
         level: (len(crops), *(size + 2 * m for size, m in zip(shape, margin, strict=True)))
         for level, margin in trained.items()
     }
-    images = {level: np.empty(size, np.int16) for level, size in sizes.items()}
+    spec = crops[0][0].image
+    images = {
+        level: np.empty((number, len(spec.channels), *size), spec.dtype) for level, (number, *size) in sizes.items()
+    }
     labels = {level: np.empty(size, np.uint8) for level, size in sizes.items()}
     pending = []
     for sample, (case, centre, own) in enumerate(crops):
@@ -248,9 +250,9 @@ def read_batch(
             depth, height, width = (size + 2 * m for size, m in zip(shape, needed, strict=True))
             inside = tuple(slice(m - n, m + size + n) for m, n, size in zip(margin, needed, shape, strict=True))
             if needed != margin:
-                images[level][sample].fill(AIR)
+                images[level][sample][...] = spec.padding
                 labels[level][sample].fill(0)
-            into = images[level][sample][inside], labels[level][sample][inside]
+            into = images[level][sample][..., *inside], labels[level][sample][inside]
             pending.append(case.read(level, (z, y, x), (depth, height, width), into))
     for read in pending:
         read.result()

@@ -42,17 +42,21 @@ def downsample_image(voxels: np.ndarray, factors: tuple[float, float, float]) ->
     """The image on a level's grid.
 
     Args:
-      voxels: [D, H, W] int16, HU.
+      voxels: [..., D, H, W], int16 or float32.
       factors: native voxels per voxel of the level along (z, y, x).
 
     Returns:
-      [D', H', W'] int16, HU: means over area, rounded half to even.
+      [..., D', H', W'] of the same type: means over area; of integers rounded half to even.
     """
     if all(factor == 1 for factor in factors):
         return voxels
-    level = np.empty(level_shape(voxels.shape, factors), np.int16)
-    for rows, slices, weights in _slabs(voxels.shape, factors):
-        level[rows] = np.rint(_mean(voxels[slices], weights))
+    *channels, depth, height, width = voxels.shape
+    native = (depth, height, width)
+    level = np.empty((*channels, *level_shape(native, factors)), voxels.dtype)
+    for rows, slices, weights in _slabs(native, factors):
+        for channel in np.ndindex(*channels):
+            mean = _mean(voxels[channel][slices], weights)
+            level[channel][rows] = np.rint(mean) if voxels.dtype == np.int16 else mean
     return level
 
 

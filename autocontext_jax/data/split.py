@@ -44,18 +44,18 @@ class SplitCase:
 
     Attributes:
       side: `training`, `validation`, `test`, or `unused` where a file of folds leaves it out.
-      image: its scan.
+      images: the files of its scan.
       label: its label map; None if it had none.
     """
 
     side: str
-    image: FileRecord
+    images: tuple[FileRecord, ...]
     label: FileRecord | None
 
     @property
     def checksum(self) -> str:
-        """Of both files."""
-        return f"{self.image.checksum} {self.label.checksum if self.label else ''}".strip()
+        """Of all files."""
+        return " ".join(record.checksum for record in (*self.images, self.label) if record is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +93,11 @@ class Split:
 
         cases = {}
         for name, values in content["cases"].items():
-            image = record(values["image"])
-            assert image is not None
-            cases[name] = SplitCase(values["side"], image, record(values["label"]))
+            # The first files have scans of one file.
+            images = values["images"] if "images" in values else [values["image"]]
+            cases[name] = SplitCase(
+                values["side"], tuple(FileRecord(**image) for image in images), record(values["label"])
+            )
         return cls(tuple(content["classes"]), cases)
 
 
@@ -129,10 +131,13 @@ def make_split(dataset: Dataset, sides: Mapping[str, str], known: Split | None =
 
     def look(case: Case) -> SplitCase:
         old = before.get(case.name)
-        old_image, old_label = (old.image, old.label) if old else (None, None)
-        image = _record(dataset.root, case.image, old_image, case.name)
+        old_images = old.images if old and len(old.images) == len(case.images) else (None,) * len(case.images)
+        images = tuple(
+            _record(dataset.root, path, known, case.name) for path, known in zip(case.images, old_images, strict=True)
+        )
+        old_label = old.label if old else None
         label = None if case.label is None else _record(dataset.root, case.label, old_label, case.name)
-        return SplitCase(sides[case.name], image, label)
+        return SplitCase(sides[case.name], images, label)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
         return Split(dataset.labels, dict(zip(cases, pool.map(look, cases.values()), strict=True)))
@@ -160,12 +165,12 @@ def compare(split: Split, dataset: Dataset) -> tuple[Split, Changes]:
 
 
 def content_checksum(case: Case) -> str:
-    """Of both files of a case, as `SplitCase.checksum` gives it.
+    """Of the files of a case, as `SplitCase.checksum` gives it.
 
     Raises:
       UserError: a file cannot be read.
     """
-    return " ".join(_hash(path, case.name) for path in (case.image, case.label) if path is not None)
+    return " ".join(_hash(path, case.name) for path in (*case.images, case.label) if path is not None)
 
 
 def draw_validation(cases: Iterable[Case], *, fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:

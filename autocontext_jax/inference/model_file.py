@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.files import exists, write_whole, writing
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
@@ -100,7 +101,8 @@ class Description:
       license: under which the weights may be used; "" if nobody said.
       classes: [K], background first; the number of a class in the network's output is its place here.
       network: of every level.
-      pyramid: how the levels are connected, and which intensities they see.
+      pyramid: how the levels are connected.
+      image: the channels, and how they are normalised.
       levels: the model's levels, coarsest first.
       trained_spacing: the smallest and the largest spacing of the training scans along each axis, mm, (z, y, x); () if
         they are not known.
@@ -114,6 +116,7 @@ class Description:
     classes: tuple[ClassDescription, ...]
     network: NetworkDescription
     pyramid: PyramidConfig
+    image: ImageSpec
     levels: LevelGrids
     trained_spacing: tuple[tuple[float, float, float], ...]
     tiling: Tiling
@@ -125,6 +128,7 @@ class Description:
         values = [entry.value for entry in self.classes]
         require(len(set(values)) == len(values) and values[0] == 0, self, "classes",
                 "classes of different values, the first of which is 0")  # fmt: skip
+        require(self.image.learned, self, "image", "channels of CT with a window")
         require(len(self.trained_spacing) in (0, 2), self, "trained_spacing", "the smallest and the largest, or none")
         require(self.levels.unit == "voxels" or bool(self.levels.finest_spacing), self, "levels", "a finest_spacing")
         flipped = self.tiling.flip_classes
@@ -138,6 +142,7 @@ class Description:
             self.pyramid,
             levels=len(self.levels.factors),
             classes=len(self.classes),
+            image=self.image,
             spatial_dims=self.levels.spatial_dims,
         )
 
@@ -208,6 +213,13 @@ def _described(path: Path, content: dict[str, Any]) -> Description:
             tiling.pop(name, None)
         tiling.setdefault("margin", PredictorConfig.margin)
         tiling.setdefault("crop_to_body", False)
+    if isinstance(model, dict) and isinstance(pyramid := model.get("pyramid"), dict) and "window" in pyramid:
+        window = pyramid.pop("window")  # the first files have CT and a fixed window
+        if isinstance(window, list) and len(window) == 2 and all(isinstance(edge, int | float) for edge in window):
+            low, high = window
+            channel = {"name": "CT", "normalization": "CT", "window": window}
+            channel |= {"mean": (low + high) / 2, "std": (high - low) / 2}
+            model.setdefault("image", {"channels": [channel], "cut_out": False})
     return from_dict(Description, model, place=f"{path}: {DESCRIPTION}: key", prefix="model.")
 
 

@@ -52,6 +52,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
         classes=classes,
         network=NetworkDescription(**network, name=config.model.backbone.rpartition(":")[2]),
         pyramid=config.pyramid,
+        image=learned.image,
         levels=levels,
         trained_spacing=(learned.smallest, learned.largest),
         tiling=Tiling(

@@ -22,6 +22,7 @@ from autocontext_jax.errors import UserError, counted
 from autocontext_jax.evaluation import metrics, pictures, report
 from autocontext_jax.files import writing
 from autocontext_jax.images import scans
+from autocontext_jax.images.formats import PICTURES, mask_suffix
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import chosen_step, restore_model
@@ -152,7 +153,7 @@ def _score(
       cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
     model, step = restore_model(config, workdir, split, extensions)
-    classes, extra = split.classes, extensions.extra_metrics(config)
+    classes, extra, image = split.classes, extensions.extra_metrics(config), model.description.image
     annotated = [classes[number] for number in sorted(set(numbers.tolist()) - {0})]
     levels = config.model_levels()
     tolerance = config.evaluate.tolerance
@@ -160,7 +161,7 @@ def _score(
 
     def read(case: Case) -> Labelled:
         assert case.label is not None
-        scan = scans.read_scan(case.image)
+        scan = scans.read_scan(case.images, image)
         label = scans.read_label(case.label, labels=range(len(numbers)), like=scan.grid, case=case.name)
         return scan, numbers[label]
 
@@ -173,10 +174,13 @@ def _score(
         (scan, truth), masks = made
         for level, mask in masks.items():
             place = folder / "predictions" / ("" if level == levels[-1] else f"level_{level}")
-            scans.write_mask(place / f"{case.name}.nii.gz", mask, scan.grid)
+            scans.write_mask(place / f"{case.name}{mask_suffix(case.images[0])}", mask, scan.grid)
         columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
         path = folder / "pictures" / f"{case.name}.png"
-        pictures.figure(path, scan.voxels, columns, classes[1:], scan.spacing, title=case.name)
+        shown = image.ct[0] if image.ct else 0
+        pictures.figure(
+            path, scan.voxels[shown], columns, classes[1:], scan.spacing, title=case.name, hu=bool(image.ct)
+        )
         scored = {}
         for level, mask in masks.items():
             every = metrics.scores(mask, truth, classes[1:], scan.spacing, tolerance=tolerance, extra=extra)
@@ -226,8 +230,8 @@ def _make_room(folder: Path, levels: Sequence[int]) -> None:
         for pattern in (
             "table.md",
             "table.csv",
-            "predictions/*.nii.gz",
-            "predictions/level_*/*.nii.gz",
+            *(f"predictions/*{suffix}" for suffix in (".nii.gz", *PICTURES)),
+            *(f"predictions/level_*/*{suffix}" for suffix in (".nii.gz", *PICTURES)),
             "pictures/*.png",
         ):
             for path in folder.glob(pattern):

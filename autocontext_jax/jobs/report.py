@@ -11,6 +11,7 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import page, pictures, surface_meshes
 from autocontext_jax.evaluation.report import beside_published
 from autocontext_jax.images import scans
+from autocontext_jax.images.formats import mask_suffix
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData, read_data
 from autocontext_jax.training.phases import MODES
@@ -87,11 +88,11 @@ def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surfac
     dataset = data.dataset
     (case,) = [case for case in (*dataset.training, *dataset.test) if case.name == name]
     assert case.label is not None
-    grid = scans.read_grid(case.image)
-    files = {"truth": case.label}
+    grid = scans.read_grid(case.images)
+    files, mask = {"truth": case.label}, f"{name}{mask_suffix(case.images[0])}"
     for folder in sorted((run / "predictions").glob("level_*")):
-        files[folder.name.replace("_", " ")] = folder / f"{name}.nii.gz"
-    files["finest level"] = run / "predictions" / f"{name}.nii.gz"
+        files[folder.name.replace("_", " ")] = folder / mask
+    files["finest level"] = run / "predictions" / mask
     return {
         column: surface_meshes.class_surfaces(
             scans.read_label(path, labels=range(256), like=grid, case=name), dataset.labels[1:], grid.canonical_spacing

@@ -8,6 +8,7 @@ from autocontext_jax.data.loader import LoaderConfig
 from autocontext_jax.data.phantom.dataset import PhantomConfig
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
+from autocontext_jax.images.spec import NORMALIZATIONS
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
@@ -31,6 +32,10 @@ class DataConfig:
       fold: number of the fold in it, from 0.
       new_cases: what becomes of cases that were added to the data set after the run began: `ignore` names them and
         leaves them out; `train` takes them into training. They never join the validation or test cases.
+      normalization: of each channel, where its name in dataset.json does not choose well: `CT`, `zscore`,
+        `rescale_to_0_1`, `rgb_to_0_1` or `noNorm`, see `images.spec.Channel`; () leaves it to the names.
+      window: (low, high) in HU, to which CT is clipped and which become -1 and 1, as in the paper; () clips it to the
+        0.5 and 99.5 percentiles of what is labelled in the training scans and takes mean and deviation from there.
       workers: scans prepared at the same time; 0 is one for each processor that this process may use.
       cache_mib: memory for decompressed chunks of the prepared cases, in MiB.
     """
@@ -42,6 +47,8 @@ class DataConfig:
     splits: str = ""
     fold: int = 0
     new_cases: str = "ignore"
+    normalization: tuple[str, ...] = ()
+    window: tuple[float, ...] = ()
     workers: int = 0
     cache_mib: int = 1024
 
@@ -49,6 +56,10 @@ class DataConfig:
         require(0 < self.validation_fraction < 1, self, "validation_fraction", "a fraction in (0, 1)")
         for name in ("fold", "workers", "cache_mib"):
             require(getattr(self, name) >= 0, self, name, "0 or more")
+        wrong = set(self.normalization) - set(NORMALIZATIONS)
+        require(not wrong, self, "normalization", f"some of {', '.join(NORMALIZATIONS)}, one for each channel")
+        good = not self.window or (len(self.window) == 2 and self.window[0] < self.window[1])
+        require(good, self, "window", "(low, high) in HU with low < high, or ()")
         require(self.new_cases in ("ignore", "train"), self, "new_cases", "one of ignore, train")
 
 

@@ -26,6 +26,7 @@ from autocontext_jax.data.split import (
 )
 from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.files import read_json, write_json, writing
+from autocontext_jax.images.spec import CT, ImageSpec, ct_image, image_spec, is_of
 from autocontext_jax.jobs.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ class RunData:
     split: Split
     fingerprint: Fingerprint
     store: str
+
+    @property
+    def image(self) -> ImageSpec:
+        """The channels, and how they are normalised."""
+        return self.fingerprint.image
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -98,14 +104,13 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
         split = _first_split(config, dataset) if known is None else _checked(config, dataset, known, workdir)
         if split != known:
             write_json(workdir / "split.json", split.to_json())
-        if not (workdir / "fingerprint.json").exists():
-            write_json(workdir / "fingerprint.json", fingerprint(split.of("training", dataset)).to_json())
+        _take_fingerprint(config, workdir, dataset, split)
 
     processes.first_does(prepare)
     split = read_split(workdir)
     assert split is not None
     dataset = read.pop() if read else _read_dataset(config, workdir)
-    return RunData(dataset, split, read_fingerprint(workdir), _store(config, workdir))
+    return RunData(dataset, split, read_fingerprint(config, workdir), _store(config, workdir))
 
 
 def read_data(config: RunConfig, workdir: Path) -> RunData:
@@ -117,7 +122,7 @@ def read_data(config: RunConfig, workdir: Path) -> RunData:
     known = known_split(workdir)
     dataset = _read_dataset(config, workdir)
     split = _checked(config, dataset, known, workdir)
-    return RunData(dataset, split, read_fingerprint(workdir), _store(config, workdir))
+    return RunData(dataset, split, read_fingerprint(config, workdir), _store(config, workdir))
 
 
 def read_split(workdir: Path) -> Split | None:
@@ -130,7 +135,7 @@ def read_split(workdir: Path) -> Split | None:
     return Split.from_json(read_json(path, FORMAT)) if path.exists() else None
 
 
-def read_fingerprint(workdir: Path) -> Fingerprint:
+def read_fingerprint(config: RunConfig, workdir: Path) -> Fingerprint:
     """The fingerprint of a run's training scans.
 
     Raises:
@@ -139,7 +144,36 @@ def read_fingerprint(workdir: Path) -> Fingerprint:
     path = workdir / "fingerprint.json"
     if not path.exists():
         raise UserError(f"run folder {workdir} has no fingerprint.json: train there first (--mode train)")
-    return Fingerprint.from_json(read_json(path, fingerprint_format))
+    # Runs without an image in it had CT and a fixed window.
+    default = ct_image(config.data.window) if config.data.window else CT
+    return Fingerprint.from_json(read_json(path, fingerprint_format), place=str(path), default=default)
+
+
+def write_learned(workdir: Path, data: RunData, image: ImageSpec) -> None:
+    """Completes the fingerprint by what was learned of the channels."""
+    if image != data.image:
+        learned = dataclasses.replace(data.fingerprint, image=image)
+        write_json(workdir / "fingerprint.json", learned.to_json())
+
+
+def _take_fingerprint(config: RunConfig, workdir: Path, dataset: Dataset, split: Split) -> None:
+    """Writes the fingerprint, unless the run has one of these channels.
+
+    Raises:
+      UserError: the data set's channels have changed.
+    """
+    declared = image_spec(dataset.channels, config.data.normalization, config.data.window)
+    if (workdir / "fingerprint.json").exists():
+        known = read_fingerprint(config, workdir).image
+        names = [tuple(channel.name for channel in image.channels) for image in (declared, known)]
+        if names[0] != names[1]:
+            raise UserError(
+                f"data set {dataset.root} has the channels {names[0]}; expected {names[1]}, with which the run began: "
+                "set dataset.json back, or start in another --workdir"
+            )
+        if is_of(known, declared) or (workdir / "checkpoints").exists():  # training refuses another configuration
+            return
+    write_json(workdir / "fingerprint.json", fingerprint(split.of("training", dataset), declared).to_json())
 
 
 def known_split(workdir: Path) -> Split:

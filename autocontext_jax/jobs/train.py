@@ -140,12 +140,12 @@ def _train_phase(
     learning = [levels.index(level) + 1 for level in phase.learning]  # counted in this model
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     loss = config.phase_loss(phase)
-    model = nnx.eval_shape(lambda: make_model(config, classes, network))
+    model = nnx.eval_shape(lambda: make_model(config, classes, data.image, network))
     graph, shapes = create_state(model, optimizer, learning)
     frozen_graph = freeze_batch_stats(graph, shapes.params, shapes.batch_stats)
 
     def create() -> TrainState:
-        return create_state(make_model(config, classes, network), optimizer, learning)[1]
+        return create_state(make_model(config, classes, data.image, network), optimizer, learning)[1]
 
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)
@@ -272,10 +272,11 @@ def training_mesh(config: RunConfig) -> Mesh:
 def validation_picture(batch: dict[str, Any], slices: Sequence[np.ndarray]) -> np.ndarray:
     """The first held-out patch's middle slice at each level: image, truth, prediction; [H, W, 3] uint8."""
     rows = []
-    for image, truth, predicted in zip(batch["images"], batch["labels"], slices, strict=True):
-        middle = image.shape[1] // 2
+    for images, truth, predicted in zip(batch["images"], batch["labels"], slices, strict=True):
+        middle = truth.shape[1] // 2
+        image, window = images[0, 0], None if images.dtype == np.int16 else pictures.contrast(images[0, 0])
         masks = (np.zeros_like(predicted), truth[0, middle], predicted)
-        rows.append(pictures.side_by_side([pictures.overlay(image[0, middle], mask) for mask in masks]))
+        rows.append(pictures.side_by_side([pictures.overlay(image[middle], mask, window=window) for mask in masks]))
     return np.concatenate(rows)
 
 

@@ -81,7 +81,8 @@ def validate(
     """
     results = []
     for batch in batches:
-        images, labels = (tuple(place(array, sharding) for array in batch[key]) for key in ("images", "labels"))
+        images = tuple(place(np.moveaxis(array, 1, -1).astype(np.float32), sharding) for array in batch["images"])
+        labels = tuple(place(array, sharding) for array in batch["labels"])
         results.append(step(state, Batch(images, labels)))
     metrics, slices = zip(*jax.device_get(results), strict=True)
     total = Metrics(

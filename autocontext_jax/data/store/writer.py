@@ -9,6 +9,7 @@ import numpy as np
 import tensorstore as ts
 
 from autocontext_jax.data import resampling
+from autocontext_jax.data.histograms import histograms
 from autocontext_jax.data.store.format import (
     CHUNK,
     FORMAT,
@@ -21,8 +22,9 @@ from autocontext_jax.data.store.format import (
     checksum,
     storage_errors,
 )
-from autocontext_jax.data.store.level_grids import AIR, LevelGrids, Triple, times
+from autocontext_jax.data.store.level_grids import LevelGrids, Triple, times
 from autocontext_jax.errors import counted
+from autocontext_jax.images.spec import CT, ImageSpec
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ def write_case(
     grids: LevelGrids,
     classes: tuple[str, ...],
     *,
+    image: ImageSpec = CT,
     origin: Triple = (0.0, 0.0, 0.0),
     direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     digest: str = "",
@@ -47,11 +50,12 @@ def write_case(
     Args:
       root: folder or URL of the store.
       name: the case's.
-      voxels: [D, H, W] int16, HU.
+      voxels: [C, D, H, W], see `images.spec`.
       label: [D, H, W] uint8, numbers of the classes.
       spacing: mm of the scan, (z, y, x).
       grids: of the levels.
       classes: [K] names, background first.
+      image: of the channels.
       origin: of the scan's first voxel, mm; recorded only.
       direction: cosines of the scan's axes, nine numbers row by row; recorded only.
       digest: says what the case was made from; recorded only.
@@ -65,23 +69,27 @@ def write_case(
     foreground = np.flatnonzero(masks[-1])
     numbers = masks[-1].ravel()[foreground]
     _warn_of_lost_classes(name, label, masks[-1], classes, times(spacing, factors[-1]))
-    arrays = {"foreground/": foreground[np.argsort(numbers, kind="stable")].astype(np.uint32)}
-    for level, (image, mask) in enumerate(zip(images, masks, strict=True), start=1):
-        arrays |= {f"level_{level}/": image, f"labels/classes/level_{level}/": mask}
+    arrays = {
+        "foreground/": foreground[np.argsort(numbers, kind="stable")].astype(np.uint32),
+        "intensities/": histograms(voxels[list(image.ct)], label).ravel(),
+    }
+    for level, (volume, mask) in enumerate(zip(images, masks, strict=True), start=1):
+        arrays |= {f"level_{level}/": volume, f"labels/classes/level_{level}/": mask}
     properties = [{"label-value": number, "name": title} for number, title in enumerate(classes) if number]
     about = {"image-label": {"version": "0.5", "properties": properties, "source": {"image": "../../"}}}
-    native = {"size": voxels.shape, "spacing": spacing, "origin": origin, "direction": direction}
+    native = {"size": label.shape, "spacing": spacing, "origin": origin, "direction": direction}
     offsets = np.cumsum(np.bincount(numbers, minlength=len(classes))).tolist()
     ours = {"format": FORMAT, "case": name, "hash": digest, "native": native, "labels": classes, "factors": factors}
-    ours |= {"shapes": [image.shape for image in images], "foreground_offsets": offsets}
+    ours |= {"shapes": [mask.shape for mask in masks], "foreground_offsets": offsets}
+    ours |= {"channels": image.stored_as[:-1]}
     ours |= {"crc": checksum(ours)}
     groups: dict[str, Any] = {  # in this order: the root's metadata mark a complete case
         "labels/": {"ome": {"version": "0.5", "labels": ["classes"]}},
-        "labels/classes/": {"ome": _multiscales("classes", "majority", spacing, factors) | about},
-        "": {"ome": _multiscales(name, "mean", spacing, factors), OURS: ours},
+        "labels/classes/": {"ome": _multiscales("classes", "majority", spacing, factors, channels=False) | about},
+        "": {"ome": _multiscales(name, "mean", spacing, factors, channels=True), OURS: ours},
     }
     with storage_errors(root, name, "written", "see that the disk has room and the folder lets you write"):
-        _write(case_url(root, name), arrays, groups)
+        _write(case_url(root, name), arrays, groups, image)
 
 
 def _warn_of_lost_classes(name: str, label: np.ndarray, finest: np.ndarray, classes: Sequence[str], mm: Triple) -> None:
@@ -99,36 +107,40 @@ def _warn_of_lost_classes(name: str, label: np.ndarray, finest: np.ndarray, clas
         )  # fmt: skip
 
 
-def _write(url: str, arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any]) -> None:
+def _write(url: str, arrays: Mapping[str, np.ndarray], groups: Mapping[str, Any], image: ImageSpec) -> None:
     """Replaces what is at the URL; arrays and groups by path."""
     store = ts.KvStore.open(url).result()
     store.write("zarr.json", None).result()  # before all else: from here on the case is incomplete
     store.delete_range(ts.KvStore.KeyRange()).result()
-    for write in [_write_array(url + path, array) for path, array in arrays.items()]:
+    for write in [_write_array(url + path, array, image) for path, array in arrays.items()]:
         write.result()
     for path, attributes in groups.items():
         metadata = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
         store.write(f"{path}zarr.json", json.dumps(metadata, indent=1)).result()
 
 
-def _write_array(url: str, array: np.ndarray) -> Any:
-    """Starts to write an image, a label or the foreground; returns the future."""
-    chunk, shard, names = (CHUNK, SHARD, [*"zyx"]) if array.ndim == 3 else (INDEX_CHUNK, INDEX_SHARD, ["entry"])
+def _write_array(url: str, array: np.ndarray, image: ImageSpec) -> Any:
+    """Starts to write an image, a label, the foreground or the intensities; returns the future."""
+    chunk, shard, names = {
+        4: ([len(array), *[CHUNK] * 3], [len(array), *[SHARD] * 3], [*"czyx"]),
+        3: ([CHUNK] * 3, [SHARD] * 3, [*"zyx"]),
+        1: ([INDEX_CHUNK], [INDEX_SHARD], ["entry"]),
+    }[array.ndim]
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     # CT in 32^3 chunks: bitshuffle packs it 2.2 times (bytes 1.8), zstd 2.4 times but takes half as long again to read.
     # A label packs 50 times without, and is then read twice as fast.
     shuffle = "noshuffle" if array.dtype == np.uint8 else "bitshuffle"
     blosc = {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": shuffle}}
     sharding = {
-        "chunk_shape": [chunk] * array.ndim,
+        "chunk_shape": chunk,
         "codecs": [little, blosc, {"name": "crc32c"}],
         "index_codecs": [little, {"name": "crc32c"}],
     }
-    file = [min(shard, max(1, -(-size // chunk)) * chunk) for size in array.shape]
+    file = [min(s, max(1, -(-size // c)) * c) for size, c, s in zip(array.shape, chunk, shard, strict=True)]
     metadata = {
         "shape": array.shape,
         "data_type": array.dtype.name,
-        "fill_value": AIR if array.dtype == np.int16 else 0,
+        "fill_value": image.padding.item(0) if array.ndim == 4 else 0,
         "dimension_names": names,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
@@ -137,13 +149,17 @@ def _write_array(url: str, array: np.ndarray) -> Any:
     return store.write(array, can_reference_source_data_indefinitely=True)
 
 
-def _multiscales(name: str, method: str, spacing: Triple, factors: Sequence[Triple]) -> dict[str, Any]:
+def _multiscales(
+    name: str, method: str, spacing: Triple, factors: Sequence[Triple], *, channels: bool
+) -> dict[str, Any]:
     """OME-Zarr's description of the levels; mm from the centre of the native grid's first voxel."""
+    first, step = ([1.0], [0.0]) if channels else ([], [])
     datasets: list[dict[str, Any]] = []
     for level, factor in enumerate(factors, start=1):
         shift = times(spacing, ((factor[0] - 1) / 2, (factor[1] - 1) / 2, (factor[2] - 1) / 2))
-        scale = {"type": "scale", "scale": times(spacing, factor)}
-        translation = {"type": "translation", "translation": shift}
+        scale = {"type": "scale", "scale": [*first, *times(spacing, factor)]}
+        translation = {"type": "translation", "translation": [*step, *shift]}
         datasets.insert(0, {"path": f"level_{level}", "coordinateTransformations": [scale, translation]})
-    axes = [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"]
+    axes = [{"name": "c", "type": "channel"}] * channels
+    axes += [{"name": axis, "type": "space", "unit": "millimeter"} for axis in "zyx"]
     return {"version": "0.5", "multiscales": [{"name": name, "type": method, "axes": axes, "datasets": datasets}]}
