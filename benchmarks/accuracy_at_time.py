@@ -1,7 +1,7 @@
 """What mean Dice on held-out scans does each method reach in the same training time?
 
-    python benchmarks/accuracy_at_time.py --data FOLDER --method pyramid|level_1|monai|nnunet --minutes 30 --results FILE
-        [--steps N] [--config configs/openkbp.py] [--workdir FOLDER] [--config.key=value ...]
+    python benchmarks/accuracy_at_time.py --data FOLDER --method pyramid|level_1|monai|nnunet --results FILE
+        [--minutes 30] [--steps N] [--config configs/openkbp.py] [--workdir FOLDER] [--config.key=value ...]
 
 One method a call, alone on the machine; FILE gathers the results, a JSON line a call, and the table shows all of them.
 Where a data set has no labelled test scans, those are scored that --config holds out, and no method trains on them.
@@ -12,9 +12,9 @@ taken as fit, or N are. The clock covers the whole train process: start, compila
 what it showed is in the table, as `used`.
 
 `monai` is what a MONAI user gets: UNet (16, 32, 64, 128, 256; two residual units; batch norm), DiceCELoss, Adam 1e-3,
-RandCropByLabelClasses of 64^3 (32^3 of smaller scans) with equal ratios and 4 samples a scan, RandAffine, and a Gaussian
-sliding window, in float32, until the time is up; reading the scans and importing are not counted. Its voxels are those
-that our store has: CT scaled from [-500, 500] HU to [-1, 1], other channels normalised as by nnU-Net.
+RandCropByLabelClasses of 64^3 (32^3 of smaller scans) with equal ratios and 4 samples a scan, RandAffine, and a
+Gaussian sliding window, in float32, until the time is up; reading the scans and importing are not counted. It sees CT
+scaled from [-500, 500] HU to [-1, 1], and other channels normalised as nnU-Net does it.
 
 `nnunet` is nnU-Net itself with its own plan, `3d_fullres`, on all training cases. Its schedule is shortened to the
 epochs that fit, of a tenth of its 250 steps, so that the learning rate falls as it does there; a few steps are timed
@@ -213,8 +213,8 @@ def read(case: Case, image: ImageSpec) -> dict[str, Any]:
     assert case.label is not None
     scan = scans.read_scan(case.images, image)
     label = scans.read_label(case.label, labels=range(256), like=scan.grid, case=case.name)
-    low, gain, bottom, top = (part[:, None, None, None] for part in image.scaling())
-    voxels = np.clip((scan.voxels.astype(np.float32) - low) * gain + bottom, bottom if image.ct else -np.inf, top)
+    low, gain, offset, bottom, top = (part[:, None, None, None] for part in image.scaling())
+    voxels = np.clip((scan.voxels.astype(np.float32) - low) * gain + offset, bottom, top)
     return {"image": torch.from_numpy(voxels), "label": torch.from_numpy(label)[None]}
 
 
@@ -222,6 +222,7 @@ def scored(dataset: Dataset, predict: Callable[[Case], np.ndarray]) -> dict[str,
     """`statistics.summarise` of the test cases; `predict` gives the mask of one, canonical."""
     organs, scores = dataset.labels[1:], {}
     for case in dataset.test:
+        assert case.label is not None
         grid = scans.read_grid(case.images)
         truth = scans.read_label(case.label, labels=range(256), like=grid, case=case.name)
         # Of these only the Dice is shown; it knows no spacing.
@@ -237,7 +238,7 @@ def nnunet(flags: argparse.Namespace, dataset: Dataset, folder: Path) -> dict[st
     for name in ("raw", "preprocessed", "results"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         os.environ[f"nnUNet_{name}"] = str(folder / name)
-    os.environ["nnUNet_compile"] = "f"
+    os.environ |= {"nnUNet_compile": "f"}
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor

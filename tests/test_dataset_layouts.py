@@ -290,7 +290,7 @@ def test_a_further_channel_of_nnunet_v1_is_refused(tmp_path):
     scan(tmp_path / "labelsTr/a.nii.gz", 1)
     message = refusal(msd(tmp_path, [entry("imagesTr/a.nii.gz", "labelsTr/a.nii.gz")]))
     assert "case a" in message
-    assert "a_0000.nii.gz and a_0001.nii.gz: expected one channel" in message
+    assert "a_0000.nii.gz, a_0001.nii.gz: expected one channel" in message
 
 
 @pytest.mark.parametrize("channels", [("0000", "0001"), ("0001",)])

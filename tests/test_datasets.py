@@ -173,13 +173,13 @@ def test_bad_labels_of_msd(msd):
 def test_more_than_one_channel_of_nnunet(nnunet):
     touch(nnunet, "imagesTr/a_0001.nii.gz")
     refused(lambda: datasets.read_dataset(nnunet), "case a", "a_0000.nii.gz, a_0001.nii.gz", "one channel")
-    describe(nnunet, NNUNET, channel_names={"0": "CT", "1": "PET"})
-    refused(lambda: datasets.read_dataset(nnunet), "2 channels (CT, PET)")
 
 
-def test_more_than_one_channel_of_msd(msd):
-    describe(msd, MSD, modality={"0": "T2", "1": "ADC"})
-    refused(lambda: datasets.read_dataset(msd), "2 channels (T2, ADC)")
+def test_several_channels_of_msd_are_in_one_file(msd):
+    describe(msd, MSD, modality={"1": "ADC", "0": "T2"})
+    dataset = datasets.read_dataset(msd)
+    assert dataset.channels == ("T2", "ADC")
+    assert dataset.training[0].images == (msd / "imagesTr/a.nii.gz",)
 
 
 def test_nnunet_files_that_do_not_pair(nnunet):

@@ -9,6 +9,7 @@ from flax import nnx
 from scipy import ndimage
 
 from autocontext_jax.data.histograms import ct_statistics, histograms
+from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.images.intensity import share_shown, stored_voxels
 from autocontext_jax.images.spec import (
@@ -188,3 +189,40 @@ def test_networks_see_ct_as_nnunet_does_and_other_channels_as_they_are_stored():
     (seen,) = model((jnp.asarray(voxels),))
     np.testing.assert_allclose(seen[..., 0], (np.clip(voxels[..., 0], -100, 300) - 33) / 71, atol=1e-4)
     np.testing.assert_array_equal(seen[..., 1], voxels[..., 1])
+
+
+def test_nnunet_itself_gives_the_same_statistics_and_voxels():
+    """Of phantoms of CT, and of the same as if they were MR; where nnU-Net is installed."""
+    fingerprints = pytest.importorskip("nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor")
+    schemes = pytest.importorskip("nnunetv2.preprocessing.normalization.default_normalization_schemes")
+    cropping = pytest.importorskip("nnunetv2.preprocessing.cropping.cropping")
+    phantoms = [
+        make_phantom(np.random.default_rng(number), size=(40, 48, 44), spacing=(6.0, 6.0, 6.0)) for number in range(4)
+    ]
+    extractor = fingerprints.DatasetFingerprintExtractor
+    drawn = [
+        extractor.collect_foreground_intensities(label[None], voxels[None].astype(np.float32), num_samples=10_000_000)[
+            0
+        ]
+        for voxels, label in phantoms
+    ]
+    theirs = np.concatenate([intensities[0] for intensities in drawn])
+    percentiles = np.percentile(theirs, (0.5, 99.5))
+    low, high, mean, std = ct_statistics(histograms(voxels[None], label)[0] for voxels, label in phantoms)
+    np.testing.assert_allclose((mean, std), (theirs.mean(dtype=float), theirs.std(dtype=float)), rtol=1e-3)
+    np.testing.assert_allclose((low, high), percentiles, rtol=1e-3)
+
+    properties = {"mean": mean, "std": std, "percentile_00_5": low, "percentile_99_5": high}
+    spec = with_statistics(image_spec(["CT"], (), ()), {0: (low, high, mean, std)})
+    start, gain, offset, bottom, top = spec.scaling()
+    for voxels, _ in phantoms:
+        expected = schemes.CTNormalization(False, properties).run(voxels.astype(np.float32))
+        np.testing.assert_allclose(np.clip((voxels - start) * gain + offset, bottom, top), expected, atol=1e-4)
+        mr_like = voxels.astype(np.float32) + 1025  # no voxel is 0
+        scored = schemes.ZScoreNormalization(False, {}).run(mr_like.copy())
+        np.testing.assert_allclose(stored_voxels("mr", [mr_like], spec_of("zscore"))[0], scored, atol=1e-4)
+        cut = np.where(voxels > -500, mr_like, 0)
+        data, seg, box = cropping.crop_to_nonzero(cut[None].copy())
+        masked = schemes.ZScoreNormalization(True, {}).run(data[0], seg[0])
+        ours = stored_voxels("mr", [cut], spec_of("zscore", cut_out=True))[0]
+        np.testing.assert_allclose(ours[tuple(slice(*edges) for edges in box)], masked, atol=1e-4)

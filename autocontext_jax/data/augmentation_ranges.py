@@ -55,9 +55,9 @@ class IntensityRanges:
     """How far the intensity augmentation may go; zeros leave the image as it is.
 
     Attributes:
-      noise: largest standard deviation of white noise, HU.
-      shift: largest shift of all intensities, HU.
-      scale: largest relative change of contrast about 0 HU.
+      noise: largest standard deviation of white noise, in units of what is stored: HU of CT, see `images.spec`.
+      shift: largest shift of all intensities, in the same units.
+      scale: largest relative change of contrast about 0.
     """
 
     noise: float = 0.0
@@ -79,9 +79,9 @@ class AugmentationConfig:
         are when they are predicted.
       flip: whether left and right are exchanged in half of the patches.
       flip_pairs: classes that exchange names with it, such as ("right_kidney=left_kidney",).
-      noise: largest standard deviation of white noise, HU.
-      intensity_shift: largest shift of all intensities, HU.
-      intensity_scale: largest relative change of contrast about 0 HU.
+      noise: largest standard deviation of white noise, in units of what is stored: HU of CT, see `images.spec`.
+      intensity_shift: largest shift of all intensities, in the same units.
+      intensity_scale: largest relative change of contrast about 0.
     """
 
     rotation: float = 5.0

@@ -104,21 +104,20 @@ class ImageSpec:
         return [*(channel.normalization for channel in self.channels), self.cut_out]
 
     def scaling(self) -> tuple[np.ndarray, ...]:
-        """How networks normalise stored values x: clip((x - low) * gain + bottom, bottom, top).
+        """How networks normalise stored values x: clip((x - low) * gain + offset, bottom, top).
 
         Returns:
-          low, gain, bottom, top: [C] float32 each. What was normalised before it was stored stays as it is.
+          low, gain, offset, bottom, top: [C] float32 each. What was normalised before it was stored stays as it is.
         """
         rows = []
         for channel in self.channels:
             if channel.is_ct:
                 low, high = channel.window
                 bottom, top = ((edge - channel.mean) / channel.std for edge in (low, high))
-                rows.append((low, 1 / channel.std, bottom, top))
+                rows.append((low, 1 / channel.std, bottom, bottom, top))
             else:
-                rows.append((0.0, 1.0, -math.inf, math.inf))
-        low, gain, bottom, top = np.array(rows, np.float32).T
-        return low, gain, np.where(np.isfinite(bottom), bottom, 0), top
+                rows.append((0.0, 1.0, 0.0, -math.inf, math.inf))
+        return tuple(np.array(rows, np.float32).T)
 
 
 def fixed_window(channel: Channel, window: Sequence[float]) -> Channel:

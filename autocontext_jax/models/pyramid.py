@@ -105,8 +105,8 @@ class Pyramid(nnx.Module):
         """
         x = image.astype(jnp.float32)
         if self.config.image.ct:
-            low, gain, bottom, top = self.config.image.scaling()
-            x = jnp.clip((x - low) * gain + bottom, bottom, top)
+            low, gain, offset, bottom, top = self.config.image.scaling()
+            x = jnp.clip((x - low) * gain + offset, bottom, top)
         if level > 1 and self.config.context != "none":
             assert maps is not None, "levels after the first need the maps of the level before"
             if self.config.context == "onehot":
