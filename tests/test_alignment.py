@@ -87,7 +87,7 @@ def prepared(request, tmp_path_factory) -> tuple[PreparedCase, list[Level]]:
     levels = {}
     for dataset in ome["multiscales"][0]["datasets"]:
         scale, translation = dataset["coordinateTransformations"]
-        levels[dataset["path"]] = describe(np.array(scale["scale"]), np.array(translation["translation"]))
+        levels[dataset["path"]] = describe(np.array(scale["scale"][-3:]), np.array(translation["translation"][-3:]))
     opened = PreparedCase.open(root, "ramp")
     return opened, [levels[f"level_{level}"] for level in range(1, len(opened.shapes) + 1)]
 

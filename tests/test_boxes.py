@@ -29,6 +29,7 @@ from test_predictor import (
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.spec import CT
 from autocontext_jax.inference import boxes, scan_tiles
 from autocontext_jax.inference.boxes import box_sizes, choose_box
 from autocontext_jax.inference.predictor import Predictor
@@ -184,7 +185,7 @@ def test_tiles_take_no_more_memory_than_they_may(monkeypatch):
     slabs = row_bytes(z.size, z.stride, (y.extent, x.extent), CLASSES)
     tile = (z.size, y.size, x.size)
     needed = math.prod(tile) * bytes_a_voxel(
-        predictor._programs[0], predictor._state, tile, context=False, classes=CLASSES, spatial_dims=3
+        predictor._programs[0], predictor._state, tile, image=CT, context=False, classes=CLASSES, spatial_dims=3
     )
     assert 0.08e9 < needed + slabs <= 0.155e9
 
@@ -210,7 +211,13 @@ def test_maps_of_many_classes_count_too():
 def test_the_bytes_of_a_voxel_hardly_depend_on_the_tile():
     predictor = Predictor(trained_pyramid(2, width=4), PredictorConfig(), align=2)
     found = bytes_a_voxel(
-        predictor._programs[-1], predictor._state, (96, 64, 128), context=True, classes=CLASSES, spatial_dims=3
+        predictor._programs[-1],
+        predictor._state,
+        (96, 64, 128),
+        image=CT,
+        context=True,
+        classes=CLASSES,
+        spatial_dims=3,
     )
     assert predictor._bytes_a_voxel() == pytest.approx(found, rel=0.05)
 
@@ -223,7 +230,7 @@ def test_device_memory_does_not_grow_with_the_scan(small):
         gc.collect()  # what other tests left behind
         seen: list[int] = []
         predictor.masks(
-            scan((depth, 30, 32)), cubed(2, 1), levels=(1, 2),
+            scan((depth, 30, 32))[None], cubed(2, 1), levels=(1, 2),
             progress=lambda *_: seen.append(sum(array.nbytes for array in jax.live_arrays())),
         )  # fmt: skip
         return max(seen)

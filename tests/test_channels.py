@@ -17,6 +17,7 @@ from autocontext_jax.data.preparation import prepare_case
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
+from autocontext_jax.geometry import pyramid_starts
 from autocontext_jax.images import scans
 from autocontext_jax.images.finding import find_scans
 from autocontext_jax.images.spec import AIR, Channel, ImageSpec, image_spec
@@ -81,8 +82,7 @@ def test_what_one_of_several_channels_shows_is_learned(modality, tmp_path):
     for source, written in ((tmp_path / "in", "out/case.nii.gz"), (files[0], "one.nii.gz")):
         target = tmp_path / written
         place = target.parent if source.is_dir() else target
-        options = from_config_dict(default_config())
-        assert run("predict", options, Paths(workdir, source=source, target=place))
+        assert run("predict", config, Paths(workdir, source=source, target=place))
         np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(target))), mask)
     with pytest.raises(UserError, match=rf"holds 1 channel; expected {len(modality)}: {', '.join(modality)}"):
         model.predict(files[0], progress=False)
@@ -175,7 +175,8 @@ def test_ct_beside_other_channels_keeps_its_hu_and_is_padded_by_air(tmp_path):
     assert fine.dtype == np.float32
     assert fine.shape == (2, 16, 16, 16)
     stored = scans.read_scan(files, spec).voxels
-    inside = tuple(slice(8 - c, 8 - c + n) for c, n in zip((4, 4, 5), (8, 9, 10), strict=True))
+    starts = pyramid_starts((4, 4, 5), 16, 2)[1]
+    inside = tuple(slice(-first, n - first) for first, n in zip(starts, (8, 9, 10), strict=True))
     np.testing.assert_array_equal(fine[(slice(None), *inside)], stored)
     outside = np.ones((16, 16, 16), bool)
     outside[inside] = False

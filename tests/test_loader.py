@@ -134,7 +134,7 @@ def test_host_batches(cases, sampling):
         assert all(spacing[0] in by_spacing for spacing in batch["spacing"])
         for image, label, margin in zip(batch["images"], batch["labels"], margins, strict=True):
             shape = (3, *(EDGE + 2 * m for m in margin))
-            assert (image.shape, image.dtype) == (shape, np.int16)
+            assert (image.shape, image.dtype) == ((3, 1, *shape[1:]), np.int16)
             assert (label.shape, label.dtype) == (shape, np.uint8)
         # A foreground voxel is one of the central ones of the finest level.
         middle = tuple(slice(m + EDGE // 2 - 1, m + EDGE // 2 + 1) for m in margins[-1])
@@ -223,9 +223,9 @@ def test_batches_on_the_device(cases, sharding, caplog):
     for images, labels in batches:
         assert len(images) == len(labels) == 2
         for image, label in zip(images, labels, strict=True):
-            assert (image.shape, image.dtype) == ((2, EDGE, EDGE, EDGE), np.float32)
+            assert (image.shape, image.dtype) == ((2, EDGE, EDGE, EDGE, 1), np.float32)
             assert (label.shape, label.dtype) == ((2, EDGE, EDGE, EDGE), np.uint8)
-            assert image.sharding.is_equivalent_to(sharding, 4)
+            assert image.sharding.is_equivalent_to(sharding, 5)
             assert np.isfinite(image).all()
             assert int(label.max()) < len(LABELS)
 
@@ -239,7 +239,10 @@ def test_the_feed_is_the_augmented_host_batch(cases, sharding):
     for _ in range(2):
         images, labels = next(source)
         host = next(batches)
-        assert_same(jax.tree.map(np.array, images), tuple(image.astype(np.float32) for image in host["images"]))
+        assert_same(
+            jax.tree.map(np.array, images),
+            tuple(np.moveaxis(image, 1, -1).astype(np.float32) for image in host["images"]),
+        )
         assert_same(jax.tree.map(np.array, labels), host["labels"])
     source.close()
     batches.close()

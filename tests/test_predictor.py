@@ -332,7 +332,7 @@ def test_device_memory_does_not_grow_with_the_scan():
         gc.collect()  # what other tests left behind
         seen = []
         predictor.masks(
-            scan((depth, 30, 32)),
+            scan((depth, 30, 32))[None],
             cubed(2, 1),
             levels=(1, 2),
             progress=lambda *_: seen.append(sum(array.nbytes for array in jax.live_arrays())),

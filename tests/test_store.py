@@ -143,19 +143,17 @@ def test_crops_equal_a_padded_scan(prepared, cache_bytes):
             box = tuple(slice(margin + first, margin + first + n) for first, n in zip(start, edges, strict=True))
             for found, expected in zip(crop.result(), padded, strict=True):
                 assert found.dtype == expected.dtype
-                np.testing.assert_array_equal(found, expected[box], err_msg=f"level {level} at {start}")
+                np.testing.assert_array_equal(found, expected[(..., *box)], err_msg=f"level {level} at {start}")
 
 
 def test_reads_from_threads_and_after_pickling(prepared):
     case, root = prepared
     opened = PreparedCase.open(root, case.name)
-    expected, _ = expected_levels(case)[1]
+    expected, label = expected_levels(case)[1]
     copy = pickle.loads(pickle.dumps(opened))
     found: list[np.ndarray] = []
     readers = [
-        threading.Thread(
-            target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), expected.shape).result()[0])
-        )
+        threading.Thread(target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), label.shape).result()[0]))
         for handle in (opened, copy) * 4
     ]
     for thread in readers:
@@ -163,7 +161,7 @@ def test_reads_from_threads_and_after_pickling(prepared):
     for thread in readers:
         thread.join()
     assert len(found) == 8
-    for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), expected.shape).result()[0]]:
+    for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), label.shape).result()[0]]:
         np.testing.assert_array_equal(image, expected)
 
 
@@ -193,7 +191,8 @@ def test_a_change_prepares_again(own, tmp_path, change):
     settings, labels = SETTINGS, LABELS
     if change in ("image", "label"):
         other = write_case(tmp_path, "other", seed=1)
-        os.replace(getattr(other, change), getattr(case, change))
+        old, new = ((each.images[0], each.label)[change == "label"] for each in (case, other))
+        os.replace(new, old)
     elif change == "factors":
         settings = LevelGrids((2, 1))
     elif change == "spacing":
