@@ -171,7 +171,7 @@ def read(case: Case) -> dict[str, Any]:
 
     assert case.label is not None
     scan = scans.read_scan(case.image)
-    label = scans.read_label(case.label, labels=range(256), like=scan.grid, case=case.name)
+    label = scans.read_label(case.label, values=range(256), like=scan.grid, case=case.name)
     return {"image": torch.from_numpy(scan.voxels.astype(np.float32))[None], "label": torch.from_numpy(label)[None]}
 
 

@@ -105,7 +105,9 @@ def dataset(tmp_path) -> Dataset:
         return Case(name, image, label if labelled else None)
 
     training = tuple(case(name, "Tr") for name in ("a", "b", "c"))
-    return Dataset(tmp_path, ("background", "one"), training, (case("d", "Ts"), case("e", "Ts", labelled=False)))
+    return Dataset(
+        tmp_path, ("background", "one"), (0, 1), training, (case("d", "Ts"), case("e", "Ts", labelled=False))
+    )
 
 
 @pytest.fixture
@@ -199,4 +201,6 @@ def test_what_is_lost_is_named(dataset, split):
 
 def test_other_classes_are_named(dataset, split):
     _, changes = compare(split, dataclasses.replace(dataset, labels=("background", "two")))
-    assert changes.classes == ("background", "two")
+    assert changes.classes == {"background": 0, "two": 1}
+    _, changes = compare(split, dataclasses.replace(dataset, values=(0, 7)))
+    assert changes.classes == {"background": 0, "one": 7}

@@ -45,7 +45,7 @@ def write_case(folder: Path, name: str = "case 1", seed: int = 0, organs: bool =
 def expected_levels(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
     """Image and label of each level, coarsest first, straight from the files."""
     scan = scans.read_scan(case.image)
-    label = scans.read_label(case.label, labels=range(len(LABELS)), like=scan.grid, case=case.name)
+    label = scans.read_label(case.label, values=range(len(LABELS)), like=scan.grid, case=case.name)
     return [
         (
             resampling.downsample_image(scan.voxels, (f, f, f)),

@@ -45,12 +45,14 @@ class Dataset:
     Attributes:
       root: the folder that holds `dataset.json`.
       labels: K names in the order of their values, "background" (0) first.
+      values: of each of them in the label files.
       training: every case with its label, by name.
       test: cases kept apart, by name; with labels where `labelsTs` has them.
     """
 
     root: Path
     labels: tuple[str, ...]
+    values: tuple[int, ...]
     training: tuple[Case, ...]
     test: tuple[Case, ...]
 
@@ -65,9 +67,9 @@ def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dat
       outside_paths: whether `dataset.json` may name files outside the folder.
 
     Raises:
-      UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not 0..K-1 with
-        background at 0; there are several channels; an image lacks its label or a label its image; a case is named
-        twice; a path leads out of the folder; there is no case; there are not as many as the file says.
+      UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not whole numbers,
+        once each, with background at 0; there are several channels; an image lacks its label or a label its image; a
+        case is named twice; a path leads out of the folder; there is no case; there are not as many as the file says.
     """
     place = Root(Path(root), outside_paths)
     if not place.folder.is_dir():
@@ -114,7 +116,7 @@ def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
         _warn_of_other_labels(root, description, training)
     test = paired_cases(root, ending, "Ts")
     _check_number(root, description, "numTest", "imagesTs", test)
-    return Dataset(root.folder, labels, training, test)
+    return Dataset(root.folder, *labels, training, test)
 
 
 def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
@@ -135,7 +137,7 @@ def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
     else:
         test = ()
     warn_of_unlisted(root, "no list of it names them", (*training, *test))
-    return Dataset(root.folder, labels, training, test)
+    return Dataset(root.folder, *labels, training, test)
 
 
 def _check_cases(dataset: Dataset) -> None:
@@ -217,8 +219,8 @@ def _one_channel(path: Path, key: str, description: Mapping[str, Any]) -> None:
         raise UserError(f'{path}: "{key}" has {len(channels)} channels ({found}): expected one, the CT')
 
 
-def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names in the order of their values, from name -> value; MSD writes the values as strings."""
+def _labels(path: Path, values: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names in the order of their values, and these, from name -> value; MSD writes the values as strings."""
     names: dict[int, str] = {}
     for name, value in values.items():
         if isinstance(value, list):
@@ -231,14 +233,16 @@ def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
             value = int(value)
         if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
             raise UserError(f'{path}: label "{name}" has the value {value!r}: expected a whole number from 0')
-        names[int(value)] = name
+        if (other := names.setdefault(int(value), name)) != name:
+            raise UserError(f'{path}: the labels "{other}" and "{name}" both have the value {value}: expected it once')
     if sorted(names) == [0]:
         raise UserError(f"{path}: the only label is {names[0]} 0: expected one or more beside the background")
     if len(values) > 256:
         raise UserError(f"{path} has {len(values)} labels: expected at most 256, background included")
-    if sorted(names) != list(range(len(values))) or not values:
+    if 0 not in names:
         found = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise UserError(f"{path}: labels are {found or 'none'}: expected the values 0, 1, 2, ... once each")
+        raise UserError(f"{path}: labels are {found or 'none'}: expected the background with the value 0 among them")
     if names[0].lower() != "background":
         raise UserError(f'{path}: label 0 is "{names[0]}": expected "background"')
-    return ("background", *(names[value] for value in range(1, len(names))))
+    _, *others = sorted(names)
+    return ("background", *(names[value] for value in others)), (0, *others)

@@ -22,7 +22,9 @@ from autocontext_jax.images import scans
 log = logging.getLogger(__name__)
 
 
-def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ...]) -> bool:
+def prepare_case(
+    case: Case, root: str, grids: LevelGrids, labels: tuple[str, ...], values: tuple[int, ...] = ()
+) -> bool:
     """Writes a case's pyramid, unless it is there already; a part of it from an interrupted run is replaced.
 
     Args:
@@ -30,6 +32,7 @@ def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ..
       root: folder or URL of the store.
       grids: of the levels.
       labels: [K] names, background first; a label's number is its place.
+      values: [K] of each in the label files, ascending; () means 0, 1, 2, ...
 
     Returns:
       True if written, False if it was there.
@@ -39,14 +42,15 @@ def prepare_case(case: Case, root: str, grids: LevelGrids, labels: tuple[str, ..
     """
     if case.label is None:
         raise UserError(f"case {case.name}: {case.image} has no label: add one or leave the case out of training")
-    digest = _digest(case, grids, labels)
+    values = values or tuple(range(len(labels)))
+    digest = _digest(case, grids, labels, values)
     if read_attributes(root, case.name).get("hash") == digest:
         return False
 
     scan = scans.read_scan(case.image)
     if not scans.looks_like_ct(scan.voxels):
         log.warning("case %s does not look like CT in HU: %d to %d", case.name, scan.voxels.min(), scan.voxels.max())
-    label = scans.read_label(case.label, labels=range(len(labels)), like=scan.grid, case=case.name)
+    label = scans.read_label(case.label, values=values, like=scan.grid, case=case.name)
     if lost := voxels_outside(scan.voxels, label):
         log.warning(
             "case %s: %d labelled voxels lie outside the box around the body, where prediction leaves them out unless "
@@ -72,6 +76,7 @@ def prepare_cases(
     root: str,
     grids: LevelGrids,
     labels: tuple[str, ...],
+    values: tuple[int, ...] = (),
     *,
     workers: int,
     progress: Callable[[str], object],
@@ -83,6 +88,7 @@ def prepare_cases(
       root: folder or URL of the store.
       grids: of the levels.
       labels: [K] names, background first.
+      values: as `prepare_case`.
       workers: number of processes.
       progress: called with the name of each case that is done with, good or bad.
 
@@ -94,7 +100,7 @@ def prepare_cases(
     """
     bad = {}
     try:
-        work = functools.partial(prepare_case, root=root, grids=grids, labels=labels)
+        work = functools.partial(prepare_case, root=root, grids=grids, labels=labels, values=values)
         for case, error in in_processes(work, cases, workers=workers):
             if error is not None:
                 bad[case.name] = str(error)
@@ -132,9 +138,12 @@ def check_classes(cases: Sequence[Case], root: str, labels: tuple[str, ...], dat
         log.warning("%s: no training case has these classes, which cannot be learned: %s", dataset, some(absent))
 
 
-def _digest(case: Case, grids: LevelGrids, labels: tuple[str, ...]) -> str:
+def _digest(case: Case, grids: LevelGrids, labels: tuple[str, ...], values: tuple[int, ...]) -> str:
     """Of all that a prepared case is made from."""
+    own = (
+        [] if values == tuple(range(len(labels))) else [values]
+    )  # stores from before other values were read stay valid
     numbers = [[float(number) for number in row or ()] for row in (grids.factors, grids.finest_spacing)]
-    digest = hashlib.blake2b(json.dumps([FORMAT, labels, numbers, grids.spatial_dims]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([FORMAT, labels, numbers, grids.spatial_dims, *own]).encode(), digest_size=16)
     digest.update((case.checksum or content_checksum(case)).encode())
     return digest.hexdigest()

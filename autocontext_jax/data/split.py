@@ -64,10 +64,12 @@ class Split:
 
     Attributes:
       classes: [K] names, background first.
+      values: [K] of each class in the label files.
       cases: by name.
     """
 
     classes: tuple[str, ...]
+    values: tuple[int, ...]
     cases: Mapping[str, SplitCase]
 
     def of(self, side: str, dataset: Dataset) -> tuple[Case, ...]:
@@ -82,7 +84,7 @@ class Split:
     def to_json(self) -> dict[str, Any]:
         """As `split.json` has it."""
         cases = {name: dataclasses.asdict(case) for name, case in sorted(self.cases.items())}
-        return {"format": FORMAT, "classes": list(self.classes), "cases": cases}
+        return {"format": FORMAT, "classes": list(self.classes), "values": list(self.values), "cases": cases}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Split":
@@ -96,7 +98,8 @@ class Split:
             image = record(values["image"])
             assert image is not None
             cases[name] = SplitCase(values["side"], image, record(values["label"]))
-        return cls(tuple(content["classes"]), cases)
+        classes = tuple(content["classes"])
+        return cls(classes, tuple(content.get("values", range(len(classes)))), cases)  # the first files have no values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +110,13 @@ class Changes:
       lost: what the split has and the data set has not: cases, or labels of test cases.
       new: names of cases that the split does not know.
       changed: names of cases whose scan or label has another content now.
-      classes: the data set's classes where they differ, else None.
+      classes: the data set's classes with their values where they differ, else None.
     """
 
     lost: tuple[str, ...]
     new: tuple[str, ...]
     changed: tuple[str, ...]
-    classes: tuple[str, ...] | None
+    classes: dict[str, int] | None
 
 
 def make_split(dataset: Dataset, sides: Mapping[str, str], known: Split | None = None) -> Split:
@@ -135,7 +138,8 @@ def make_split(dataset: Dataset, sides: Mapping[str, str], known: Split | None =
         return SplitCase(sides[case.name], image, label)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
-        return Split(dataset.labels, dict(zip(cases, pool.map(look, cases.values()), strict=True)))
+        looked = dict(zip(cases, pool.map(look, cases.values()), strict=True))
+    return Split(dataset.labels, dataset.values, looked)
 
 
 def compare(split: Split, dataset: Dataset) -> tuple[Split, Changes]:
@@ -155,8 +159,9 @@ def compare(split: Split, dataset: Dataset) -> tuple[Split, Changes]:
     now = make_split(dataset, sides, known=split)
     changed = [name for name, case in now.cases.items() if case.checksum != split.cases[name].checksum]
     new = sorted(name for name in there if name not in split.cases)
-    classes = dataset.labels if dataset.labels != split.classes else None
-    return now, Changes(tuple(lost), tuple(new), tuple(changed), classes)
+    classes = dict(zip(dataset.labels, dataset.values, strict=True))
+    same = list(classes.items()) == list(zip(split.classes, split.values, strict=True))
+    return now, Changes(tuple(lost), tuple(new), tuple(changed), None if same else classes)
 
 
 def content_checksum(case: Case) -> str:

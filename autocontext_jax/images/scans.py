@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +92,20 @@ def _scan_of(path: Path, stored: np.ndarray, grid: Grid) -> Scan:
     return Scan(voxels, grid.canonical_spacing, grid.canonical_origin, grid.canonical_direction, grid)
 
 
-def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, case: str) -> np.ndarray:
+def read_label(path: str | os.PathLike, *, values: Sequence[int], like: Grid, case: str) -> np.ndarray:
     """Reads a label map and checks it against its image.
 
     Args:
       path: as in `read_scan`; the file's axes may be stored in another order than the image's.
-      labels: the values allowed, in [0, 255], background included.
+      values: [K] at most 256, ascending: the value of each class in the file, background included.
       like: the image's grid.
       case: its name, for the messages.
 
     Returns:
-      [D, H, W] uint8, canonical, C-contiguous.
+      [D, H, W] uint8, canonical, C-contiguous: each voxel's class, its place among the values.
 
     Raises:
-      UserError: as `read_scan`; the grid is not the image's; a value is not one of `labels`.
+      UserError: as `read_scan`; the grid is not the image's; the file holds another value.
     """
     path = Path(path)
     found_voxels, grid = _read(path, None)
@@ -117,23 +117,40 @@ def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, 
                 f"{path} must lie on its image's grid; resample it with nearest neighbours or correct its header"
             )
 
-    stored = grid.to_canonical(found_voxels)
+    stored, allowed = grid.to_canonical(found_voxels), np.asarray(values)
     voxels = np.empty(stored.shape, np.uint8)
+    as_stored = list(values) == list(range(len(values)))
     strangers: collections.Counter[float] = collections.Counter()
     for plane, target in zip(stored, voxels, strict=True):  # a plane at a time: np.unique copies and sorts
-        values, counts = np.unique(plane, return_counts=True)
-        whole = np.rint(values)
-        strange = ~np.isin(whole, list(labels)) | (np.abs(values - whole) > ROUNDING)
-        strangers.update(dict(zip(values[strange].tolist(), counts[strange].tolist(), strict=True)))
+        present, counts = np.unique(plane, return_counts=True)
+        whole = np.rint(present)
+        strange = ~np.isin(whole, allowed) | (np.abs(present - whole) > ROUNDING)
+        strangers.update(dict(zip(present[strange].tolist(), counts[strange].tolist(), strict=True)))
         if not strangers:  # otherwise the cast could overflow, and the array is not needed any more
-            np.copyto(target, plane if plane.dtype.kind != "f" else np.rint(plane), casting="unsafe")
+            rounded = plane if plane.dtype.kind != "f" else np.rint(plane)
+            np.copyto(target, rounded if as_stored else np.searchsorted(allowed, rounded), casting="unsafe")
     if strangers:
         found = ", ".join(f"{value:.6g} ({count} voxels)" for value, count in strangers.most_common(8))
         raise UserError(
             f"case {case}: {path} holds the label values {found}{', …' * (len(strangers) > 8)}; expected only "
-            f"{', '.join(map(str, sorted(labels)))}: correct the mask or name its labels in dataset.json"
+            f"{', '.join(map(str, values))}: correct the mask or name its labels in dataset.json"
         )
     return voxels
+
+
+def label_values(classes: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """A label map as files hold it: the inverse of what `read_label` does.
+
+    Args:
+      classes: [D, H, W] uint8, each voxel's class.
+      values: [K] of each class in a file, ascending, not negative.
+
+    Returns:
+      [D, H, W] of the smallest of uint8, uint16 and uint32 that holds the values.
+    """
+    if list(values) == list(range(len(values))):
+        return classes
+    return np.asarray(values).astype(np.min_scalar_type(max(values)))[classes]
 
 
 def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
@@ -141,7 +158,7 @@ def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
 
     Args:
       path: any of `FORMATS` but .mhd, which needs two files.
-      voxels: [D, H, W] uint8, canonical; its shape is `grid.canonical_size`.
+      voxels: [D, H, W] uint8, uint16 or uint32, canonical; its shape is `grid.canonical_size`.
       grid: the scan's.
 
     Raises:

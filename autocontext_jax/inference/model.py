@@ -85,7 +85,8 @@ class Model:
           progress: whether a bar on standard error shows the tiles that are done.
 
         Returns:
-          The mask, uint8 with the values of `classes`: of an array an array [D, H, W], otherwise a `SimpleITK.Image`.
+          The mask with the values of `classes`, uint8, or a longer type if one is larger than 255: of an array an
+          array [D, H, W], otherwise a `SimpleITK.Image`.
           Of DICOM slices that a tilted gantry has shifted, or whose distances differ, it has one plane for each slice,
           see `as_image`.
           With `probabilities` a pair of the mask and the maps, float32: an array [D, H, W, K], or a `SimpleITK.Image`
@@ -151,7 +152,7 @@ class Model:
                 )  # fmt: skip
 
     def mask(self, scan: scans.Scan, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
-        """The finest level's mask of a scan, [D, H, W] uint8, canonical, with the values of `classes`."""
+        """The finest level's mask of a scan, [D, H, W], canonical, with the values of `classes`."""
         factors = self.description.levels.level_factors(scan.spacing)
         return self._valued(self._predictor.masks(scan.voxels, factors, progress=progress)[len(factors)])
 
@@ -174,8 +175,7 @@ class Model:
 
     def _valued(self, mask: np.ndarray) -> np.ndarray:
         """The values of classes in the place of their numbers."""
-        values = np.array(list(self.classes.values()), np.uint8)
-        return mask if (values == np.arange(len(values))).all() else values[mask]
+        return scans.label_values(mask, list(self.classes.values()))
 
 
 def load_file(path: Path, networks: Mapping[str, Any], options: Mapping[str, Any]) -> Model:

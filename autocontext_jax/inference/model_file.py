@@ -53,7 +53,7 @@ class ClassDescription:
     code: str = ""
 
     def __post_init__(self):
-        require(0 <= self.value <= 255, self, "value", "a number from 0 to 255")
+        require(0 <= self.value < 2**31, self, "value", "a number from 0 to 2147483647")
         good = len(self.color) in (0, 3) and all(0 <= part <= 255 for part in self.color)
         require(good, self, "color", "three numbers from 0 to 255, or none")
 

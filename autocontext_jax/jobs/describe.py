@@ -35,8 +35,8 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
             f"config key export.codes names the class {unknown[0]!r}; expected one of {', '.join(split.classes)}"
         )
     classes = tuple(
-        ClassDescription(name, value, class_color(value) if value else (), codes.get(name, ""))
-        for value, name in enumerate(split.classes)
+        ClassDescription(name, value, class_color(number) if number else (), codes.get(name, ""))
+        for number, (name, value) in enumerate(zip(split.classes, split.values, strict=True))
     )
     # Only the levels that the model has; its finest level need not be the run's.
     factors = tuple(config.levels.factors[level - 1] for level in config.model_levels())

@@ -5,6 +5,7 @@ know fewer or more of them: what it does not annotate is left out, what the chec
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -35,6 +36,19 @@ log = logging.getLogger(__name__)
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its label
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelMapping:
+    """What the values of a data set's label files are to a checkpoint.
+
+    Attributes:
+      values: of its labels, ascending.
+      classes: [their number] uint8, the checkpoint's class of each; 0 where it does not know the class.
+    """
+
+    values: tuple[int, ...]
+    classes: np.ndarray
+
+
 def evaluate(config: RunConfig, workdir: Path, extensions: Extensions = NO_EXTENSIONS) -> bool:
     """Scores the run's test cases, or the data set `evaluate.root`.
 
@@ -63,9 +77,9 @@ def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Ex
             f"data set {data.dataset.root} has no labelled test case and no validation case; expected at least one "
             "scan that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
-    numbers = np.arange(len(data.classes), dtype=np.uint8)
+    own = LabelMapping(data.split.values, np.arange(len(data.classes), dtype=np.uint8))
     with _alone(workdir):
-        return _score(config, workdir, data.split, extensions, cases, workdir, numbers=numbers, cases_are=cases_are)
+        return _score(config, workdir, data.split, extensions, cases, workdir, labels=own, cases_are=cases_are)
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
@@ -80,12 +94,12 @@ def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
 def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """Scores all labelled cases of `evaluate.root`, into a folder of its name in the run folder."""
 
-    def read() -> tuple[Dataset, Split, np.ndarray]:
+    def read() -> tuple[Dataset, Split, LabelMapping]:
         split = known_split(workdir)
         dataset = read_dataset(Path(config.evaluate.root).expanduser(), outside_paths=config.data.outside_paths)
         return dataset, split, label_mapping(dataset, split.classes, config.evaluate.label_mapping)
 
-    dataset, split, numbers = processes.agree(read)
+    dataset, split, labels = processes.agree(read)
     cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
     if not cases:
         raise UserError(f"data set {dataset.root} has no case with a label: expected labels in labelsTs or labelsTr")
@@ -98,7 +112,7 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions
 
     folder = evaluation_folder(config, workdir)
     with _alone(workdir):
-        return _score(config, workdir, split, extensions, cases, folder, numbers=numbers, cases_are=cases_are)
+        return _score(config, workdir, split, extensions, cases, folder, labels=labels, cases_are=cases_are)
 
 
 def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
@@ -136,7 +150,7 @@ def _score(
     cases: Sequence[Case],
     folder: Path,
     *,
-    numbers: np.ndarray,
+    labels: LabelMapping,
     cases_are: Callable[[int], str],
 ) -> bool:
     """`evaluate` for these cases, into `folder`.
@@ -148,12 +162,12 @@ def _score(
       extensions: the network and metrics from outside the package.
       cases: labelled.
       folder: where all is written.
-      numbers: see `label_mapping`.
+      labels: of the cases.
       cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
     model, step = restore_model(config, workdir, split, extensions)
     classes, extra = split.classes, extensions.extra_metrics(config)
-    annotated = [classes[number] for number in sorted(set(numbers.tolist()) - {0})]
+    annotated = [classes[number] for number in sorted(set(labels.classes.tolist()) - {0})]
     levels = config.model_levels()
     tolerance = config.evaluate.tolerance
     processes.first_does(lambda: _make_room(folder, levels))
@@ -161,8 +175,8 @@ def _score(
     def read(case: Case) -> Labelled:
         assert case.label is not None
         scan = scans.read_scan(case.image)
-        label = scans.read_label(case.label, labels=range(len(numbers)), like=scan.grid, case=case.name)
-        return scan, numbers[label]
+        label = scans.read_label(case.label, values=labels.values, like=scan.grid, case=case.name)
+        return scan, labels.classes[label]
 
     def masks_of(case: Case, labelled: Labelled) -> tuple[Labelled, dict[int, np.ndarray]]:
         scan, _ = labelled
@@ -173,7 +187,7 @@ def _score(
         (scan, truth), masks = made
         for level, mask in masks.items():
             place = folder / "predictions" / ("" if level == levels[-1] else f"level_{level}")
-            scans.write_mask(place / f"{case.name}.nii.gz", mask, scan.grid)
+            scans.write_mask(place / f"{case.name}.nii.gz", scans.label_values(mask, split.values), scan.grid)
         columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
         path = folder / "pictures" / f"{case.name}.png"
         pictures.figure(path, scan.voxels, columns, classes[1:], scan.spacing, title=case.name)
@@ -236,16 +250,13 @@ def _make_room(folder: Path, levels: Sequence[int]) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
 
 
-def label_mapping(dataset: Dataset, classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """The checkpoint's value of each of a data set's labels.
+def label_mapping(dataset: Dataset, classes: Sequence[str], names: Sequence[str]) -> LabelMapping:
+    """The checkpoint's class of each of a data set's labels.
 
     Args:
       dataset: with names of its own.
       classes: [K] the checkpoint's names, background first.
       names: "theirs=ours" for each class that the data set calls otherwise.
-
-    Returns:
-      [its number of labels] uint8: 0 where the checkpoint does not know the class.
 
     Raises:
       UserError: an unknown name, or no class in common.
@@ -265,4 +276,5 @@ def label_mapping(dataset: Dataset, classes: Sequence[str], names: Sequence[str]
             "name those that are the same, --config.evaluate.label_mapping=\"('theirs=ours',)\""
         )
     known = {name: number for number, name in enumerate(classes)}
-    return np.array([known.get(ours.get(name, ""), 0) for name in dataset.labels], np.uint8)
+    found = np.array([known.get(ours.get(name, ""), 0) for name in dataset.labels], np.uint8)
+    return LabelMapping(dataset.values, found)

@@ -34,7 +34,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
 
         bad = processes.agree(
             lambda: preparation.prepare_cases(
-                cases, data.store, levels, data.classes, workers=workers, progress=progress
+                cases, data.store, levels, data.classes, data.split.values, workers=workers, progress=progress
             )
         )
     messages = [message for found in processes.gather([message for _, message in bad]) for message in found]

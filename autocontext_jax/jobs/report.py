@@ -94,7 +94,9 @@ def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surfac
     files["finest level"] = run / "predictions" / f"{name}.nii.gz"
     return {
         column: surface_meshes.class_surfaces(
-            scans.read_label(path, labels=range(256), like=grid, case=name), dataset.labels[1:], grid.canonical_spacing
+            scans.read_label(path, values=dataset.values, like=grid, case=name),
+            dataset.labels[1:],
+            grid.canonical_spacing,
         )
         for column, path in files.items()
     }

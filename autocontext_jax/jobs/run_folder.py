@@ -6,7 +6,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from autocontext_jax import processes
@@ -225,6 +225,10 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
     return now
 
 
+def _shown(classes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in classes.items())
+
+
 def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> None:
     if changes.lost:
         raise UserError(
@@ -235,6 +239,7 @@ def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> 
         )
     if changes.classes:
         raise UserError(
-            f"data set {dataset.root} has the classes {changes.classes}; expected {known.classes}, with which the run "
-            f"began: set dataset.json back, or start in another --workdir"
+            f"data set {dataset.root} has the labels {_shown(changes.classes)}; expected "
+            f"{_shown(dict(zip(known.classes, known.values, strict=True)))}, with which the run began: set "
+            "dataset.json back, or start in another --workdir"
         )

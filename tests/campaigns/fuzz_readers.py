@@ -74,7 +74,7 @@ def read_scans(folder: Path, suffix: str) -> None:
     """All that is done with a scan's file: its grid, its voxels, and the label map on it."""
     scans.read_grid(folder / f"image{suffix}")
     scan = scans.read_scan(folder / f"image{suffix}")
-    scans.read_label(folder / f"label{suffix}", labels=range(3), like=scan.grid, case="a")
+    scans.read_label(folder / f"label{suffix}", values=range(3), like=scan.grid, case="a")
     scans.read_scan(folder / f"float{suffix}")
 
 
@@ -262,7 +262,7 @@ def write_split_json(folder: Path) -> None:
     for name in "abcd":
         (folder / name).write_text(name, encoding="utf-8")
         cases.append(Case(name, folder / name, folder / name))
-    dataset = Dataset(folder, LABELS, tuple(cases[:3]), (cases[3],))
+    dataset = Dataset(folder, LABELS, tuple(range(len(LABELS))), tuple(cases[:3]), (cases[3],))
     split = make_split(dataset, sides_of(dataset, cases[:2], cases[2:3]))
     write_json(folder / "split.json", split.to_json())
 
