@@ -32,6 +32,8 @@ from common import machine, report
 from tqdm import tqdm
 
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.label_maps import read_label_map
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.evaluation import metrics
 from autocontext_jax.evaluation.statistics import summarise
 from autocontext_jax.images import scans
@@ -123,7 +125,7 @@ def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
 
     set_determinism(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    classes, pair = len(dataset.labels), ("image", "label")
+    classes, pair = len(dataset.labels.classes), ("image", "label")
     window = transforms.ScaleIntensityRanged("image", -500, 500, -1, 1, clip=True)
     once = transforms.Compose([window, transforms.ClassesToIndicesd("label", num_classes=classes)])
     crop = transforms.RandCropByLabelClassesd(
@@ -133,7 +135,9 @@ def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
         pair, prob=1, rotate_range=(np.deg2rad(10),) * 3, scale_range=(0.1,) * 3, mode=("bilinear", "nearest"),
         padding_mode="border",
     )  # fmt: skip
-    training = data.Dataset([once(read(case)) for case in dataset.training], transforms.Compose([crop, turn]))
+    training = data.Dataset(
+        [once(read(case, dataset.labels)) for case in dataset.training], transforms.Compose([crop, turn])
+    )
     loader = data.DataLoader(training, batch_size=1, shuffle=True)
     network = UNet(3, 1, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm="batch")
     criterion = DiceCELoss(to_onehot_y=True, softmax=True)
@@ -155,9 +159,9 @@ def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
 
     network.eval()
     inferer = SlidingWindowInferer((EDGE,) * 3, sw_batch_size=4, overlap=0.5, mode="gaussian")
-    organs, scores = dataset.labels[1:], {}
+    organs, scores = dataset.labels.classes[1:], {}
     for case in dataset.test:
-        scan = read(case)
+        scan = read(case, dataset.labels)
         with torch.inference_mode():
             mask = inferer(window(scan)["image"][None], network)[0].argmax(0).numpy()
         # Of these only the Dice is shown; it knows no spacing.
@@ -165,13 +169,12 @@ def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
     return line(summarise(scores, organs), seconds=seconds, steps=steps)
 
 
-def read(case: Case) -> dict[str, Any]:
+def read(case: Case, labels: LabelSpec) -> dict[str, Any]:
     """Image float32 HU and label, [1, D, H, W] each, as PyTorch has them."""
     import torch
 
-    assert case.label is not None
     scan = scans.read_scan(case.image)
-    label = scans.read_label(case.label, values=range(256), like=scan.grid, case=case.name)
+    label = read_label_map(case, labels, scan.grid)
     return {"image": torch.from_numpy(scan.voxels.astype(np.float32))[None], "label": torch.from_numpy(label)[None]}
 
 

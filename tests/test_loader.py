@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from autocontext_jax.data import loader, preparation
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import (
     Loader,
     LoaderConfig,
@@ -53,7 +54,7 @@ def cases(tmp_path_factory) -> list[PreparedCase]:
             label[10:20, 8:24, -12:-4] = 3
         scans.write_scan(case.image, rng.integers(-1000, 2000, size, np.int16), spacing)
         scans.write_scan(case.label, label, spacing)
-        preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LABELS)
+        preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LabelSpec.plain(LABELS))
         opened.append(PreparedCase.open(str(folder / "store"), name))
     return opened
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from autocontext_jax.data.datasets import Case, Dataset
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import (
     Split,
     compare,
@@ -106,7 +107,7 @@ def dataset(tmp_path) -> Dataset:
 
     training = tuple(case(name, "Tr") for name in ("a", "b", "c"))
     return Dataset(
-        tmp_path, ("background", "one"), (0, 1), training, (case("d", "Ts"), case("e", "Ts", labelled=False))
+        tmp_path, LabelSpec.plain(("background", "one")), training, (case("d", "Ts"), case("e", "Ts", labelled=False))
     )
 
 
@@ -143,7 +144,7 @@ def test_an_unchanged_data_set_shows_no_change_and_nothing_of_it_is_read(dataset
     monkeypatch.setattr(Path, "open", read)
     now, changes = compare(split, dataset)
     assert now == split
-    assert (changes.lost, changes.new, changes.changed, changes.classes) == ((), (), (), None)
+    assert (changes.lost, changes.new, changes.changed, changes.labels) == ((), (), (), None)
 
 
 def test_a_file_that_was_only_touched_is_read_and_found_the_same(dataset, split):
@@ -200,7 +201,6 @@ def test_what_is_lost_is_named(dataset, split):
 
 
 def test_other_classes_are_named(dataset, split):
-    _, changes = compare(split, dataclasses.replace(dataset, labels=("background", "two")))
-    assert changes.classes == {"background": 0, "two": 1}
-    _, changes = compare(split, dataclasses.replace(dataset, values=(0, 7)))
-    assert changes.classes == {"background": 0, "one": 7}
+    for labels in (LabelSpec.plain(("background", "two")), LabelSpec.plain(("background", "one"), (0, 7))):
+        _, changes = compare(split, dataclasses.replace(dataset, labels=labels))
+        assert changes.labels == labels

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocontext_jax.data.labels import FileLabels
 from autocontext_jax.errors import UserError, some
 from autocontext_jax.files import is_file
 from autocontext_jax.images.formats import FORMATS, scan_name, suffix_of
@@ -31,12 +32,16 @@ class Case:
       image: file of the scan.
       label: file of the label map; None if there is none.
       checksum: of both files' content, where it is known; "" elsewhere.
+      annotated: names of the classes that its label map shows where they are; None for all. The others may be anywhere.
+      files: how its label map is read; None as `LabelSpec.files` of its data set says.
     """
 
     name: str
     image: Path
     label: Path | None
     checksum: str = ""
+    annotated: tuple[str, ...] | None = None
+    files: FileLabels | None = None
 
 
 @dataclasses.dataclass(frozen=True)

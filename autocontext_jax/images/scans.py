@@ -20,7 +20,8 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
-from autocontext_jax.images.checks import as_user_error, check_kind, check_size, make_grid, not_finite, numbers
+from autocontext_jax.images.checks import as_user_error, check_kind, check_size, make_grid, not_finite
+from autocontext_jax.images.checks import numbers as listed
 from autocontext_jax.images.finding import series_of
 from autocontext_jax.images.formats import NIFTI, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
@@ -92,17 +93,20 @@ def _scan_of(path: Path, stored: np.ndarray, grid: Grid) -> Scan:
     return Scan(voxels, grid.canonical_spacing, grid.canonical_origin, grid.canonical_direction, grid)
 
 
-def read_label(path: str | os.PathLike, *, values: Sequence[int], like: Grid, case: str) -> np.ndarray:
+def read_label(
+    path: str | os.PathLike, *, values: Sequence[int], numbers: Sequence[int] | None = None, like: Grid, case: str
+) -> np.ndarray:
     """Reads a label map and checks it against its image.
 
     Args:
       path: as in `read_scan`; the file's axes may be stored in another order than the image's.
-      values: [K] at most 256, ascending: the value of each class in the file, background included.
+      values: at most 256, ascending: those that the file may hold, background included.
+      numbers: what each of them becomes, below 256; None for its place among the values.
       like: the image's grid.
       case: its name, for the messages.
 
     Returns:
-      [D, H, W] uint8, canonical, C-contiguous: each voxel's class, its place among the values.
+      [D, H, W] uint8, canonical, C-contiguous: the number of each voxel's value.
 
     Raises:
       UserError: as `read_scan`; the grid is not the image's; the file holds another value.
@@ -113,13 +117,14 @@ def read_label(path: str | os.PathLike, *, values: Sequence[int], like: Grid, ca
         found, expected = getattr(grid, f"canonical_{what}"), getattr(like, f"canonical_{what}")
         if not np.allclose(found, expected, rtol=0.0, atol=tolerance):
             raise UserError(
-                f"case {case}: the label's {what} (z, y, x) is {numbers(found)}, the image's is {numbers(expected)}: "
+                f"case {case}: the label's {what} (z, y, x) is {listed(found)}, the image's is {listed(expected)}: "
                 f"{path} must lie on its image's grid; resample it with nearest neighbours or correct its header"
             )
 
     stored, allowed = grid.to_canonical(found_voxels), np.asarray(values)
     voxels = np.empty(stored.shape, np.uint8)
-    as_stored = list(values) == list(range(len(values)))
+    table = np.arange(len(values), dtype=np.uint8) if numbers is None else np.asarray(numbers, np.uint8)
+    as_stored = list(values) == table.tolist()
     strangers: collections.Counter[float] = collections.Counter()
     for plane, target in zip(stored, voxels, strict=True):  # a plane at a time: np.unique copies and sorts
         present, counts = np.unique(plane, return_counts=True)
@@ -128,9 +133,9 @@ def read_label(path: str | os.PathLike, *, values: Sequence[int], like: Grid, ca
         strangers.update(dict(zip(present[strange].tolist(), counts[strange].tolist(), strict=True)))
         if not strangers:  # otherwise the cast could overflow, and the array is not needed any more
             rounded = plane if plane.dtype.kind != "f" else np.rint(plane)
-            np.copyto(target, rounded if as_stored else np.searchsorted(allowed, rounded), casting="unsafe")
+            np.copyto(target, rounded if as_stored else table[np.searchsorted(allowed, rounded)], casting="unsafe")
     if strangers:
-        found = ", ".join(f"{value:.6g} ({count} voxels)" for value, count in strangers.most_common(8))
+        found = ", ".join(f"{_exact(value)} ({count} voxels)" for value, count in strangers.most_common(8))
         raise UserError(
             f"case {case}: {path} holds the label values {found}{', …' * (len(strangers) > 8)}; expected only "
             f"{', '.join(map(str, values))}: correct the mask or name its labels in dataset.json"
@@ -138,12 +143,17 @@ def read_label(path: str | os.PathLike, *, values: Sequence[int], like: Grid, ca
     return voxels
 
 
+def _exact(value: float) -> str:
+    """A label's value, whole however large."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+
+
 def label_values(classes: np.ndarray, values: Sequence[int]) -> np.ndarray:
     """A label map as files hold it: the inverse of what `read_label` does.
 
     Args:
       classes: [D, H, W] uint8, each voxel's class.
-      values: [K] of each class in a file, ascending, not negative.
+      values: [K] of each class in a file, not negative.
 
     Returns:
       [D, H, W] of the smallest of uint8, uint16 and uint32 that holds the values.

@@ -39,6 +39,7 @@ from autocontext_jax.training.state import (
     make_train_step,
     make_validation_step,
 )
+from autocontext_jax.training.targets import Targets
 from autocontext_jax.training.validation import validate, validation_batches
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _train_phase(
         config.loader,
         seed=config.seed,
         sharding=sharding,
-        spatial=config.augmentation.spatial(data.classes),
+        spatial=config.augmentation.spatial(data.labels),
         intensity=config.augmentation.intensity(),
         spatial_dims=config.levels.spatial_dims,
         levels=phase.levels,
@@ -135,17 +136,17 @@ def _train_phase(
 
     # ---- model, optimiser, steps
     network, extra_losses = extensions.network(config), extensions.extra_losses(config)
-    classes = len(data.classes)
+    targets = Targets(data.labels.regions, ignore=data.labels.ignore >= 0)
     levels = config.model_levels()
     learning = [levels.index(level) + 1 for level in phase.learning]  # counted in this model
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     loss = config.phase_loss(phase)
-    model = nnx.eval_shape(lambda: make_model(config, classes, network))
+    model = nnx.eval_shape(lambda: make_model(config, data.labels, network))
     graph, shapes = create_state(model, optimizer, learning)
     frozen_graph = freeze_batch_stats(graph, shapes.params, shapes.batch_stats)
 
     def create() -> TrainState:
-        return create_state(make_model(config, classes, network), optimizer, learning)[1]
+        return create_state(make_model(config, data.labels, network), optimizer, learning)[1]
 
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)
@@ -158,6 +159,7 @@ def _train_phase(
             learning,
             (placement, everywhere),
             extra_losses=extra_losses,
+            targets=targets,
             seed=config.seed,
             deterministic=deterministic,
         )
@@ -165,7 +167,7 @@ def _train_phase(
     )
     frozen_after = end - round(config.train.frozen_batch_stats * config.train.steps)
     validation_step = make_validation_step(
-        graph, loss, everywhere, extra_losses=extra_losses, deterministic=deterministic
+        graph, loss, everywhere, extra_losses=extra_losses, targets=targets, deterministic=deterministic
     )
 
     # ---- restore
@@ -211,9 +213,9 @@ def _train_phase(
 
     try:
         for step in range(first + 1, end + 1):
-            images, labels = next(loader)
+            batch = Batch(*next(loader))
             take_step = frozen_step if step > frozen_after else train_step
-            state, metrics = take_step(state, Batch(images, labels))
+            state, metrics = take_step(state, batch)
             in_flight.append((step, metrics))
             stopping = stop.requested(step)  # read once: a signal between here and the break must not skip the save
             scheduled = step == end or step % config.train.checkpoint_every == 0
