@@ -355,6 +355,22 @@ def test_values_of_any_size_become_numbers_and_are_written_again(tmp_path, dtype
     )
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_values_become_the_numbers_that_are_given(tmp_path, dtype):
+    values, numbers = (0, 3, 7, 9), (0, 2, 255, 1)
+    places = voxels_of() % 4
+    path = save(tmp_path / "label.mha", np.asarray(values, dtype)[places])
+    read = scans.read_label(path, values=values, numbers=numbers, like=scans.read_grid(path), case="a")
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, np.asarray(numbers)[places])
+
+
+def test_strange_values_are_named_whole(tmp_path):
+    path = save(tmp_path / "label.mha", np.full(SIZE, 123_456_789, np.int32))
+    like = scans.read_grid(path)
+    refused(lambda: scans.read_label(path, values=[0, 1], like=like, case="a"), "123456789 (")
+
+
 def test_values_that_are_numbers_stay_bytes():
     numbers = (voxels_of() % 3).astype(np.uint8)
     assert scans.label_values(numbers, (0, 1, 2)) is numbers

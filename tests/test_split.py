@@ -204,3 +204,28 @@ def test_other_classes_are_named(dataset, split):
     for labels in (LabelSpec.plain(("background", "two")), LabelSpec.plain(("background", "one"), (0, 7))):
         _, changes = compare(split, dataclasses.replace(dataset, labels=labels))
         assert changes.labels == labels
+
+
+def test_a_case_that_annotates_other_classes_has_changed(dataset, split):
+    first, *rest = dataset.training
+    partly = dataclasses.replace(dataset, training=(dataclasses.replace(first, annotated=("one",)), *rest))
+    now, changes = compare(split, partly)
+    assert changes.changed == ("a",)
+    assert Split.from_json(json.loads(json.dumps(now.to_json()))) == now
+    assert now.of("validation", partly)[0].annotated == ("one",)
+    assert compare(now, partly)[1].changed == ()
+    assert compare(now, dataset)[1].changed == ("a",)
+
+
+def test_regions_and_ignore_survive_json(dataset, split):
+    members = ((0,), (1, 2), (2,))
+    labels = LabelSpec(("background", "whole", "core"), (0, 3, 7), members, (0, 3, 7), ignore=9)
+    other = dataclasses.replace(split, labels=labels)
+    assert Split.from_json(json.loads(json.dumps(other.to_json()))) == other
+
+
+def test_a_split_of_an_earlier_version(dataset, split):
+    """It named the classes alone: their values were 0, 1, 2, ..., and each case annotated all."""
+    content = split.to_json()
+    old = {"format": content["format"], "classes": content["classes"], "cases": content["cases"]}
+    assert Split.from_json(json.loads(json.dumps(old))) == split
