@@ -87,16 +87,15 @@ class LabelMapping:
         if self.theirs.ignore >= 0:
             mask = np.where(truth == IGNORE, 0, mask).astype(np.uint8)
         own, named = self.annotated_by(case), list(self.ours.classes)
-        options = {"tolerance": tolerance, "extra": extra}
         scored: dict[str, dict[str, float]] = {}
         if self.ours.regions or self.theirs.regions:
             shown = self.ours.mask_membership
             for name in own:  # they may overlap: each has masks of its own
-                of_class = named.index(name)
-                both = shown[of_class][mask], self._truth[of_class][truth]
-                scored |= metrics.scores(*(each.view(np.uint8) for each in both), (name,), spacing, **options)
+                row = named.index(name)
+                predicted, true = shown[row][mask].view(np.uint8), self._truth[row][truth].view(np.uint8)
+                scored |= metrics.scores(predicted, true, (name,), spacing, tolerance=tolerance, extra=extra)
         elif own:
-            scored = metrics.scores(mask, self.shown(truth), named[1:], spacing, **options)
+            scored = metrics.scores(mask, self.shown(truth), named[1:], spacing, tolerance=tolerance, extra=extra)
         absent = dict.fromkeys((*metrics.METRICS, *(extra or {})), math.nan)
         return {name: scored[name] if name in own else dict(absent) for name in self.annotated}
 
