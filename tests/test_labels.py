@@ -57,6 +57,7 @@ def test_tables_against_counting_by_value():
         shown = spec.mask_membership[number].tolist()
         assert shown == [value in values[name] for value in (0, 1, 3, 2)]  # of a voxel shown as class 0, 1, 2, 3
     assert spec.masks == FileLabels((0, 1, 2, 3), (0, 1, 3, 2))
+    assert spec.drawn[stored].tolist() == [0, 1, 3, 2, 0]
 
 
 def test_known_classes():

@@ -101,6 +101,11 @@ class LabelSpec:
         return table
 
     @property
+    def drawn(self) -> np.ndarray:
+        """[256] uint8: the class that pictures show for a stored number, of regions the last; 0 for `IGNORE`."""
+        return last_class(self.membership)
+
+    @property
     def mask_membership(self) -> np.ndarray:
         """[K, K] bool: whether a voxel that a written mask shows as class j, the column, is of class k, the row."""
         of_class = [{self.values[number] for number in numbers} for numbers in self.members]
@@ -135,6 +140,11 @@ class LabelSpec:
             return plain
         members = tuple(tuple(numbers) for numbers in content["members"])
         return dataclasses.replace(plain, members=members, mask_values=tuple(content["mask_values"]))
+
+
+def last_class(membership: np.ndarray) -> np.ndarray:
+    """[K, 256] bool, see `LabelSpec.membership` -> [256] uint8: the last class that a stored number is of, else 0."""
+    return np.where(membership, np.arange(len(membership), dtype=np.uint8)[:, None], 0).max(axis=0).astype(np.uint8)
 
 
 def parse_labels(path: Path, labels: Mapping[str, Any], order: Any = None) -> LabelSpec:

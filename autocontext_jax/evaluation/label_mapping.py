@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from autocontext_jax.data.labels import IGNORE, LabelSpec
+from autocontext_jax.data.labels import IGNORE, LabelSpec, last_class
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import metrics
@@ -53,9 +53,7 @@ class LabelMapping:
 
     def shown(self, truth: np.ndarray) -> np.ndarray:
         """A stored label map by classes of the checkpoint, [D, H, W] uint8; of regions the last that holds a voxel."""
-        numbers = np.arange(len(self.ours.classes), dtype=np.uint8)[:, None]
-        last = np.where(self._truth, numbers, 0).max(axis=0)
-        return last[truth]
+        return last_class(self._truth)[truth]
 
     def scores(
         self,

@@ -10,7 +10,6 @@ import numpy as np
 from autocontext_jax.data.label_maps import read_label_map
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import page, pictures, surface_meshes
-from autocontext_jax.evaluation.label_mapping import LabelMapping
 from autocontext_jax.evaluation.report import beside_published
 from autocontext_jax.images import scans
 from autocontext_jax.jobs.run_config import RunConfig
@@ -97,7 +96,7 @@ def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surfac
     def surfaces(mask: np.ndarray) -> dict[str, surface_meshes.Surface]:
         return surface_meshes.class_surfaces(mask, labels.classes[1:], grid.canonical_spacing)
 
-    columns = {"truth": surfaces(LabelMapping.same(labels).shown(read_label_map(case, labels, grid)))}
+    columns = {"truth": surfaces(labels.drawn[read_label_map(case, labels, grid)])}
     written = {"values": labels.masks.values, "numbers": labels.masks.numbers}
     for column, path in files.items():
         columns[column] = surfaces(scans.read_label(path, **written, like=grid, case=name))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from autocontext_jax import processes
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
@@ -232,7 +233,7 @@ def _train_phase(
                         validation_step, state, held_out, sharding, phase.levels, data.classes[1:]
                     )
                     if metrics_log is not None:
-                        metrics_log.image(step, "validation", validation_picture(held_out[0], slices))
+                        metrics_log.image(step, "validation", validation_picture(held_out[0], slices, data.labels))
                 steps.flush(validated)
                 # None before the last phase: the finest level is what the best is chosen by.
                 finest = validated.get(f"validation_dice_level_{levels[-1]}")
@@ -271,12 +272,12 @@ def training_mesh(config: RunConfig) -> Mesh:
     return mesh
 
 
-def validation_picture(batch: dict[str, Any], slices: Sequence[np.ndarray]) -> np.ndarray:
+def validation_picture(batch: dict[str, Any], slices: Sequence[np.ndarray], labels: LabelSpec) -> np.ndarray:
     """The first held-out patch's middle slice at each level: image, truth, prediction; [H, W, 3] uint8."""
     rows = []
     for image, truth, predicted in zip(batch["images"], batch["labels"], slices, strict=True):
         middle = image.shape[1] // 2
-        masks = (np.zeros_like(predicted), truth[0, middle], predicted)
+        masks = (np.zeros_like(predicted), labels.drawn[truth[0, middle]], predicted)
         rows.append(pictures.side_by_side([pictures.overlay(image[0, middle], mask) for mask in masks]))
     return np.concatenate(rows)
 
