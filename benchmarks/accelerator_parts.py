@@ -27,6 +27,7 @@ from roofline import source_lines
 from training_program import TrainingProgram, in_turn, wait_for
 
 from autocontext_jax.data.augmentation_ranges import SpatialRanges
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader, LoaderConfig
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
@@ -252,7 +253,13 @@ def does_the_loader_keep_up(session: Session) -> None:
     for number in range(count):
         voxels, label = make_phantom(np.random.default_rng([0, number]), size=size, spacing=spacing)
         write_case(
-            store, f"phantom_{number}", voxels[None], label, spacing, LevelGrids((2.0, 1.0)), ("background", *ORGANS)
+            store,
+            f"phantom_{number}",
+            voxels[None],
+            label,
+            spacing,
+            LevelGrids((2.0, 1.0)),
+            LabelSpec.plain(("background", *ORGANS)),
         )
         cases.append(PreparedCase.open(store, f"phantom_{number}", 2**28))
     program = session.program("bfloat16", sizes.batch)

@@ -24,10 +24,7 @@ All are scored by the same function on the scans' own grids.
 """
 
 import argparse
-import ast
-import contextlib
 import dataclasses
-import importlib
 import itertools
 import json
 import os
@@ -40,10 +37,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine, report
+from common import load_config, machine, report
 from tqdm import tqdm
 
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.label_maps import read_label_map
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import draw_validation
 from autocontext_jax.evaluation import metrics
 from autocontext_jax.evaluation.statistics import summarise
@@ -89,14 +88,7 @@ def with_test_cases(flags: argparse.Namespace, keys: list[str]) -> Dataset:
     dataset = read_dataset(Path(flags.data))
     if any(case.label for case in dataset.test):
         return dataset
-    path = Path(flags.config)
-    sys.path.insert(0, str(path.parent.absolute()))
-    config = importlib.import_module(path.stem).get_config()
-    for key in keys:
-        name, _, value = key.removeprefix("--config.").partition("=")
-        with contextlib.suppress(ValueError, SyntaxError):  # a text
-            value = ast.literal_eval(value)
-        config.update_from_flattened_dict({name: value})
+    config = load_config(flags.config, keys)
     training, held_out = draw_validation(dataset.training, fraction=config.data.validation_fraction, seed=config.seed)
     return dataclasses.replace(dataset, training=training, test=held_out)
 
@@ -157,8 +149,8 @@ def monai(flags: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
 
     set_determinism(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    classes, pair, image = len(dataset.labels), ("image", "label"), spec_of(dataset)
-    training = [read(case, image) for case in dataset.training]
+    classes, pair, image = len(dataset.labels.classes), ("image", "label"), spec_of(dataset)
+    training = [read(case, image, dataset.labels) for case in dataset.training]
     edge = EDGE if min(min(case["label"].shape[1:]) for case in training) >= EDGE else EDGE // 2
     pad = transforms.SpatialPadd(pair, (edge,) * 3)
     once = transforms.Compose([pad, transforms.ClassesToIndicesd("label", num_classes=classes)])
@@ -195,7 +187,7 @@ def monai(flags: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
 
     def predict(case: Case) -> np.ndarray:
         with torch.inference_mode():
-            return inferer(read(case, image)["image"][None], network)[0].argmax(0).numpy()
+            return inferer(read(case, image, dataset.labels)["image"][None], network)[0].argmax(0).numpy()
 
     return line(scored(dataset, predict), seconds=seconds, steps=steps)
 
@@ -206,13 +198,12 @@ def spec_of(dataset: Dataset) -> ImageSpec:
     return image_spec(dataset.channels, (), (-500.0, 500.0) if spec.ct else ())
 
 
-def read(case: Case, image: ImageSpec) -> dict[str, Any]:
+def read(case: Case, image: ImageSpec, labels: LabelSpec) -> dict[str, Any]:
     """Image float32, normalised, [C, D, H, W] and label [1, D, H, W], as PyTorch has them."""
     import torch
 
-    assert case.label is not None
     scan = scans.read_scan(case.images, image)
-    label = scans.read_label(case.label, labels=range(256), like=scan.grid, case=case.name)
+    label = read_label_map(case, labels, scan.grid)
     low, gain, offset, bottom, top = (part[:, None, None, None] for part in image.scaling())
     voxels = np.clip((scan.voxels.astype(np.float32) - low) * gain + offset, bottom, top)
     return {"image": torch.from_numpy(voxels), "label": torch.from_numpy(label)[None]}
@@ -220,11 +211,9 @@ def read(case: Case, image: ImageSpec) -> dict[str, Any]:
 
 def scored(dataset: Dataset, predict: Callable[[Case], np.ndarray]) -> dict[str, Any]:
     """`statistics.summarise` of the test cases; `predict` gives the mask of one, canonical."""
-    organs, scores = dataset.labels[1:], {}
+    organs, scores = dataset.labels.classes[1:], {}
     for case in dataset.test:
-        assert case.label is not None
-        grid = scans.read_grid(case.images)
-        truth = scans.read_label(case.label, labels=range(256), like=grid, case=case.name)
+        truth = read_label_map(case, dataset.labels, scans.read_grid(case.images))
         # Of these only the Dice is shown; it knows no spacing.
         scores[case.name] = metrics.scores(predict(case), truth, organs, (1, 1, 1), tolerance=1)
     return summarise(scores, organs)
@@ -279,7 +268,7 @@ def nnunet(flags: argparse.Namespace, dataset: Dataset, folder: Path) -> dict[st
 
     def predict(case: Case) -> np.ndarray:
         path = results / f"{case.name}.nii.gz"
-        return scans.read_label(path, labels=range(256), like=scans.read_grid(case.images), case=case.name)
+        return scans.read_label(path, values=range(256), like=scans.read_grid(case.images), case=case.name)
 
     return line(scored(dataset, predict), seconds=seconds, steps=25 * epochs)
 
@@ -293,7 +282,7 @@ def _link(dataset: Dataset, raw: Path) -> None:
         _linked(raw / "labelsTr" / f"{case.name}.nii.gz", case.label)
     description = {
         "channel_names": {str(number): name for number, name in enumerate(dataset.channels)},
-        "labels": {name: number for number, name in enumerate(dataset.labels)},
+        "labels": dict(zip(dataset.labels.classes, dataset.labels.values, strict=True)),
         "numTraining": len(dataset.training),
         "file_ending": ".nii.gz",
     }

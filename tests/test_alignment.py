@@ -22,6 +22,7 @@ from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader, LoaderConfig, read_batch
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
@@ -81,7 +82,7 @@ def prepared(request, tmp_path_factory) -> tuple[PreparedCase, list[Level]]:
     scans.write_scan(case.images[0], voxels, SPACING)
     scans.write_scan(case.label, label, SPACING)
     root = str(folder / "store")
-    preparation.prepare_case(case, root, SETTINGS[request.param], ("background", "organ"))
+    preparation.prepare_case(case, root, SETTINGS[request.param], LabelSpec.plain(("background", "organ")))
 
     ome = json.loads((folder / "store" / "ramp.ome.zarr" / "zarr.json").read_bytes())["attributes"]["ome"]
     levels = {}
@@ -200,7 +201,7 @@ def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialRa
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     loader = Loader([case], LoaderConfig(3, EDGE), seed=1, sharding=sharding, spatial=spatial)
-    images, _ = next(loader)
+    images, _, _ = next(loader)
     loader.close()
     images = [np.array(image[..., 0], np.float64) for image in images]
     return [np.stack([context_hu(before) for before in coarse]) - fine for coarse, fine in itertools.pairwise(images)]

@@ -10,8 +10,9 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from autocontext_jax.data import augment
-from autocontext_jax.data.augment import make_augment
-from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.augment import make_augment, make_flip_known
+from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.labels import LabelSpec
 
 EDGE, LEVELS = 8, 2
 SPACING = (2.5, 0.8, 0.7)
@@ -210,6 +211,35 @@ def test_half_of_the_patches_are_mirrored_with_their_classes():
         assert all(same) or all(turned)
         handed.append(all(turned))
     assert 10 < sum(handed) < 30
+
+
+def test_ignored_voxels_stay_ignored_and_what_is_annotated_changes_sides():
+    names = LabelSpec.plain(("background", "right", "left", "liver"), ignore=9)
+    config = AugmentationConfig(0.0, 0.0, 0.0, 0.0, flip=True, flip_pairs=("right=left",))
+    ranges = config.spatial(names)
+    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
+    images, labels, spacing = crops(40, margins)
+    labels = tuple(np.where(label == 4, 255, label).astype(np.uint8) for label in labels)
+    numbers = np.arange(40, dtype=np.uint32)
+    run = make_augment(EDGE, margins, ranges, IntensityRanges())
+    _, moved = run(jax.random.key(0), numbers, spacing, images, labels)
+    table = np.arange(256)
+    table[[1, 2]] = 2, 1
+    known = np.tile([True, True, False, True], (40, 1))
+    known_then = np.array(make_flip_known(ranges.flip_classes)(jax.random.key(0), numbers, known))
+    handed = 0
+    for sample, (before, after) in enumerate(zip(labels[0], moved[0], strict=True)):
+        turned = np.array_equal(after, table[before[..., ::-1]])
+        assert turned or np.array_equal(after, before)
+        assert known_then[sample].tolist() == ([True, False, True, True] if turned else known[sample].tolist())
+        handed += turned
+    assert 10 < handed < 30
+
+
+@pytest.mark.parametrize("flip_classes", [(), (0, 1, 2)])
+def test_where_no_class_changes_sides_neither_does_what_is_annotated(flip_classes):
+    known = np.array([[True, False, True]])
+    assert make_flip_known(flip_classes)(jax.random.key(0), np.zeros(1, np.uint32), known) is known
 
 
 def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_without_it():

@@ -8,6 +8,7 @@ from test_predictor import SIGHT, Context, Pointwise, cubed, plan_of, scan, trai
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.body import MARGIN, body_box
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.images import scans
@@ -144,12 +145,16 @@ def test_labels_outside_the_body_are_named_once_when_they_are_prepared(tmp_path,
     for name, row in (("inside", 30), ("outside", 1)):
         image, label = body_in_air(), np.zeros((40, 90, 100), np.uint8)
         label[20, row + 5, 40:45] = 1
+        label[20, 1, :] = 2  # nobody labelled these: there is nothing to lose
         files = tuple(tmp_path / f"{name}_{kind}.nii.gz" for kind in ("image", "label"))
         for file, voxels in zip(files, (image, label), strict=True):
             scans.write_scan(file, voxels, (1.0, 1.0, 1.0))
         for _ in range(2):
             preparation.prepare_case(
-                Case(name, files[:1], files[1]), str(tmp_path), LevelGrids((2, 1)), ("background", "organ")
+                Case(name, files[:1], files[1]),
+                str(tmp_path),
+                LevelGrids((2, 1)),
+                LabelSpec.plain(("background", "organ"), ignore=2),
             )
     (line,) = [record.getMessage() for record in caplog.records if "outside the box" in record.getMessage()]
     assert "case outside: 5 labelled voxels" in line

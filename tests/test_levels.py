@@ -11,6 +11,7 @@ from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import read_batch
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
@@ -147,7 +148,7 @@ def case(tmp_path_factory) -> PreparedCase:
         (1, 1, 1),
         (1, 0.5, 0.5),
     )
-    preparation.prepare_case(one, str(folder / "store"), settings, ("background", *ORGANS))
+    preparation.prepare_case(one, str(folder / "store"), settings, LabelSpec.plain(("background", *ORGANS)))
     return PreparedCase.open(str(folder / "store"), "one")
 
 

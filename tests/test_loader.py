@@ -1,5 +1,6 @@
 """The loader: the right crops, the same sequence for any number of processes, and an exact way on from any batch."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from autocontext_jax.data import loader, preparation
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import (
     Loader,
     LoaderConfig,
@@ -27,6 +29,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import pyramid_starts
 from autocontext_jax.images import scans
+from autocontext_jax.training.validation import validation_batches
 
 LABELS = ("background", "one", "two", "three")
 EDGE = 8
@@ -53,7 +56,7 @@ def cases(tmp_path_factory) -> list[PreparedCase]:
             label[10:20, 8:24, -12:-4] = 3
         scans.write_scan(case.images[0], rng.integers(-1000, 2000, size, np.int16), spacing)
         scans.write_scan(case.label, label, spacing)
-        preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LABELS)
+        preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LabelSpec.plain(LABELS))
         opened.append(PreparedCase.open(str(folder / "store"), name))
     return opened
 
@@ -220,7 +223,8 @@ def test_batches_on_the_device(cases, sharding, caplog):
         batches = [next(source) for _ in range(4)]
     assert not [record for record in caplog.records if "ompil" in record.message]
     source.close()
-    for images, labels in batches:
+    for images, labels, known in batches:
+        assert known is None
         assert len(images) == len(labels) == 2
         for image, label in zip(images, labels, strict=True):
             assert (image.shape, image.dtype) == ((2, EDGE, EDGE, EDGE, 1), np.float32)
@@ -237,7 +241,7 @@ def test_the_feed_is_the_augmented_host_batch(cases, sharding):
         host_batches(cases, plain, [NONE] * len(cases), seed=3),
     )
     for _ in range(2):
-        images, labels = next(source)
+        images, labels, _ = next(source)
         host = next(batches)
         assert_same(
             jax.tree.map(np.array, images),
@@ -246,6 +250,37 @@ def test_the_feed_is_the_augmented_host_batch(cases, sharding):
         assert_same(jax.tree.map(np.array, labels), host["labels"])
     source.close()
     batches.close()
+
+
+def partly(cases, known) -> list[PreparedCase]:
+    """The same cases of which the second annotates less."""
+    return [dataclasses.replace(case, known=known) if number == 1 else case for number, case in enumerate(cases)]
+
+
+def test_batches_say_what_is_annotated_where_it_is_not_all(cases, sharding):
+    own = partly(cases, (True, True, False, False))
+    plain = LoaderConfig(2, EDGE)
+    source, before = (Loader(each, plain, seed=3, sharding=sharding) for each in (own, cases))
+    seen = set()
+    for number in range(6):
+        images, labels, known = next(source)
+        assert_same((images, labels, None), next(before))  # nothing else changes
+        names = source.cases_of(number)
+        assert (known.shape, known.dtype) == ((2, len(LABELS)), np.bool_)
+        for name, row in zip(names, np.array(known), strict=True):
+            assert row.tolist() == ([True, True, False, False] if name == "case_1" else [True] * 4)
+            seen.add(name)
+    assert len(seen) > 2
+    for loader_ in (source, before):
+        loader_.close()
+
+
+def test_validation_batches_say_what_is_annotated(cases):
+    options = {"patches": 10, "batch_size": 2, "patch_size": EDGE, "levels": (1, 2), "spatial_dims": 3, "seed": 0}
+    assert not any("known" in batch for batch in validation_batches(cases, **options))
+    batches = validation_batches(partly(cases, (True, False, True, True)), **options)
+    rows = {tuple(row) for batch in batches for row in batch["known"]}
+    assert rows == {(True,) * 4, (True, False, True, True)}
 
 
 def test_no_transfer_but_the_explicit_one(cases, sharding):

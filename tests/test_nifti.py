@@ -242,11 +242,11 @@ def test_labels_close_to_whole_numbers_are_rounded(tmp_path):
             image = nib.Nifti1Image(data, SFORM)
             image.set_data_dtype(np.int16)  # nibabel then stores a slope
         nib.save(image, path)
-        read = scans.read_label(path, labels=range(8), like=grid, case="a")
+        read = scans.read_label(path, values=range(8), like=grid, case="a")
         np.testing.assert_array_equal(read, canonical(labels, SFORM))
     nib.save(nib.Nifti1Image((labels + 2e-3).astype(np.float32), SFORM), path)
     with pytest.raises(UserError, match=r"1\.002"):
-        scans.read_label(path, labels=range(8), like=grid, case="a")
+        scans.read_label(path, values=range(8), like=grid, case="a")
 
 
 def test_values_outside_int16_are_named(tmp_path, caplog):

@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 from flax import nnx
 
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.spec import CT
@@ -115,7 +116,7 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 def weights(workdir: Path, config, step: int):
     """Parameters and running averages."""
-    model = make_model(config, len(ORGANS) + 1, CT, BACKBONES[config.model.backbone])
+    model = make_model(config, LabelSpec.plain(("background", *ORGANS)), CT, BACKBONES[config.model.backbone])
     _, params, statistics = nnx.split(model, nnx.Param, ...)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=4)) as checkpoints:
         return checkpoints.restore_weights(step, params, statistics)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from autocontext_jax.data.datasets import Case, Dataset
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import (
     Split,
     compare,
@@ -106,7 +107,11 @@ def dataset(tmp_path) -> Dataset:
 
     training = tuple(case(name, "Tr") for name in ("a", "b", "c"))
     return Dataset(
-        tmp_path, ("background", "one"), ("CT",), training, (case("d", "Ts"), case("e", "Ts", labelled=False))
+        tmp_path,
+        LabelSpec.plain(("background", "one")),
+        ("CT",),
+        training,
+        (case("d", "Ts"), case("e", "Ts", labelled=False)),
     )
 
 
@@ -143,7 +148,7 @@ def test_an_unchanged_data_set_shows_no_change_and_nothing_of_it_is_read(dataset
     monkeypatch.setattr(Path, "open", read)
     now, changes = compare(split, dataset)
     assert now == split
-    assert (changes.lost, changes.new, changes.changed, changes.classes) == ((), (), (), None)
+    assert (changes.lost, changes.new, changes.changed, changes.labels) == ((), (), (), None)
 
 
 def test_a_file_that_was_only_touched_is_read_and_found_the_same(dataset, split):
@@ -200,5 +205,31 @@ def test_what_is_lost_is_named(dataset, split):
 
 
 def test_other_classes_are_named(dataset, split):
-    _, changes = compare(split, dataclasses.replace(dataset, labels=("background", "two")))
-    assert changes.classes == ("background", "two")
+    for labels in (LabelSpec.plain(("background", "two")), LabelSpec.plain(("background", "one"), (0, 7))):
+        _, changes = compare(split, dataclasses.replace(dataset, labels=labels))
+        assert changes.labels == labels
+
+
+def test_a_case_that_annotates_other_classes_has_changed(dataset, split):
+    first, *rest = dataset.training
+    partly = dataclasses.replace(dataset, training=(dataclasses.replace(first, annotated=("one",)), *rest))
+    now, changes = compare(split, partly)
+    assert changes.changed == ("a",)
+    assert Split.from_json(json.loads(json.dumps(now.to_json()))) == now
+    assert now.of("validation", partly)[0].annotated == ("one",)
+    assert compare(now, partly)[1].changed == ()
+    assert compare(now, dataset)[1].changed == ("a",)
+
+
+def test_regions_and_ignore_survive_json(dataset, split):
+    members = ((0,), (1, 2), (2,))
+    labels = LabelSpec(("background", "whole", "core"), (0, 3, 7), members, (0, 3, 7), ignore=9)
+    other = dataclasses.replace(split, labels=labels)
+    assert Split.from_json(json.loads(json.dumps(other.to_json()))) == other
+
+
+def test_a_split_of_an_earlier_version(dataset, split):
+    """It named the classes alone: their values were 0, 1, 2, ..., and each case annotated all."""
+    content = split.to_json()
+    old = {"format": content["format"], "classes": content["classes"], "cases": content["cases"]}
+    assert Split.from_json(json.loads(json.dumps(old))) == split

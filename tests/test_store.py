@@ -1,5 +1,6 @@
 """The prepared data set: valid for others, exact for us, and never half of one."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 from autocontext_jax.data import preparation, resampling
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.store import format as store_format
 from autocontext_jax.data.store import reader, writer
 from autocontext_jax.data.store.level_grids import LevelGrids
@@ -45,7 +47,7 @@ def write_case(folder: Path, name: str = "case 1", seed: int = 0, organs: bool =
 def expected_levels(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
     """Image and label of each level, coarsest first, straight from the files."""
     scan = scans.read_scan(case.images)
-    label = scans.read_label(case.label, labels=range(len(LABELS)), like=scan.grid, case=case.name)
+    label = scans.read_label(case.label, values=range(len(LABELS)), like=scan.grid, case=case.name)
     return [
         (
             resampling.downsample_image(scan.voxels, (f, f, f)),
@@ -68,7 +70,7 @@ def prepared(tmp_path_factory) -> tuple[Case, str]:
     """One prepared case that no test writes to."""
     folder = tmp_path_factory.mktemp("prepared")
     case = write_case(folder)
-    assert preparation.prepare_case(case, str(folder / "store"), SETTINGS, LABELS)
+    assert preparation.prepare_case(case, str(folder / "store"), SETTINGS, LabelSpec.plain(LABELS))
     return case, str(folder / "store")
 
 
@@ -76,7 +78,7 @@ def prepared(tmp_path_factory) -> tuple[Case, str]:
 def own(tmp_path) -> tuple[Case, str]:
     """One prepared case to spoil."""
     case = write_case(tmp_path)
-    assert preparation.prepare_case(case, str(tmp_path / "store"), SETTINGS, LABELS)
+    assert preparation.prepare_case(case, str(tmp_path / "store"), SETTINGS, LabelSpec.plain(LABELS))
     return case, str(tmp_path / "store")
 
 
@@ -180,15 +182,15 @@ def test_foreground_lists_each_class(prepared):
 def test_second_run_skips(own):
     case, root = own
     before = times(Path(root))
-    assert not preparation.prepare_case(case, root, SETTINGS, LABELS)
-    assert not preparation.prepare_case(case, root, LevelGrids((4.0, 2.0)), LABELS)  # the same numbers
+    assert not preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
+    assert not preparation.prepare_case(case, root, LevelGrids((4.0, 2.0)), LabelSpec.plain(LABELS))  # the same numbers
     assert times(Path(root)) == before
 
 
-@pytest.mark.parametrize("change", ["image", "label", "factors", "spacing", "names"])
+@pytest.mark.parametrize("change", ["image", "label", "factors", "spacing", "names", "values", "annotated"])
 def test_a_change_prepares_again(own, tmp_path, change):
     case, root = own
-    settings, labels = SETTINGS, LABELS
+    settings, labels = SETTINGS, LabelSpec.plain(LABELS)
     if change in ("image", "label"):
         other = write_case(tmp_path, "other", seed=1)
         old, new = ((each.images[0], each.label)[change == "label"] for each in (case, other))
@@ -197,8 +199,12 @@ def test_a_change_prepares_again(own, tmp_path, change):
         settings = LevelGrids((2, 1))
     elif change == "spacing":
         settings = LevelGrids((4, 2), "mm", (3.0, 1.5, 1.5))
+    elif change == "values":  # the file does not change, and what it means does
+        labels = LabelSpec.plain(("background", *LABELS[:0:-1]), (0, 1, 2, 3))
+    elif change == "annotated":
+        case = dataclasses.replace(case, annotated=LABELS[1:2])
     else:
-        labels = ("background", "vessel", *LABELS[2:])
+        labels = LabelSpec.plain(("background", "vessel", *LABELS[2:]))
     assert preparation.prepare_case(case, root, settings, labels)
     preparation.prepare_case(case, str(tmp_path / "clean"), settings, labels)
     assert contents(Path(root)) == contents(tmp_path / "clean")
@@ -211,7 +217,7 @@ def test_without_its_mark_a_case_is_prepared_again(own):
     (Path(root) / f"{case.name}.ome.zarr/level_1/stray").write_text("left by someone else", encoding="utf-8")
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete .*prepare the case again"):
         PreparedCase.open(root, case.name)
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
     assert contents(Path(root)) == clean
 
 
@@ -220,6 +226,7 @@ import os, signal, sys
 from pathlib import Path
 from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.store import writer
 from autocontext_jax.data.store.level_grids import LevelGrids
 
@@ -237,7 +244,7 @@ if sys.argv[4] == "0":
     writer.ts.KvStore.KeyRange = die
 writer.ts.open = open_then_die
 case = Case(sys.argv[1], (Path(sys.argv[2] + ".nii.gz"),), Path(sys.argv[2] + "_label.nii.gz"))
-preparation.prepare_case(case, sys.argv[3], LevelGrids((4, 2)), {LABELS!r})
+preparation.prepare_case(case, sys.argv[3], LevelGrids((4, 2)), LabelSpec.plain({LABELS!r}))
 """
 
 
@@ -253,7 +260,7 @@ def test_killed_while_writing_is_prepared_again(own, tmp_path, arrays):
         PreparedCase.open(root, case.name)
 
     write_case(tmp_path)  # the first content again: what the killed run left must not show
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
     assert contents(Path(root)) == clean
 
 
@@ -295,7 +302,7 @@ def test_a_description_that_is_not_what_was_written_is_refused_and_mended(own):
     mark.write_text(json.dumps(described), encoding="utf-8")
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete or damaged: delete that folder"):
         PreparedCase.open(root, case.name)
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
     PreparedCase.open(root, case.name)
 
     array = folder / "level_1" / "zarr.json"
@@ -317,7 +324,7 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
         monkeypatch.setattr(module, "FORMAT", later)
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 4, expected 5: delete that folder"):
         PreparedCase.open(root, case.name)
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))  # and mends it
 
 
 def test_finest_spacing_holds_for_every_scanner():
@@ -337,13 +344,13 @@ def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
     )
     done: list[str] = []
     cases = [small, unlabelled, good, lost]
-    bad = preparation.prepare_cases(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)
+    bad = preparation.prepare_cases(cases, root, SETTINGS, LabelSpec.plain(LABELS), workers=2, progress=done.append)
     assert sorted(done) == ["good", "lost", "small", "unlabelled"]
     assert [case for case, _ in bad] == [small, unlabelled, lost]
     for (case, message), expected in zip(bad, ("5", "no label", "lost.nii.gz"), strict=True):
         assert message.startswith(f"case {case.name}: ")
         assert expected in message
-    assert not preparation.prepare_case(good, root, SETTINGS, LABELS)  # it is there
+    assert not preparation.prepare_case(good, root, SETTINGS, LabelSpec.plain(LABELS))  # it is there
     assert sorted(path.name for path in Path(root).iterdir()) == ["good.ome.zarr"]
 
 

@@ -60,13 +60,10 @@ def make_augment(
     ]
     trained = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
 
-    def flipped(key):
-        return jax.random.bernoulli(jax.random.fold_in(key, 2))
-
     def draw_sample(key, spacing):
         if spatial is None:
             return (None,) * len(trained)
-        field = _draw_field(jax.random.split(key)[0], spatial, patch_size, len(margins), spatial_dims, flipped(key))
+        field = _draw_field(jax.random.split(key)[0], spatial, patch_size, len(margins), spatial_dims, _flipped(key))
         return tuple(
             [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in trained
         )
@@ -81,18 +78,15 @@ def make_augment(
             image_out.append(jnp.moveaxis(moved[0].astype(jnp.float32), 0, -1))
             label_out.append(moved[1])
         if spatial is not None and spatial.flip_classes:
-            classes = jnp.asarray(spatial.flip_classes, jnp.uint8)
-            label_out = [jnp.where(flipped(key), classes[label], label) for label in label_out]
+            table = jnp.asarray(spatial.flip_numbers or spatial.flip_classes, jnp.uint8)
+            label_out = [jnp.where(_flipped(key), table[label], label) for label in label_out]
         return _change_intensity(jax.random.split(key)[1], image_out, intensity), tuple(label_out)
 
-    def sample_keys(key, numbers):
-        return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-
     def draw(key, numbers, spacing):
-        return jax.vmap(draw_sample)(sample_keys(key, numbers), spacing)
+        return jax.vmap(draw_sample)(_sample_keys(key, numbers), spacing)
 
     def move(key, numbers, *arrays):
-        return jax.vmap(move_sample)(sample_keys(key, numbers), *arrays)
+        return jax.vmap(move_sample)(_sample_keys(key, numbers), *arrays)
 
     options = compiler_options(jax.default_backend(), deterministic=deterministic)
     draw, move = (jax.jit(program, out_shardings=sharding, compiler_options=options) for program in (draw, move))
@@ -102,6 +96,38 @@ def make_augment(
         return move(key, numbers, draw(key, numbers, spacing), images, labels)
 
     return augment
+
+
+def make_flip_known(
+    flip_classes: tuple[int, ...], sharding: jax.sharding.Sharding | None = None
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """What the samples' cases annotate, after the left and right sides of some are exchanged by `make_augment`.
+
+    Args:
+      flip_classes: see `SpatialRanges`.
+      sharding: of the result's axis B over devices.
+
+    Returns:
+      A function (key, numbers, known) -> known, [B, K] bool each; key and numbers as in `make_augment`.
+    """
+    if flip_classes == tuple(range(len(flip_classes))):
+        return lambda key, numbers, known: known
+    table = np.array(flip_classes)
+
+    def flip(key, numbers, known):
+        flipped = jax.vmap(_flipped)(_sample_keys(key, numbers))
+        return jnp.where(flipped[:, None], known[:, table], known)
+
+    return jax.jit(flip, out_shardings=sharding)
+
+
+def _sample_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+
+
+def _flipped(key: jax.Array) -> jax.Array:
+    """Whether a sample's left and right are exchanged, if the ranges allow it."""
+    return jax.random.bernoulli(jax.random.fold_in(key, 2))
 
 
 def _draw_field(

@@ -7,11 +7,11 @@ import collections
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocontext_jax.data.labels import LabelSpec, parse_annotated, parse_labels
 from autocontext_jax.data.layouts import (
     Case,
     Root,
@@ -33,28 +33,40 @@ log = logging.getLogger(__name__)
 ABOUT = {
     "name", "dataset_name", "description", "reference", "citation", "licence", "license", "release", "relase",
     "tensorImageSize", "converted_by", "numTraining", "numTest", "labels", "modality", "training", "test",
-    "phantom",
+    "annotated", "phantom",
 }  # fmt: skip
 NNUNET = ABOUT | {"channel_names", "file_ending", "dataset", "regions_class_order", "overwrite_image_reader_writer"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A folder of cases.
+    """A folder of cases, or several, see `combination`.
 
     Attributes:
-      root: the folder that holds `dataset.json`.
-      labels: K names in the order of their values, "background" (0) first.
+      root: the folder that holds `dataset.json`; of several the one that holds them all.
+      labels: what the label files hold and what is learned of it.
       channels: [C] names of the images' channels.
       training: every case with its label, by name.
       test: cases kept apart, by name; with labels where `labelsTs` has them.
+      folders: of the data sets, if they are several.
     """
 
     root: Path
-    labels: tuple[str, ...]
+    labels: LabelSpec
     channels: tuple[str, ...]
     training: tuple[Case, ...]
     test: tuple[Case, ...]
+    folders: tuple[Path, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Every folder that holds a `dataset.json`."""
+        return self.folders or (self.root,)
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return ", ".join(map(str, self.sources))
 
 
 def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dataset:
@@ -67,9 +79,9 @@ def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dat
       outside_paths: whether `dataset.json` may name files outside the folder.
 
     Raises:
-      UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not 0..K-1 with
-        background at 0; there is no channel; an image lacks its label or a label its image; a case is named
-        twice; a path leads out of the folder; there is no case; there are not as many as the file says.
+      UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; its labels cannot be, see
+        `parse_labels` and `parse_annotated`; there is no channel; an image lacks its label or a label its image; a case
+        is named twice; a path leads out of the folder; there is no case; there are not as many as the file says.
     """
     place = Root(Path(root), outside_paths)
     if not place.folder.is_dir():
@@ -89,13 +101,14 @@ def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dat
             f"{', '.join(description) or 'no key'}"
         )
     _check_cases(dataset)
-    return dataset
+    return _with_annotated(place.json, description, dataset)
 
 
 def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
     """nnU-Net v2: labels by name; cases lie side by side, or the key "dataset" names their files."""
     channels = _channels(root.json, "channel_names", description)
-    labels = _labels(root.json, get(str(root.json), description, "labels", dict))
+    by_name = get(str(root.json), description, "labels", dict)
+    labels = parse_labels(root.json, by_name, description.get("regions_class_order"))
     ending = get(str(root.json), description, "file_ending", str)
     check_ending(root, ending)
     _warn_of_keys(root, description, NNUNET)
@@ -127,7 +140,7 @@ def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
     for value, name in by_value.items():
         if (other := values.setdefault(str(name), value)) != value:
             raise UserError(f'{root.json}: the labels {other} and {value} are both "{name}": expected each name once')
-    labels = _labels(root.json, values)
+    labels = parse_labels(root.json, values)
     _warn_of_keys(root, description, ABOUT)
     training = listed_cases(root, "training", get(str(root.json), description, "training", list), channels)
     _warn_of_number(root, description, "numTraining", "training", training)
@@ -165,6 +178,19 @@ def _check_cases(dataset: Dataset) -> None:
         log.warning(
             "%s: different cases have the same image, and may be trained on and scored: %s", dataset.root, some(pairs)
         )
+
+
+def _with_annotated(path: Path, description: Mapping[str, Any], dataset: Dataset) -> Dataset:
+    """The data set with what single cases annotate."""
+    if "annotated" not in description:
+        return dataset
+    every = (*dataset.training, *dataset.test)
+    found = parse_annotated(path, description["annotated"], dataset.labels, [case.name for case in every])
+
+    def annotated(cases: Sequence[Case]) -> tuple[Case, ...]:
+        return tuple(dataclasses.replace(case, annotated=found.get(case.name)) for case in cases)
+
+    return dataclasses.replace(dataset, training=annotated(dataset.training), test=annotated(dataset.test))
 
 
 def _warn_of_keys(root: Root, description: Mapping[str, Any], known: set[str]) -> None:
@@ -219,30 +245,3 @@ def _channels(path: Path, key: str, description: Mapping[str, Any]) -> tuple[str
         found = ", ".join(f'"{number}": {shown(name)}' for number, name in channels.items()) or "empty"
         raise UserError(f'{path}: "{key}" is {found}: expected channels with the numbers "0", "1", ..., as "0": "CT"')
     return tuple(str(channels[str(number)]) for number in range(len(channels)))
-
-
-def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names in the order of their values, from name -> value; MSD writes the values as strings."""
-    names: dict[int, str] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            raise UserError(
-                f'{path}: label "{name}" is the region {value}: expected one value a label; regions overlap'
-            )
-        if name == "ignore":
-            raise UserError(f'{path}: label "ignore" ({value}) is not supported: expected every voxel labelled')
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
-            raise UserError(f'{path}: label "{name}" has the value {value!r}: expected a whole number from 0')
-        names[int(value)] = name
-    if sorted(names) == [0]:
-        raise UserError(f"{path}: the only label is {names[0]} 0: expected one or more beside the background")
-    if len(values) > 256:
-        raise UserError(f"{path} has {len(values)} labels: expected at most 256, background included")
-    if sorted(names) != list(range(len(values))) or not values:
-        found = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise UserError(f"{path}: labels are {found or 'none'}: expected the values 0, 1, 2, ... once each")
-    if names[0].lower() != "background":
-        raise UserError(f'{path}: label 0 is "{names[0]}": expected "background"')
-    return ("background", *(names[value] for value in range(1, len(names))))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocontext_jax.data.labels import FileLabels
 from autocontext_jax.errors import UserError, some
 from autocontext_jax.files import is_file
 from autocontext_jax.images.formats import FORMATS, scan_name, suffix_of
@@ -31,12 +32,16 @@ class Case:
       images: files of the scan: one, or of several channels one for each.
       label: file of the label map; None if there is none.
       checksum: of the files' content, where it is known; "" elsewhere.
+      annotated: names of the classes that its label map shows where they are; None for all. The others may be anywhere.
+      files: how its label map is read; None as `LabelSpec.files` of its data set says.
     """
 
     name: str
     images: tuple[Path, ...]
     label: Path | None
     checksum: str = ""
+    annotated: tuple[str, ...] | None = None
+    files: FileLabels | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from autocontext_jax.data.labels import IGNORE
 from autocontext_jax.geometry import level_shape
 
 _SLAB = 16  # native slices in float32 at a time: bounds memory, still feeds the matrix products
@@ -60,15 +61,18 @@ def downsample_image(voxels: np.ndarray, factors: tuple[float, float, float]) ->
     return level
 
 
-def downsample_label(labels: np.ndarray, factors: tuple[float, float, float], classes: int) -> np.ndarray:
-    """The label on a level's grid: in each voxel the class with the largest area.
+def downsample_label(
+    labels: np.ndarray, factors: tuple[float, float, float], numbers: int, *, ignore: bool = False
+) -> np.ndarray:
+    """The label on a level's grid: in each voxel the number with the largest area.
 
     A tie goes to the larger number, so that background never wins one: a vessel as wide as half a voxel stays.
 
     Args:
-      labels: [D, H, W] uint8, each below classes.
+      labels: [D, H, W] uint8, each below `numbers`, or `IGNORE`.
       factors: native voxels per voxel of the level along (z, y, x).
-      classes: K, background included.
+      numbers: V, how many there are, background included.
+      ignore: whether there may be voxels of `IGNORE`, which counts as one number more.
 
     Returns:
       [D', H', W'] uint8.
@@ -79,7 +83,7 @@ def downsample_label(labels: np.ndarray, factors: tuple[float, float, float], cl
     for rows, slices, weights in _slabs(labels.shape, factors):
         slab, winner = labels[slices], level[rows]
         areas = {}
-        for number in range(1, classes):
+        for number in (*range(1, numbers), *[IGNORE] * ignore):
             if (mask := slab == number).any():
                 areas[number] = _area(mask, weights)
         largest = 1 - sum(areas.values(), np.zeros(winner.shape, np.float32))  # background: what the others leave

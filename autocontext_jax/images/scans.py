@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError, counted
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
-from autocontext_jax.images.checks import as_user_error, check_kind, check_size, make_grid, numbers
+from autocontext_jax.images.checks import as_user_error, check_kind, check_size, make_grid
+from autocontext_jax.images.checks import numbers as listed
 from autocontext_jax.images.finding import series_of
 from autocontext_jax.images.formats import NIFTI, PICTURES, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
@@ -141,24 +142,27 @@ def _difference(found: Grid, expected: Grid) -> tuple[str, str, str] | None:
     for what, tolerance in TOLERANCES.items():
         own, other = (getattr(grid, f"canonical_{what}") for grid in (found, expected))
         if not np.allclose(own, other, rtol=0.0, atol=tolerance):
-            return what, numbers(own), numbers(other)
+            return what, listed(own), listed(other)
     return None
 
 
-def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, case: str) -> np.ndarray:
+def read_label(
+    path: str | os.PathLike, *, values: Sequence[int], numbers: Sequence[int] | None = None, like: Grid, case: str
+) -> np.ndarray:
     """Reads a label map and checks it against its image.
 
     Args:
       path: as in `read_scan`; the file's axes may be stored in another order than the image's.
-      labels: the values allowed, in [0, 255], background included.
+      values: at most 256, ascending: those that the file may hold, background included.
+      numbers: what each of them becomes, below 256; None for its place among the values.
       like: the image's grid.
       case: its name, for the messages.
 
     Returns:
-      [D, H, W] uint8, canonical, C-contiguous.
+      [D, H, W] uint8, canonical, C-contiguous: the number of each voxel's value.
 
     Raises:
-      UserError: as `read_scan`; the grid is not the image's; a value is not one of `labels`.
+      UserError: as `read_scan`; the grid is not the image's; the file holds another value.
     """
     path = Path(path)
     found_voxels, grid = _read(path, None)
@@ -169,23 +173,46 @@ def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, 
             "image's grid; resample it with nearest neighbours or correct its header"
         )
 
-    stored = grid.to_canonical(found_voxels)
+    stored, allowed = grid.to_canonical(found_voxels), np.asarray(values)
     voxels = np.empty(stored.shape, np.uint8)
+    table = np.arange(len(values), dtype=np.uint8) if numbers is None else np.asarray(numbers, np.uint8)
+    as_stored = list(values) == table.tolist()
     strangers: collections.Counter[float] = collections.Counter()
     for plane, target in zip(stored, voxels, strict=True):  # a plane at a time: np.unique copies and sorts
-        values, counts = np.unique(plane, return_counts=True)
-        whole = np.rint(values)
-        strange = ~np.isin(whole, list(labels)) | (np.abs(values - whole) > ROUNDING)
-        strangers.update(dict(zip(values[strange].tolist(), counts[strange].tolist(), strict=True)))
+        present, counts = np.unique(plane, return_counts=True)
+        whole = np.rint(present)
+        strange = ~np.isin(whole, allowed) | (np.abs(present - whole) > ROUNDING)
+        strangers.update(dict(zip(present[strange].tolist(), counts[strange].tolist(), strict=True)))
         if not strangers:  # otherwise the cast could overflow, and the array is not needed any more
-            np.copyto(target, plane if plane.dtype.kind != "f" else np.rint(plane), casting="unsafe")
+            rounded = plane if plane.dtype.kind != "f" else np.rint(plane)
+            np.copyto(target, rounded if as_stored else table[np.searchsorted(allowed, rounded)], casting="unsafe")
     if strangers:
-        found = ", ".join(f"{value:.6g} ({count} voxels)" for value, count in strangers.most_common(8))
+        found = ", ".join(f"{_exact(value)} ({count} voxels)" for value, count in strangers.most_common(8))
         raise UserError(
             f"case {case}: {path} holds the label values {found}{', …' * (len(strangers) > 8)}; expected only "
-            f"{', '.join(map(str, sorted(labels)))}: correct the mask or name its labels in dataset.json"
+            f"{', '.join(map(str, values))}: correct the mask or name its labels in dataset.json"
         )
     return voxels
+
+
+def _exact(value: float) -> str:
+    """A label's value, whole however large."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+
+
+def label_values(classes: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """A label map as files hold it: the inverse of what `read_label` does.
+
+    Args:
+      classes: [D, H, W] uint8, each voxel's class.
+      values: [K] of each class in a file, not negative.
+
+    Returns:
+      [D, H, W] of the smallest of uint8, uint16 and uint32 that holds the values.
+    """
+    if list(values) == list(range(len(values))):
+        return classes
+    return np.asarray(values).astype(np.min_scalar_type(max(values)))[classes]
 
 
 def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
@@ -193,7 +220,7 @@ def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
 
     Args:
       path: any of `FORMATS` but .mhd, which needs two files.
-      voxels: [D, H, W] uint8, canonical; its shape is `grid.canonical_size`.
+      voxels: [D, H, W] uint8, uint16 or uint32, canonical; its shape is `grid.canonical_size`.
       grid: the scan's.
 
     Raises:

@@ -53,7 +53,7 @@ class Model:
             pyramid,
             config,
             align=description.network.divisor,
-            mirror_classes=tiling.flip_classes if tiling.flip else (),
+            mirror_classes=_mirrored(description) if tiling.flip else (),
         )
 
     @property
@@ -81,13 +81,15 @@ class Model:
           spacing: of an array: mm along its axes, (z, y, x).
           direction: of an array: [3, 3], column j is the unit vector of the array's axis j, rows are the patient's axes
             (z, y, x), which point to superior, posterior and left. None means that the array's axes point there.
-          probabilities: whether the softmax maps are returned too. They take 4 bytes for each voxel and class.
+          probabilities: whether the maps of the classes are returned too, of regions those without the background. They
+            take 4 bytes for each voxel and class.
           series: of a DICOM folder with several series: the number, description or identifier of one.
           output: file that the mask is written to: .nii.gz, .nii, .mha or .nrrd.
           progress: whether a bar on standard error shows the tiles that are done.
 
         Returns:
-          The mask, uint8 with the values of `classes`: of an array an array [D, H, W], otherwise a `SimpleITK.Image`.
+          The mask with the values of `classes`, uint8, or a longer type if one is larger than 255: of an array an
+          array [D, H, W], otherwise a `SimpleITK.Image`. Of regions it has in each voxel the last that holds it.
           Of DICOM slices that a tilted gantry has shifted, or whose distances differ, it has one plane for each slice,
           see `as_image`.
           With `probabilities` a pair of the mask and the maps, float32: an array [D, H, W, K], or a `SimpleITK.Image`
@@ -154,7 +156,7 @@ class Model:
                 )  # fmt: skip
 
     def mask(self, scan: scans.Scan, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
-        """The finest level's mask of a scan, [D, H, W] uint8, canonical, with the values of `classes`."""
+        """The finest level's mask of a scan, [D, H, W], canonical, with the values of `classes`."""
         factors = self.description.levels.level_factors(scan.spacing)
         return self._valued(self._predictor.masks(scan.voxels, factors, progress=progress)[len(factors)])
 
@@ -177,8 +179,7 @@ class Model:
 
     def _valued(self, mask: np.ndarray) -> np.ndarray:
         """The values of classes in the place of their numbers."""
-        values = np.array(list(self.classes.values()), np.uint8)
-        return mask if (values == np.arange(len(values))).all() else values[mask]
+        return scans.label_values(mask, list(self.classes.values()))
 
 
 def load_file(path: Path, networks: Mapping[str, Any], options: Mapping[str, Any]) -> Model:
@@ -241,6 +242,12 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     used = {name: getattr(config, name) for name in own}
     new = dataclasses.replace(tiling, flip=flip, **used)
     return dataclasses.replace(description, tiling=new), config
+
+
+def _mirrored(description: Description) -> tuple[int, ...]:
+    """The output of the network that each of its outputs becomes in the mirror image."""
+    flipped = description.tiling.flip_classes
+    return tuple(number - 1 for number in flipped[1:]) if description.regions else flipped
 
 
 def _paths(scan: Any) -> list[Path]:

@@ -59,6 +59,12 @@ def _channels(image: ImageSpec) -> str:
 
 def _classes(description: Description) -> str:
     rows = ["| value | class | color | code |", "| ---: | --- | --- | --- |"]
+    if description.regions:
+        rows = [
+            "The classes are regions, which may overlap: a mask has in each voxel the value of the last that holds it.",
+            "",
+            *rows,
+        ]
     for entry in description.classes:
         color = "#" + "".join(f"{part:02x}" for part in entry.color) if entry.color else ""
         rows.append(f"| {entry.value} | {entry.name} | {color} | {entry.code} |")

@@ -35,7 +35,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
 
         bad = processes.agree(
             lambda: preparation.prepare_cases(
-                cases, data.store, levels, data.classes, data.image, workers=workers, progress=progress
+                cases, data.store, levels, data.labels, data.image, workers=workers, progress=progress
             )
         )
     messages = [message for found in processes.gather([message for _, message in bad]) for message in found]
@@ -44,9 +44,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
             log.error("%s", message)
         count = len(data.training) + len(data.validation)
         raise UserError(f"{messages[-1]} ({len(messages)} of {count} cases cannot be prepared)")
-    processes.first_does(
-        lambda: preparation.check_classes(data.training, data.store, data.classes, str(data.dataset.root))
-    )
+    processes.first_does(lambda: preparation.check_classes(data.training, data.store, data.labels, data.dataset.place))
     if data.image.learned:
         return data
 

@@ -120,7 +120,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().absolute())
 
-    data = dataclasses.replace(config.data, root=absolute(config.data.root), prepared=absolute(config.data.prepared))
+    root = ",".join(absolute(str(folder)) for folder in config.data.folders)
+    data = dataclasses.replace(config.data, root=root, prepared=absolute(config.data.prepared))
     return dataclasses.replace(config, data=data)
 
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autocontext_jax import processes
-from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.combination import read_datasets
+from autocontext_jax.data.datasets import Case, Dataset
 from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
 from autocontext_jax.data.fingerprint import Fingerprint, fingerprint
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.split import (
     FORMAT,
@@ -52,6 +54,11 @@ class RunData:
     def image(self) -> ImageSpec:
         """The channels, and how they are normalised."""
         return self.fingerprint.image
+
+    @property
+    def labels(self) -> LabelSpec:
+        """What label maps hold and what is learned of it."""
+        return self.split.labels
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -193,10 +200,15 @@ def _store(config: RunConfig, workdir: Path) -> str:
 
 
 def _read_dataset(config: RunConfig, workdir: Path, *, generate: bool = False) -> Dataset:
-    root = Path(config.data.root).expanduser() if config.data.root else workdir / "phantoms"
+    folders = config.data.folders or (workdir / "phantoms",)
     if config.phantom.training and generate:
+        if len(folders) > 1:
+            raise UserError(
+                f"config key data.root names {len(folders)} folders, and phantom.training is "
+                f"{config.phantom.training}; expected one folder for phantoms, or --config.phantom.training=0"
+            )
         write_dataset(
-            root,
+            folders[0],
             training=config.phantom.training,
             test=config.phantom.test,
             size=config.phantom.size,
@@ -206,15 +218,15 @@ def _read_dataset(config: RunConfig, workdir: Path, *, generate: bool = False) -
         )
     elif not config.data.root and not config.phantom.training:
         raise UserError("config key data.root is empty; expected the folder of the data set: --config.data.root=FOLDER")
-    return read_dataset(root, outside_paths=config.data.outside_paths)
+    return read_datasets(folders, outside_paths=config.data.outside_paths)
 
 
 def _first_split(config: RunConfig, dataset: Dataset) -> Split:
     if not dataset.training:
         raise UserError(
-            f"data set {dataset.root} has no training case, only test cases: expected images in imagesTr and their "
+            f"data set {dataset.place} has no training case, only test cases: expected images in imagesTr and their "
             "labels in labelsTr to train on; a trained run scores it by --mode evaluate "
-            f"--config.evaluate.root={dataset.root}"
+            f"--config.evaluate.root={dataset.sources[0]}"
         )
     if config.data.splits:
         training, validation = read_fold(dataset.training, Path(config.data.splits), config.data.fold)
@@ -239,21 +251,21 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
         told = "; ".join(f"{side}: {some(names)}" for side, names in sides.items() if names)
         log.warning(
             "%s: %s changed since the run began (%s): prepared again where they are trained on; what was trained so "
-            "far has seen the old ones", dataset.root, counted(len(changes.changed), "case"), told,
+            "far has seen the old ones", dataset.place, counted(len(changes.changed), "case"), told,
         )  # fmt: skip
     if not changes.new:
         return now
     trainable = {case.name for case in dataset.training}
     taken = [name for name in changes.new if name in trainable] if config.data.new_cases == "train" else []
     if taken:
-        log.warning("%s: %s taken into training: %s", dataset.root, counted(len(taken), "new case"), some(taken))
+        log.warning("%s: %s taken into training: %s", dataset.place, counted(len(taken), "new case"), some(taken))
         every = {name: case.side for name, case in now.cases.items()} | dict.fromkeys(taken, "training")
         now = make_split(dataset, every, known=now)
     if left := [name for name in changes.new if name not in taken]:
         remedy = ". --config.data.new_cases=train takes new training cases into training"
         log.warning(
             "%s: %s since the run began, neither trained on nor scored: %s%s",
-            dataset.root, counted(len(left), "case was added", "cases were added"), some(left),
+            dataset.place, counted(len(left), "case was added", "cases were added"), some(left),
             remedy if trainable & set(left) else "",
         )  # fmt: skip
     return now
@@ -262,13 +274,13 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
 def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> None:
     if changes.lost:
         raise UserError(
-            f"data set {dataset.root} lacks {some(changes.lost)}, which {workdir / 'split.json'} names: bring "
+            f"data set {dataset.place} lacks {some(changes.lost)}, which {workdir / 'split.json'} names: bring "
             f"{'it' if len(changes.lost) == 1 else 'them'} back, name the folder that has "
             f"{'it' if len(changes.lost) == 1 else 'them'} (--config.data.root=FOLDER), or start in another --workdir; "
             "--mode evaluate scores another data set by --config.evaluate.root=FOLDER"
         )
-    if changes.classes:
+    if changes.labels:
         raise UserError(
-            f"data set {dataset.root} has the classes {changes.classes}; expected {known.classes}, with which the run "
-            f"began: set dataset.json back, or start in another --workdir"
+            f"data set {dataset.place} has the labels {changes.labels.shown()}; expected {known.labels.shown()}, with "
+            "which the run began: set dataset.json back, or start in another --workdir"
         )

@@ -18,6 +18,7 @@ from flax import nnx
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import draw_validation, make_split, read_fold, sides_of
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
@@ -74,7 +75,7 @@ def read_scans(folder: Path, suffix: str) -> None:
     """All that is done with a scan's file: its grid, its voxels, and the label map on it."""
     scans.read_grid(folder / f"image{suffix}")
     scan = scans.read_scan(folder / f"image{suffix}")
-    scans.read_label(folder / f"label{suffix}", labels=range(3), like=scan.grid, case="a")
+    scans.read_label(folder / f"label{suffix}", values=range(3), like=scan.grid, case="a")
     scans.read_scan(folder / f"float{suffix}")
 
 
@@ -144,7 +145,7 @@ def write_store(folder: Path) -> None:
     case = Case("a", (folder / "image.nii",), folder / "label.nii")
     scans.write_scan(case.images[0], rng.integers(-1000, 1000, size, np.int16), (2.5, 0.8, 0.7))
     scans.write_scan(folder / "label.nii", rng.integers(0, 3, size, np.uint8), (2.5, 0.8, 0.7))
-    preparation.prepare_case(case, str(folder), LevelGrids((2, 1)), LABELS)
+    preparation.prepare_case(case, str(folder), LevelGrids((2, 1)), LabelSpec.plain(LABELS))
 
 
 def read_store(folder: Path) -> None:
@@ -264,7 +265,7 @@ def write_split_json(folder: Path) -> None:
     for name in "abcd":
         (folder / name).write_text(name, encoding="utf-8")
         cases.append(Case(name, (folder / name,), folder / name))
-    dataset = Dataset(folder, LABELS, ("CT",), tuple(cases[:3]), (cases[3],))
+    dataset = Dataset(folder, LabelSpec.plain(LABELS), ("CT",), tuple(cases[:3]), (cases[3],))
     split = make_split(dataset, sides_of(dataset, cases[:2], cases[2:3]))
     write_json(folder / "split.json", split.to_json())
 
@@ -303,7 +304,7 @@ def read_overrides(folder: Path) -> None:
     assert len(factors) == len(config.levels.factors)
     for phase in config.phases():
         config.phase_loss(phase)
-    config.augmentation.spatial(LABELS)
+    config.augmentation.spatial(LabelSpec.plain(LABELS))
     json.dumps(as_dict(config))
 
 

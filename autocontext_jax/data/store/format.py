@@ -3,8 +3,8 @@
     <root>/<case>.ome.zarr/
       zarr.json                 the levels, and ours under "autocontext_jax"; written last: it marks a complete case
       level_2, level_1, ...     [C, D, H, W] finest level first: int16 HU of CT alone, else float32, see `images.spec`
-      labels/classes/level_2 ... [D, H, W] uint8
-      foreground                [voxels of class 1 to K - 1] uint32: flat indices into the finest level, by class
+      labels/classes/level_2 ... [D, H, W] uint8: numbers, see `data/labels.py`
+      foreground                [voxels of number 1 to V - 1] uint32: flat indices into the finest level, by number
       intensities               [channels of CT * 65536] uint32: how many labelled voxels have each HU
 
 The root is a local folder or the URL of any of TensorStore's key-value stores (gs://, s3://). Every chunk carries a

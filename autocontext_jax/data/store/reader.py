@@ -61,12 +61,13 @@ class PreparedCase:
     Attributes:
       root: folder or URL of the store.
       name: the case's.
-      labels: [K] names, background first.
+      labels: [K] names of the classes, background first.
       spacing: mm of the finest level, (z, y, x).
       factors: [S] native voxels per voxel along (z, y, x), coarsest level first.
       shapes: [S] voxels (z, y, x), coarsest level first.
       image: of the channels, as far as it is known which values are stored; not the window of CT.
-      foreground_offsets: [K]; entries [k - 1] to [k] of the foreground are the voxels of class k; none if all are 0.
+      foreground_offsets: [V]; entries [n - 1] to [n] of the foreground are the voxels of number n; none if all are 0.
+      known: [K] whether the case annotates each class.
       cache_bytes: most memory for decompressed chunks, shared by all cases of this process that have the same number
         here: what is read often stays, whichever case it is of.
     """
@@ -79,6 +80,7 @@ class PreparedCase:
     shapes: tuple[tuple[int, int, int], ...]
     image: ImageSpec
     foreground_offsets: tuple[int, ...]
+    known: tuple[bool, ...]
     cache_bytes: int = 0
 
     @classmethod
@@ -95,19 +97,21 @@ class PreparedCase:
             raise UserError(f"{case_path(root, name)} has the format {ours.get('format')}, expected {FORMAT}: {REMEDY}")
         try:
             labels, offsets = tuple(ours["labels"]), tuple(map(operator.index, ours["foreground_offsets"]))
+            known = tuple(map(bool, ours["known"]))
             factors = tuple(_three(float, row) for row in ours["factors"])
             shapes = tuple(_three(operator.index, row) for row in ours["shapes"])
             spacing = times(_three(float, ours["native"]["spacing"]), factors[-1])
             image = ImageSpec(tuple(Channel("", scheme) for scheme in ours["channels"]))
             whole = all(isinstance(label, str) for label in labels) and len(shapes) == len(factors)
             whole &= all(0 < size < 2**32 for shape in shapes for size in shape)
-            whole &= len(offsets) == len(labels) and [0, *offsets] == sorted([0, *offsets])
+            whole &= len(offsets) == operator.index(ours["numbers"]) and [0, *offsets] == sorted([0, *offsets])
+            whole &= len(known) == len(labels)
             whole &= bool(np.isfinite(spacing).all()) and all(0 < f < 1e9 for row in (spacing, *factors) for f in row)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError):
             whole = False
         if not whole:
             raise UserError(f"{case_path(root, name)} has a description that is not what was written: {REMEDY}")
-        return cls(root, name, labels, spacing, factors, shapes, image, offsets, cache_bytes)
+        return cls(root, name, labels, spacing, factors, shapes, image, offsets, known, cache_bytes)
 
     def read(
         self,

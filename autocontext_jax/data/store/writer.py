@@ -10,6 +10,7 @@ import tensorstore as ts
 
 from autocontext_jax.data import resampling
 from autocontext_jax.data.histograms import histograms
+from autocontext_jax.data.labels import IGNORE, LabelSpec
 from autocontext_jax.data.store.format import (
     CHUNK,
     FORMAT,
@@ -36,51 +37,56 @@ def write_case(
     label: np.ndarray,
     spacing: Triple,
     grids: LevelGrids,
-    classes: tuple[str, ...],
+    labels: LabelSpec,
     *,
     image: ImageSpec = CT,
     origin: Triple = (0.0, 0.0, 0.0),
     direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+    known: Sequence[bool] = (),
     digest: str = "",
 ) -> None:
     """Writes one case's levels; an older case of this name is replaced.
 
-    A label may be background alone. A class that is too small for the finest level's grid is named in a warning.
+    A label may be background alone. A label that is too small for the finest level's grid is named in a warning.
 
     Args:
       root: folder or URL of the store.
       name: the case's.
       voxels: [C, D, H, W], see `images.spec`.
-      label: [D, H, W] uint8, numbers of the classes.
+      label: [D, H, W] uint8, numbers.
       spacing: mm of the scan, (z, y, x).
       grids: of the levels.
-      classes: [K] names, background first.
+      labels: what the numbers are.
       image: of the channels.
       origin: of the scan's first voxel, mm; recorded only.
       direction: cosines of the scan's axes, nine numbers row by row; recorded only.
+      known: [K] whether the case annotates each class; () means that it annotates all.
       digest: says what the case was made from; recorded only.
 
     Raises:
       UserError: the store cannot be written.
     """
     factors = grids.level_factors(spacing)
-    masks = [resampling.downsample_label(label, level, len(classes)) for level in factors]
+    numbers, ignore = len(labels.values), labels.ignore >= 0
+    masks = [resampling.downsample_label(label, level, numbers, ignore=ignore) for level in factors]
     images = [resampling.downsample_image(voxels, level) for level in factors]
-    foreground = np.flatnonzero(masks[-1])
-    numbers = masks[-1].ravel()[foreground]
-    _warn_of_lost_classes(name, label, masks[-1], classes, times(spacing, factors[-1]))
+    foreground = np.flatnonzero((masks[-1] != 0) & (masks[-1] != IGNORE) if ignore else masks[-1])
+    found = masks[-1].ravel()[foreground]
+    _warn_of_lost_labels(name, label, masks[-1], labels.number_names, times(spacing, factors[-1]))
     arrays = {
-        "foreground/": foreground[np.argsort(numbers, kind="stable")].astype(np.uint32),
+        "foreground/": foreground[np.argsort(found, kind="stable")].astype(np.uint32),
         "intensities/": histograms(voxels[list(image.ct)], label).ravel(),
     }
     for level, (volume, mask) in enumerate(zip(images, masks, strict=True), start=1):
         arrays |= {f"level_{level}/": volume, f"labels/classes/level_{level}/": mask}
-    properties = [{"label-value": number, "name": title} for number, title in enumerate(classes) if number]
+    properties = [{"label-value": number, "name": title} for number, title in enumerate(labels.number_names) if number]
+    properties += [{"label-value": IGNORE, "name": "ignore"}] if ignore else []
     about = {"image-label": {"version": "0.5", "properties": properties, "source": {"image": "../../"}}}
     native = {"size": label.shape, "spacing": spacing, "origin": origin, "direction": direction}
-    offsets = np.cumsum(np.bincount(numbers, minlength=len(classes))).tolist()
-    ours = {"format": FORMAT, "case": name, "hash": digest, "native": native, "labels": classes, "factors": factors}
-    ours |= {"shapes": [mask.shape for mask in masks], "foreground_offsets": offsets}
+    offsets = np.cumsum(np.bincount(found, minlength=numbers)).tolist()
+    ours = {"format": FORMAT, "case": name, "hash": digest, "native": native, "factors": factors}
+    ours |= {"labels": labels.classes, "known": list(known) or [True] * len(labels.classes)}
+    ours |= {"shapes": [mask.shape for mask in masks], "numbers": numbers, "foreground_offsets": offsets}
     ours |= {"channels": image.stored_as[:-1]}
     ours |= {"crc": checksum(ours)}
     groups: dict[str, Any] = {  # in this order: the root's metadata mark a complete case
@@ -92,18 +98,18 @@ def write_case(
         _write(case_url(root, name), arrays, groups, image)
 
 
-def _warn_of_lost_classes(name: str, label: np.ndarray, finest: np.ndarray, classes: Sequence[str], mm: Triple) -> None:
-    """Names the classes that are too small for the finest level's grid."""
+def _warn_of_lost_labels(name: str, label: np.ndarray, finest: np.ndarray, names: Sequence[str], mm: Triple) -> None:
+    """Names the labels that are too small for the finest level's grid."""
     if finest is label:
         return
-    native, left = np.zeros((2, len(classes)), np.int64)
+    native, left = np.zeros((2, IGNORE + 1), np.int64)
     for mask, counts in ((label, native), (finest, left)):
         for plane in mask:  # a plane at a time: counting takes 8 bytes a voxel
-            counts += np.bincount(plane.ravel(), minlength=len(classes))
-    for number in np.flatnonzero((native > 0) & (left == 0)).tolist():
+            counts += np.bincount(plane.ravel(), minlength=IGNORE + 1)
+    for number in np.flatnonzero((native > 0)[: len(names)] & (left == 0)[: len(names)]).tolist():
         log.warning(
             "case %s: %s has %s, and none is left at the finest level's %s mm",
-            name, classes[number], counted(int(native[number]), "voxel"), " × ".join(f"{length:g}" for length in mm),
+            name, names[number], counted(int(native[number]), "voxel"), " × ".join(f"{length:g}" for length in mm),
         )  # fmt: skip
 
 
