@@ -54,6 +54,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data", "space"))
 
 
+def sample_sharding(mesh: Mesh) -> NamedSharding:
+    """Of what a sample has without a depth, [B, ...]."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
