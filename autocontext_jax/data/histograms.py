@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from autocontext_jax.data.labels import IGNORE
+
 FIRST_VALUE, VALUES = -(2**15), 2**16  # of a histogram: those of int16
 # Percentiles of the labelled voxels to which CT is clipped, as in nnU-Net.
 CLIPPED = (0.5, 99.5)
@@ -14,13 +16,13 @@ def histograms(voxels: np.ndarray, label: np.ndarray) -> np.ndarray:
 
     Args:
       voxels: [C, D, H, W] HU; fractions are rounded, and what is outside int16 counts at its edges.
-      label: [D, H, W], 0 where nothing is labelled.
+      label: [D, H, W] of a stored label map; the background and `IGNORE` do not count.
 
     Returns:
       [C, VALUES] uint32, from FIRST_VALUE.
     """
     counts = np.zeros((len(voxels), VALUES), np.uint32)
-    for plane, labelled in zip(voxels.swapaxes(0, 1), label > 0, strict=True):
+    for plane, labelled in zip(voxels.swapaxes(0, 1), (label != 0) & (label != IGNORE), strict=True):
         if not labelled.any():
             continue
         for channel, of_channel in zip(plane, counts, strict=True):

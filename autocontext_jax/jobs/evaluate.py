@@ -68,7 +68,10 @@ def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Ex
         )
     own = LabelMapping.same(data.labels)
     with _alone(workdir):
-        return _score(config, workdir, data.split, extensions, cases, workdir, labels=own, cases_are=cases_are)
+        return _score(
+            config, workdir, data.split, extensions, cases, workdir, labels=own, channels=data.dataset.channels,
+            cases_are=cases_are,
+        )  # fmt: skip
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
@@ -101,7 +104,10 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions
 
     folder = evaluation_folder(config, workdir)
     with _alone(workdir):
-        return _score(config, workdir, split, extensions, cases, folder, labels=labels, cases_are=cases_are)
+        return _score(
+            config, workdir, split, extensions, cases, folder, labels=labels, channels=dataset.channels,
+            cases_are=cases_are,
+        )  # fmt: skip
 
 
 def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
@@ -142,6 +148,7 @@ def _score(
     folder: Path,
     *,
     labels: LabelMapping,
+    channels: Sequence[str],
     cases_are: Callable[[int], str],
 ) -> bool:
     """`evaluate` for these cases, into `folder`.
@@ -154,9 +161,16 @@ def _score(
       cases: labelled.
       folder: where all is written.
       labels: of the cases.
+      channels: of the cases.
       cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
     model, step = restore_model(config, workdir, split, extensions)
+    trained_on = tuple(channel.name for channel in model.description.image.channels)
+    if channels != trained_on:
+        log.warning(
+            "the data set has the channels %s, and the model was trained on %s: they are taken in this order",
+            ", ".join(channels), ", ".join(trained_on),
+        )  # fmt: skip
     classes, extra, image = split.classes, extensions.extra_metrics(config), model.description.image
     levels = config.model_levels()
     tolerance = config.evaluate.tolerance
