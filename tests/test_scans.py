@@ -257,7 +257,7 @@ def test_images_of_other_dimensions_are_refused(tmp_path, suffix):
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 4), np.int16)), str(path))
     refused(lambda: scans.read_scan(path), path, "2D", "4 × 5")
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 6, 5, 4), np.int16), isVector=False), str(path))
-    refused(lambda: scans.read_grid(path), path, "4D", "4 × 5 × 6 × 2")
+    refused(lambda: scans.read_scan(path), path, "4D", "4 × 5 × 6 × 2")
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 5, 4, 3), np.uint8), isVector=True), str(path))
     refused(lambda: scans.read_scan(path), path, "3 value(s)")
 

@@ -147,7 +147,7 @@ def _size(path: Path, header: Any, several: bool) -> tuple[tuple[int, int, int],
         size, vector = size[:3], size[4]
         components, channels = (components, vector) if several else (components * vector, 1)
     check_kind(path, size, components)
-    check_size(path, (*size, channels))
+    check_size(path, (*size, channels) if channels > 1 else size)
     i, j, k = size
     return (i, j, k), channels
 

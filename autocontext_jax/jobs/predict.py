@@ -23,12 +23,18 @@ log = logging.getLogger(__name__)
 Job = tuple[Source, Path]  # a scan and where its mask goes
 
 
-def predict(load: Callable[[], Model], image: ImageSpec, source: Path, target: Path, series: str | None = None) -> bool:
+def predict(
+    load: Callable[[], Model],
+    image_spec: Callable[[], ImageSpec],
+    source: Path,
+    target: Path,
+    series: str | None = None,
+) -> bool:
     """Writes the finest level's mask of one scan, a DICOM series or each scan of a folder.
 
     Args:
       load: gives the model, once it is known that the masks can be written.
-      image: the model's channels.
+      image_spec: gives the model's channels, which are known before it is loaded.
       source: a scan or a folder.
       target: for one scan a file to write, or a folder; for a folder of scans a folder, where each mask is named as its
         scan, and lies in folders as the scan does. Missing folders are made.
@@ -40,6 +46,9 @@ def predict(load: Callable[[], Model], image: ImageSpec, source: Path, target: P
     Raises:
       UserError: as `scans` and `load` say.
     """
+    if suffix_of(target):
+        scans.check_writable_format(target)
+    image = image_spec()
     inputs = find_scans(source, series=series, channels=len(image.channels))
     many = source.is_dir() and [scan.path for scan in inputs] != [source]
     outputs = [_output(scan, target, many) for scan in inputs]

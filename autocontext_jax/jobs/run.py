@@ -100,7 +100,7 @@ def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
     return restore_model(config, workdir, split, extensions)[0]
 
 
-def _image(config: RunConfig, paths: Paths) -> ImageSpec:
+def _image(paths: Paths) -> ImageSpec:
     """The channels of a model, which is not loaded yet."""
     if paths.model is not None:
         return read_description(paths.model).image
@@ -153,8 +153,13 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
     """The modes that only use a run."""
     if mode == "predict":
         assert paths.target is not None
-        image = processes.agree(lambda: _image(config, paths))
-        return predict(lambda: load(config, paths, extensions), image, paths.source, paths.target, paths.series)
+        return predict(
+            lambda: load(config, paths, extensions),
+            lambda: processes.agree(lambda: _image(paths)),
+            paths.source,
+            paths.target,
+            paths.series,
+        )
     workdir = paths.workdir
     config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":
