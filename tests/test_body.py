@@ -111,7 +111,7 @@ def test_regions_have_no_map_of_the_background():
     """Beyond the box and in a scan of air all maps are 0."""
     predictor = Predictor(PointwiseRegions(1), PredictorConfig(), align=4)
     voxels = body_in_air()
-    mask, maps = predictor.mask_and_maps(voxels, cubed(1))
+    mask, maps = predictor.mask_and_maps(voxels[None], cubed(1))
     _, box = predictor.tiles.plan(voxels.shape, cubed(1), voxels)
     beyond = np.ones(voxels.shape, bool)
     beyond[tuple(slice(*interval) for interval in box)] = False
@@ -119,7 +119,7 @@ def test_regions_have_no_map_of_the_background():
     np.testing.assert_array_equal(maps[beyond], 0)
     assert not mask[beyond].any()
     assert set(np.unique(mask[PLACE])) == {0, 1, 2, 3}
-    mask, maps = predictor.mask_and_maps(np.full((4, 5, 6), AIR, np.int16), cubed(1))
+    mask, maps = predictor.mask_and_maps(np.full((1, 4, 5, 6), AIR, np.int16), cubed(1))
     assert maps.shape == (4, 5, 6, 3)
     assert not maps.any()
     assert not mask.any()

@@ -73,14 +73,20 @@ def config_of(root: str, factors: tuple[int, ...], steps: int) -> RunConfig:
     config = default_config()
     config.update(
         {
-            "data": {"root": root, "workers": 1, "validation_fraction": 0.4},
+            "data": {"root": root, "workers": 1, "validation_fraction": 0.2},
             "levels": {"factors": factors},
             "loader": {"patch_size": 8, "batch_size": 2, "sampling": "classes", "background_fraction": 0.3},
             "augmentation": {"rotation": 0.0, "translation": 0.0, "elastic_sigma": 0.0, "flip": True},
             "model": {"base_channels": 4, "depth": 1},
-            "optimizer": {"learning_rate": 0.02},
+            "optimizer": {"learning_rate": 0.01},
             "predict": {"tile": 16, "flip": True},
-            "train": {"steps": steps, "checkpoint_every": steps, "log_every": steps, "validation_patches": 2},
+            "train": {
+                "steps": steps,
+                "frozen_batch_stats": 0.3,
+                "checkpoint_every": steps,
+                "log_every": steps,
+                "validation_patches": 2,
+            },
         }
     )
     return from_config_dict(config)
@@ -116,7 +122,7 @@ def check_masks(config: RunConfig, workdir: Path, root: Path, name: str) -> np.n
 
 def test_values_that_are_no_numbers_of_classes(tmp_path):
     root = data_set(tmp_path / "data", "abcd", (0, 205, 420), {"inner": 420, "background": 0, "outer": 205})
-    config, workdir = config_of(str(root), (1,), 30), tmp_path / "run"
+    config, workdir = config_of(str(root), (1,), 80), tmp_path / "run"
     trained(config, workdir)
     mask, truth = check_masks(config, workdir, root, "d"), read(root / "labelsTs/d.nii.gz")
     assert mask.dtype == np.uint16
@@ -146,7 +152,7 @@ def test_regions_with_ignored_voxels(tmp_path):
         tmp_path / "data", "abcd", (0, 5, 300), {"background": 0, "whole": [5, 300], "core": [300], "ignore": 1000},
         hidden=1000, regions_class_order=[5, 300],
     )  # fmt: skip
-    config, workdir = config_of(str(root), (2, 1), 40), tmp_path / "run"
+    config, workdir = config_of(str(root), (2, 1), 80), tmp_path / "run"
     trained(config, workdir)
     mask, truth = check_masks(config, workdir, root, "d"), read(root / "labelsTs/d.nii.gz")
     assert set(np.unique(mask)) == {0, 5, 300}
@@ -166,7 +172,7 @@ def test_two_data_sets_that_annotate_one_class_each(tmp_path):
     """What one of them does not annotate is unknown in its cases: there is no score of it."""
     first = data_set(tmp_path / "A", "abc", (0, 2, 0), {"background": 0, "outer": 2})
     second = data_set(tmp_path / "B", "axy", (0, 0, 9), {"background": 0, "inner": 9}, annotated={"x": ["inner"]})
-    config, workdir = config_of(f"{first},{second}", (1,), 30), tmp_path / "run"
+    config, workdir = config_of(f"{first},{second}", (1,), 80), tmp_path / "run"
     trained(config, workdir)
     split = json.loads((workdir / "split.json").read_bytes())
     assert split["classes"] == ["background", "outer", "inner"]

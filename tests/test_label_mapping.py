@@ -18,11 +18,11 @@ PLAIN = LabelSpec.plain(("background", "artery", "vein", "duct"), (0, 5, 205, 42
 REGIONS = LabelSpec(
     ("background", "kidney", "mass", "tumor"), (0, 1, 2, 3), ((0,), (1, 2, 3), (2, 3), (2,)), (0, 1, 3, 2), ignore=9
 )
-ALL = Case("a", Path("a"), Path("a"))
+ALL = Case("a", (Path("a"),), Path("a"))
 
 
 def only(*names: str) -> Case:
-    return Case("a", Path("a"), Path("a"), annotated=names)
+    return Case("a", (Path("a"),), Path("a"), annotated=names)
 
 
 def drawn(numbers, seed: int = 0) -> np.ndarray:

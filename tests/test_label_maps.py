@@ -24,7 +24,7 @@ def case_of(folder: Path, label: np.ndarray, **options) -> Case:
     rng = np.random.default_rng(1)
     scans.write_scan(image, rng.integers(-1000, 1000, label.shape).astype(np.int16), (1.0, 1.0, 1.0))
     scans.write_scan(path, label, (1.0, 1.0, 1.0))
-    return Case("a", image, path, **options)
+    return Case("a", (image,), path, **options)
 
 
 def random_numbers(count: int) -> np.ndarray:

@@ -310,7 +310,7 @@ def test_close_stops_the_threads(cases, sharding):
 
 
 def test_a_users_error_comes_through_the_threads(cases, monkeypatch):
-    def damaged(*_):
+    def damaged(*_, **__):
         raise UserError("case_0 cannot be read")
 
     monkeypatch.setattr(loader, "read_batch", damaged)

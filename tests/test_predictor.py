@@ -228,7 +228,7 @@ class PointwiseRegions(nnx.Module):
         self.config = PyramidConfig(levels=levels, classes=3, activation="sigmoid")
 
     def level(self, level, image, maps):
-        x = image.astype(jnp.float32)
+        x = image[..., 0].astype(jnp.float32)
         return jnp.stack([(x + 100) / 40, (x - 150) / 60, -x / 50], axis=-1)
 
 
@@ -284,7 +284,7 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
     predictor = Predictor(PointwiseRegions(levels), PredictorConfig(16, margin), align=4)
-    masks = predictor.masks(voxels, factors, levels=tuple(range(1, levels + 1)))
+    masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, levels + 1)))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_regions(downsample_image(voxels, factor)), factor, shape)
         expected = np.zeros(shape, np.uint8)
@@ -295,7 +295,7 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
         np.testing.assert_array_equal(masks[level][clear], expected[clear])
     assert ((maps[..., 0] > 0.5) & (expected != 1)).any()  # regions do overlap
     assert {1, 2, 3} <= set(np.unique(masks[levels]))
-    mask, found = predictor.mask_and_maps(voxels, factors)
+    mask, found = predictor.mask_and_maps(voxels[None], factors)
     np.testing.assert_array_equal(mask, masks[levels])
     inside = np.isclose(found, maps, rtol=0, atol=1e-3).all(-1)
     outside = (found == 0).all(-1)  # the box around the body

@@ -322,7 +322,9 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
     later = store_format.FORMAT + 1
     for module in (store_format, reader, preparation, writer):
         monkeypatch.setattr(module, "FORMAT", later)
-    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 4, expected 5: delete that folder"):
+    with pytest.raises(
+        UserError, match=rf"case 1\.ome\.zarr has the format {later - 1}, expected {later}: delete that folder"
+    ):
         PreparedCase.open(root, case.name)
     assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))  # and mends it
 
