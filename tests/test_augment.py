@@ -99,7 +99,7 @@ def test_resampling_is_scipys():
     assert (index < 0).any()  # some beyond the crop: its border goes on
     moved, nearest = jax.jit(augment._resample)(image[None], label, list(position))
     expected = map_coordinates(image.astype(np.float64), index, order=1, mode="nearest")
-    np.testing.assert_allclose(moved[0], expected, atol=0.1)  # float32 positions, steps of 4000 HU
+    np.testing.assert_allclose(moved[..., 0], expected, atol=0.1)  # float32 positions, steps of 4000 HU
     inside = np.clip(np.rint(index), 0, np.array(image.shape)[:, None, None, None] - 1).astype(int)
     np.testing.assert_array_equal(nearest, label[tuple(inside)])
 

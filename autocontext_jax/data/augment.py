@@ -72,10 +72,10 @@ def make_augment(
         image_out, label_out = [], []
         for image, label, position, (_, margin) in zip(images, labels, positions, trained, strict=True):
             if position is None:
-                moved = tuple(_centre(array, shape, margin) for array in (image, label))
+                moved = jnp.moveaxis(_centre(image, shape, margin), 0, -1), _centre(label, shape, margin)
             else:
                 moved = _resample(image, label, position)
-            image_out.append(jnp.moveaxis(moved[0].astype(jnp.float32), 0, -1))
+            image_out.append(moved[0].astype(jnp.float32))
             label_out.append(moved[1])
         if spatial is not None and spatial.flip_classes:
             table = jnp.asarray(spatial.flip_numbers or spatial.flip_classes, jnp.uint8)
@@ -207,7 +207,7 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
       position: three arrays [N, N, N] or [1, N, N], voxels of this level about the crop's centre.
 
     Returns:
-      image [C, ...] float32 and label uint8 in the shape of the positions.
+      image [..., C] float32 and label uint8, where ... is the shape of the positions.
     """
     shape = label.shape
     base, fraction, nearest = [], [], []
@@ -222,21 +222,25 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
     def flat(indices):
         return sum(index * stride for index, stride in zip(indices, strides, strict=True))
 
-    voxels, corner = image.reshape(len(image), -1), flat(base)
-
-    def corner_value(dz: int, dy: int, dx: int) -> jax.Array:
-        offset = dz * strides[0] + dy * strides[1] + dx
-        return voxels.at[:, corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
-
-    depths = range(min(2, shape[0]))
+    corner, depths = flat(base), range(min(2, shape[0]))
 
     def lerp(low, high, weight):
         return low + weight * (high - low)
 
-    rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in depths]
-    planes = [lerp(row[0], row[1], fraction[1]) for row in rows]
+    def interpolated(channel: jax.Array) -> jax.Array:
+        voxels = channel.ravel()
+
+        def corner_value(dz: int, dy: int, dx: int) -> jax.Array:
+            offset = dz * strides[0] + dy * strides[1] + dx
+            return voxels.at[corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
+
+        rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in depths]
+        planes = [lerp(row[0], row[1], fraction[1]) for row in rows]
+        return planes[0] if len(planes) == 1 else lerp(planes[0], planes[1], fraction[0])
+
     labels = label.ravel().at[flat(nearest)].get(mode="promise_in_bounds")
-    return (planes[0] if len(planes) == 1 else lerp(planes[0], planes[1], fraction[0])), labels
+    # A channel at a time: XLA would write all eight corners of several to memory before it interpolates between them.
+    return jnp.stack([interpolated(channel) for channel in image], axis=-1), labels
 
 
 def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:
