@@ -222,19 +222,19 @@ def pointwise_maps(image: np.ndarray) -> np.ndarray:
 
 
 class PointwiseRegions(nnx.Module):
-    """Three regions by HU, about: above -100; above 150, inside it; below 0, which overlaps the first in part."""
+    """Three regions by HU, about: above -100; above 150, inside it; below -250."""
 
     def __init__(self, levels: int):
         self.config = PyramidConfig(levels=levels, classes=3, activation="sigmoid")
 
     def level(self, level, image, maps):
         x = image[..., 0].astype(jnp.float32)
-        return jnp.stack([(x + 100) / 40, (x - 150) / 60, -x / 50], axis=-1)
+        return jnp.stack([(x + 100) / 40, (x - 150) / 60, -(x + 250) / 50], axis=-1)
 
 
 def pointwise_regions(image: np.ndarray) -> np.ndarray:
     x = image.astype(float)
-    return special.expit(np.stack([(x + 100) / 40, (x - 150) / 60, -x / 50], axis=-1))
+    return special.expit(np.stack([(x + 100) / 40, (x - 150) / 60, -(x + 250) / 50], axis=-1))
 
 
 def enlarged(maps: np.ndarray, factor, shape) -> np.ndarray:
@@ -297,7 +297,7 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
     assert {1, 2, 3} <= set(np.unique(masks[levels]))
     mask, found = predictor.mask_and_maps(voxels[None], factors)
     np.testing.assert_array_equal(mask, masks[levels])
-    inside = np.isclose(found, maps, rtol=0, atol=1e-3).all(-1)
+    inside = np.isclose(found, maps, rtol=0, atol=2e-3).all(-1)  # tiles are added up in half precision
     outside = (found == 0).all(-1)  # the box around the body
     assert (inside | outside).all()
     assert inside.mean() > 0.9
