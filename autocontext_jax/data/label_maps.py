@@ -32,11 +32,10 @@ def read_label_map(case: Case, labels: LabelSpec, like: Grid) -> np.ndarray:
     assert case.label is not None
     files = case.files or labels.files
     stored = scans.read_label(case.label, values=files.values, numbers=files.numbers, like=like, case=case.name)
-    known = np.array(labels.known(case.annotated))
-    if known.all():
-        return stored
-    kept = labels.membership[known].any(axis=0)
+    kept = labels.membership[list(labels.known(case.annotated))].any(axis=0)
     kept[IGNORE] = True
+    if kept[list(files.numbers)].all():
+        return stored
     counts = np.zeros(256, np.int64)
     for plane in stored:  # a plane at a time: counting takes 8 bytes a voxel
         counts += np.bincount(plane.ravel(), minlength=256)
