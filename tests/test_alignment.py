@@ -31,6 +31,8 @@ from autocontext_jax.images import scans
 from autocontext_jax.models.pyramid import context_of
 from autocontext_jax.models.resizing import upsample_by_two
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SIZE, SPACING = (61, 70, 67), (2.5, 0.8, 0.7)  # no size is a multiple of 2
 SLOPE = np.array([11.0, 23.0, -31.0])  # HU / mm along z, y, x
 EDGE = 8

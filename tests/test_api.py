@@ -18,6 +18,8 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 class MyNet(nnx.Module):
     def __init__(self, inputs, classes, config, *, rngs):
         self.first = nnx.Conv(inputs, 4, (3, 3, 3), rngs=rngs)

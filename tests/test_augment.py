@@ -14,6 +14,8 @@ from autocontext_jax.data.augment import make_augment, make_flip_known
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.labels import LabelSpec
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 EDGE, LEVELS = 8, 2
 SPACING = (2.5, 0.8, 0.7)
 SPATIAL = SpatialRanges(rotation=8, translation=3, elastic_sigma=2, elastic_spacing=6)

@@ -14,6 +14,8 @@ from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step, make_validation_step
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 STANDING_STILL = optax.sgd(0.0)
 
 

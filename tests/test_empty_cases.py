@@ -26,6 +26,8 @@ from autocontext_jax.jobs.run_folder import open_data
 from autocontext_jax.jobs.train import train
 from autocontext_jax.training.validation import validation_batches
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SIZE = (16, 18, 20)  # x, y, z as nibabel has them
 LABELS = ("background", "liver", "spleen", "duct")
 

@@ -12,6 +12,8 @@ import fault_runs
 import faults
 import pytest
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SCRIPT = Path(faults.__file__)
 
 

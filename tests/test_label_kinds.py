@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import nibabel
 import numpy as np
 import pytest
@@ -19,16 +18,10 @@ from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.train import train
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SIZE = (18, 20, 16)  # x, y, z as nibabel has them
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Compiling is most of this file's time, and nothing here depends on how fast programs are."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def write(path: Path, array: np.ndarray) -> None:

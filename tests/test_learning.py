@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.images import scans
 from autocontext_jax.jobs.config_files import default_config, from_config_dict
 from autocontext_jax.jobs.run import Paths, run
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 SIZE, SPACING = (40, 40, 40), (8.0, 8.0, 8.0)
 CLASSES = ("background", "liver", "spleen")

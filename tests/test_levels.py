@@ -32,6 +32,8 @@ from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 EDGE, CLASSES = 16, 3
 FLAT = ((1.0, 2.0, 2.0), (1.0, 1.0, 1.0))  # native voxels per voxel of two levels in 2D
 

@@ -31,6 +31,8 @@ from autocontext_jax.geometry import pyramid_starts
 from autocontext_jax.images import scans
 from autocontext_jax.training.validation import validation_batches
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LABELS = ("background", "one", "two", "three")
 EDGE = 8
 SPATIAL = SpatialRanges(rotation=5, translation=1, elastic_sigma=1, elastic_spacing=8)

@@ -25,6 +25,8 @@ from autocontext_jax.jobs.config_files import read_config
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.sections import as_dict, flat_keys
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parent.parent
 # The quick-start's own configuration, made small.
 SMALL = [

@@ -27,6 +27,8 @@ from autocontext_jax.models.backbones import BACKBONES
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.phases import MODES, Phase, phases
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 STEPS = 4
 
 

@@ -29,6 +29,8 @@ from autocontext_jax.jobs.train import train
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.phases import MODES, Mode, Phase
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly():

@@ -25,6 +25,8 @@ from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, place, replicated, state_sharding
 from autocontext_jax.training.state import Batch, TrainState, create_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CLASSES, EDGE, BATCH = 3, 16, 4
 # By plain gradients, so that the parameters say what these were; the momentum is a state to split.
 OPTIMIZER = optax.sgd(1.0, momentum=0.9)

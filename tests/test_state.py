@@ -23,6 +23,8 @@ from autocontext_jax.training.state import (
 )
 from autocontext_jax.training.targets import Targets
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:

@@ -12,6 +12,8 @@ from autocontext_jax.data.labels import IGNORE
 from autocontext_jax.training.losses import LossConfig, cross_entropy_loss, dice_loss, total_loss
 from autocontext_jax.training.targets import CLASSES, Targets, hard_maps, predicted_numbers, soft_maps, truth_maps
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 EPS, SHAPE, K = 1e-5, (3, 3, 4, 5), 4
 REGIONS = ((1, 2, 3), (2, 3), (3,), (1, 4))  # nested, and two that overlap in part; number 5 is in none
 KNOWN = {

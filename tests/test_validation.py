@@ -11,6 +11,8 @@ from autocontext_jax.training.state import Metrics
 from autocontext_jax.training.targets import CLASSES, Targets
 from autocontext_jax.training.validation import validate
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def batches(known: list[np.ndarray | None]) -> list[dict]:
     """One level of noise; its images are the logits' seeds."""

@@ -32,7 +32,7 @@ def read_label_map(case: Case, labels: LabelSpec, like: Grid) -> np.ndarray:
     assert case.label is not None
     files = case.files or labels.files
     stored = scans.read_label(case.label, values=files.values, numbers=files.numbers, like=like, case=case.name)
-    kept = labels.membership[list(labels.known(case.annotated))].any(axis=0)
+    kept = np.logical_or.reduce(labels.membership[list(labels.known(case.annotated))])
     kept[IGNORE] = True
     if kept[list(files.numbers)].all():
         return stored
