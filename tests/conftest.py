@@ -1,6 +1,5 @@
 """Fixtures that several test files share."""
 
-
 import jax
 import pytest
 

@@ -11,14 +11,14 @@ import pytest
 
 import autocontext_jax as ac
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parent.parent
 
 OWN = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 class MyNet(nnx.Module):
     def __init__(self, inputs, classes, config, *, rngs):

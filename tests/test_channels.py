@@ -11,6 +11,7 @@ from channel_sets import case_of, write_decathlon, write_pictures
 
 import autocontext_jax as ac
 from autocontext_jax.data.datasets import read_dataset
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.data.loader import read_batch
 from autocontext_jax.data.preparation import prepare_case
@@ -166,8 +167,8 @@ def test_ct_beside_other_channels_keeps_its_hu_and_is_padded_by_air(tmp_path):
     scans.write_scan(tmp_path / "label.nii.gz", label, (1.0, 1.0, 1.0))
     spec = image_spec(["CT", "PET"], (), ())
     case = Case("case", files, tmp_path / "label.nii.gz")
-    assert prepare_case(case, str(tmp_path), LevelGrids((2, 1)), ("background", "organ"), spec)
-    assert not prepare_case(case, str(tmp_path), LevelGrids((2, 1)), ("background", "organ"), spec)
+    assert prepare_case(case, str(tmp_path), LevelGrids((2, 1)), LabelSpec.plain(("background", "organ")), spec)
+    assert not prepare_case(case, str(tmp_path), LevelGrids((2, 1)), LabelSpec.plain(("background", "organ")), spec)
     prepared = PreparedCase.open(str(tmp_path), "case")
     assert [channel.normalization for channel in prepared.image.channels] == ["CT", "zscore"]
     assert prepared.intensities().shape == (1, 65536)
@@ -186,7 +187,11 @@ def test_ct_beside_other_channels_keeps_its_hu_and_is_padded_by_air(tmp_path):
     assert (fine[1][outside] == 0).all()
     # Another normalisation makes another case.
     assert prepare_case(
-        case, str(tmp_path), LevelGrids((2, 1)), ("background", "organ"), image_spec(["CT", "noNorm"], (), ())
+        case,
+        str(tmp_path),
+        LevelGrids((2, 1)),
+        LabelSpec.plain(("background", "organ")),
+        image_spec(["CT", "noNorm"], (), ()),
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from forked_commands import ForkedCommands
 
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.dataset import write_dataset
@@ -28,6 +29,7 @@ from autocontext_jax.sections import as_dict, flat_keys
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 ROOT = Path(__file__).parent.parent
+COMMANDS: ForkedCommands
 # The quick-start's own configuration, made small.
 SMALL = [
     "--config.phantom.training=5",
@@ -50,19 +52,28 @@ def command(*arguments: object, config: str = "configs/quickstart.py") -> list[s
     return [sys.executable, "-m", "autocontext_jax.main", "--config", config, *map(str, arguments)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def commands(compiled_quickly, tmp_path_factory):
+    """Forks the commands of `run` and `use`; what one of them has compiled the others need not compile again."""
+    global COMMANDS
+    with ForkedCommands(ROOT, programs=tmp_path_factory.mktemp("programs")) as COMMANDS:
+        yield
+
+
 def run(*arguments: object, config: str = "configs/quickstart.py") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments, config=config), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300, check=False
-    )
+    return COMMANDS.run("--config", config, *arguments)
 
 
 def use(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """A job that only uses a run: without --config, as the run folder knows its own."""
+    return COMMANDS.run(*arguments, cwd=cwd)
+
+
+def run_anew(*arguments: object) -> subprocess.CompletedProcess:
+    """The same in a process that imports and compiles everything itself."""
     return subprocess.run(
-        [sys.executable, "-m", "autocontext_jax.main", *map(str, arguments)],
-        cwd=cwd, capture_output=True, encoding="utf-8", timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        command(*arguments), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300, check=False
+    )
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -85,7 +96,7 @@ def one_line_error(result: subprocess.CompletedProcess) -> str:
 @pytest.fixture(scope="module")
 def whole_job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     workdir = tmp_path_factory.mktemp("job")
-    result = run("--workdir", workdir, *SMALL)
+    result = run_anew("--workdir", workdir, *SMALL)
     assert result.returncode == 0, result.stderr
     return workdir, result
 
@@ -143,7 +154,7 @@ def test_killed_and_started_again_the_losses_are_the_same_to_the_bit(whole_job, 
     assert first.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert not (tmp_path / "checkpoints" / "24").exists()
 
-    result = run(*arguments)
+    result = run_anew(*arguments)
     assert result.returncode == 0, result.stderr
     assert "from step 0" not in result.stderr
     assert losses(tmp_path) == losses(workdir)
@@ -251,21 +262,17 @@ def two_processes(*arguments: object, terminate_after: int = 0) -> list[tuple[in
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", 2]
-    running = [
-        subprocess.Popen(
-            command(*arguments, *where, "--process", number),
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
-        )
-        for number in range(2)
-    ]  # fmt: skip
+    config = ("--config", "configs/quickstart.py")
+    running = [COMMANDS.start(*config, *arguments, *where, "--process", number) for number in range(2)]
     if terminate_after:
         log, deadline = Path(arguments[1]) / "metrics.jsonl", time.monotonic() + 240
         while time.monotonic() < deadline and all(process.poll() is None for process in running):
             if log.exists() and log.read_text(encoding="utf-8").count("\n") >= terminate_after:
                 break
             time.sleep(0.01)
-        running[1].terminate()
-    return [(process.wait(300), process.communicate()[1]) for process in running]
+        running[1].send_signal(signal.SIGTERM)
+    ended = [process.ended() for process in running]
+    return [(process.returncode, process.stderr) for process in ended]
 
 
 def test_two_processes_do_one_run(whole_job, tmp_path):
@@ -491,15 +498,20 @@ def test_real_scan_through_the_papers_config_made_small(tmp_path):
 
 def test_the_package_does_not_need_the_checkout(tmp_path):
     """The module is found from another folder, and says what it expects."""
-    message = one_line_error(use("--mode", "train", cwd=tmp_path))
+    told = subprocess.run(
+        [sys.executable, "-m", "autocontext_jax.main", "--mode", "train"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    message = one_line_error(told)
     assert "--workdir FOLDER" in message
     assert "--config FILE" in message
 
 
 def test_help(tmp_path):
     script = Path(sys.executable).with_name("autocontext")  # as an installation makes it
-    for arguments in ([], ["--help"], ["-h"], ["--mode", "predict", "--help"]):
-        told = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, encoding="utf-8", check=True)
+    of_script = subprocess.run([script], cwd=tmp_path, capture_output=True, encoding="utf-8", check=True)
+    for told in (of_script, use("--help"), use("-h"), use("--mode", "predict", "--help")):
+        assert told.returncode == 0
         assert told.stdout.startswith("Trains multi-scale pyramids")
         assert told.stderr == ""
         for words in ("usage: autocontext", "--config.data.root=", "--help-keys", "  export  ", "  --coordinator"):
