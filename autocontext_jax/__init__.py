@@ -1,4 +1,4 @@
-"""Multi-scale pyramids of 3D U-Nets with auto-context, trained end to end, for the segmentation of CT scans, in JAX.
+"""Multi-scale pyramids of 3D U-Nets with auto-context, trained end to end, for the segmentation of scans, in JAX.
 
     import autocontext_jax as ac
 

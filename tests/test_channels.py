@@ -237,3 +237,22 @@ def test_channels_of_a_data_set_are_one_file_each_or_all_in_one(tmp_path):
         (tmp_path / "dataset.json").write_text(json.dumps(description | {"channel_names": channels}), encoding="utf-8")
         with pytest.raises(UserError, match=r'"channel_names" is .*: expected channels with the numbers "0", "1"'):
             read_dataset(tmp_path)
+
+
+def test_pictures_among_scans_are_left_out_and_surplus_channels_are_no_scan(tmp_path, caplog):
+    for name in ("a_0000.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz", "preview.png"):
+        (tmp_path / name).write_bytes(b"")
+    found = find_scans(tmp_path, channels=2)
+    assert "pictures among scans" in caplog.text
+    assert [len(source.files) for source in found] == [1, 1, 1]  # each is refused by itself: it has one channel
+    for name in ("a_0000.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz"):
+        (tmp_path / name).unlink()
+    assert [source.path.name for source in find_scans(tmp_path)] == ["preview.png"]
+
+
+def test_noise_in_units_of_ct_is_refused_beside_other_channels(tmp_path):
+    root = write_decathlon(tmp_path / "data", ("CT", "PET"), training=3, test=0)
+    config = small_config(root, steps=2)
+    config.augmentation.noise = 10.0
+    with pytest.raises(UserError, match=r"augmentation\.noise .* are 10 and 0; expected 0, as the channels CT, PET"):
+        run("train", from_config_dict(config), Paths(tmp_path / "run"))

@@ -14,6 +14,7 @@ from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.images import scans
 from autocontext_jax.images.spec import CT, ct_image
 from autocontext_jax.jobs.config_files import default_config, from_config_dict
+from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.run_folder import open_data, read_fingerprint
 
 
@@ -62,6 +63,7 @@ def test_a_run_writes_it_once(tmp_path):
     typed = from_config_dict(config)
     assert typed.levels.unit == "mm"
     assert open_data(typed, tmp_path / "run").fingerprint.spacing == (4.0, 3.0, 3.0)
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     before = (tmp_path / "run" / "fingerprint.json").read_bytes()
 
     for folder, ending in (("imagesTr", "_0000"), ("labelsTr", "")):
@@ -85,3 +87,34 @@ def test_scan_headers_alone_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(scans, "read_scan", None)
     cases = [Case(str(path), (path,), None) for path in sorted((tmp_path / "imagesTr").iterdir())]
     assert fingerprint(cases, CT).smallest == (4.0, 3.0, 3.0)
+
+
+def test_it_is_made_anew_until_something_is_trained(tmp_path):
+    """What CT is normalised by follows corrected labels and another configuration, up to the first checkpoint."""
+    root, workdir = tmp_path / "data", tmp_path / "run"
+    write_dataset(root, training=3, test=0, size=(24, 24, 24), spacing=(12.0, 12.0, 12.0), seed=0)
+    config = default_config()
+    config.data.root, config.data.workers, config.levels.factors = str(root), 1, (1.0,)
+    learned = prepare(from_config_dict(config), workdir).image
+    assert learned.learned
+    assert prepare(from_config_dict(config), workdir).image == learned
+    for path in (root / "labelsTr").iterdir():  # all of the scan, air too
+        label = sitk.ReadImage(path)
+        sitk.WriteImage(label * 0 + 1, path)
+    corrected = prepare(from_config_dict(config), workdir).image
+    assert corrected.channels[0].window[0] < learned.channels[0].window[0]
+    config.data.window = (-500.0, 500.0)
+    assert prepare(from_config_dict(config), workdir).image == CT
+    config.data.window = ()
+    assert (
+        prepare(from_config_dict(config), workdir).image == corrected
+    )  # a fixed window is not taken for a learned one
+
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
+    config.data.window = (-500.0, 500.0)  # training refuses it; what is trained keeps its normalisation
+    assert prepare(from_config_dict(config), workdir).image == corrected
+    description = json.loads((root / "dataset.json").read_bytes())
+    (root / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "MR"}}), encoding="utf-8")
+    config.data.window = ()
+    with pytest.raises(UserError, match=r"has the channels \('MR',\); expected \('CT',\), with which the run began"):
+        prepare(from_config_dict(config), workdir)

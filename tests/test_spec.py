@@ -19,7 +19,6 @@ from autocontext_jax.images.spec import (
     ImageSpec,
     ct_image,
     image_spec,
-    is_of,
     with_statistics,
 )
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
@@ -67,16 +66,12 @@ def test_the_configuration_chooses_instead_and_sets_the_window_of_ct():
         Channel("CT", "CT", (3.0, 3.0))
 
 
-def test_a_spec_is_read_back_and_recognised_whatever_was_learned():
+def test_a_spec_is_read_back():
     declared = image_spec(["CT", "T2"], (), ())
     known = with_statistics(declared, {0: (-900.0, 200.0, 30.0, 90.0)})
     assert known.channels[0] == Channel("CT", "CT", (-900.0, 200.0), 30.0, 90.0)
     read = from_dict(ImageSpec, json.loads(json.dumps(as_dict(known))), place="file")
     assert read == known
-    assert is_of(known, declared)
-    assert not is_of(known, image_spec(["CT", "T1"], (), ()))
-    assert not is_of(known, image_spec(["CT"], (), ()))
-    assert not is_of(known, image_spec(["CT", "T2"], (), (-500.0, 500.0)))
     assert known.stored_as == declared.stored_as  # what is stored does not depend on the window
 
 

@@ -24,11 +24,10 @@ Interval = tuple[int, int]
 def body_box(image: np.ndarray) -> tuple[Interval, Interval, Interval] | None:
     """The smallest box that holds every large connected region above -500 HU, with a margin.
 
-    In images of other kinds, whose values are not negative, that is everything. It is everything too where the regions
-    fill too little of their box to be a body.
+    It is everything where the regions fill too little of their box to be a body.
 
     Args:
-      image: [D, H, W] int16, HU.
+      image: [D, H, W] HU.
 
     Returns:
       The voxels [low, high) along z, y, x; None if there is no such region.
@@ -58,7 +57,7 @@ def voxels_outside(image: np.ndarray, label: np.ndarray) -> int:
     """How many labelled voxels lie outside the box around the body: prediction would lose them.
 
     Args:
-      image: [D, H, W] int16, HU.
+      image: [D, H, W] HU.
       label: [D, H, W] of a stored label map; the background and `IGNORE` do not count.
     """
     box = body_box(image)

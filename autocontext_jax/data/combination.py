@@ -54,7 +54,7 @@ def combine(sets: Sequence[Dataset]) -> Dataset:
                 f"data set {each.root} has {what} among its labels, and data.root names {len(sets)} data sets: "
                 f"expected classes of one value each to combine; name {each.root} alone, or change its labels"
             )
-        if each.channels != sets[0].channels:
+        if [name.casefold() for name in each.channels] != [name.casefold() for name in sets[0].channels]:
             raise UserError(
                 f"data set {each.root} has the channels {', '.join(each.channels)}, {sets[0].root} has "
                 f"{', '.join(sets[0].channels)}: expected the same channels in all data sets of data.root"

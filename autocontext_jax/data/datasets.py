@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autocontext_jax.data.labels import LabelSpec, parse_annotated, parse_labels
+from autocontext_jax.data.labels import LARGEST_COUNT, LabelSpec, parse_annotated, parse_labels
 from autocontext_jax.data.layouts import (
     Case,
     Root,
@@ -244,4 +244,6 @@ def _channels(path: Path, key: str, description: Mapping[str, Any]) -> tuple[str
     if sorted(channels) != sorted(str(number) for number in range(len(channels))) or not channels:
         found = ", ".join(f'"{number}": {shown(name)}' for number, name in channels.items()) or "empty"
         raise UserError(f'{path}: "{key}" is {found}: expected channels with the numbers "0", "1", ..., as "0": "CT"')
+    if len(channels) > LARGEST_COUNT:
+        raise UserError(f'{path}: "{key}" has {len(channels)} channels: expected at most {LARGEST_COUNT}')
     return tuple(str(channels[str(number)]) for number in range(len(channels)))

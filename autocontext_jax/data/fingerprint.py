@@ -2,12 +2,16 @@
 
 import concurrent.futures
 import dataclasses
+import hashlib
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.images.intensity import CUT_OUT, share_shown
 from autocontext_jax.images.spec import ImageSpec
@@ -29,17 +33,20 @@ class Fingerprint:
       smallest: the smallest spacing along each axis, mm.
       largest: the largest.
       image: the channels, and how they are normalised. What CT needs is learned when the cases have been prepared.
+      made_from: a checksum of what it depends on: the training cases, and the channels as they are declared; "" of runs
+        that recorded none.
     """
 
     spacing: Triple
     smallest: Triple
     largest: Triple
     image: ImageSpec
+    made_from: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As `fingerprint.json` has it."""
         spacings = {name: getattr(self, name) for name in SPACINGS}
-        return {"format": FORMAT, **spacings, "image": as_dict(self.image)}
+        return {"format": FORMAT, **spacings, "image": as_dict(self.image), "made_from": self.made_from}
 
     @classmethod
     def from_json(cls, content: dict[str, Any], *, place: str, default: ImageSpec) -> "Fingerprint":
@@ -57,7 +64,13 @@ class Fingerprint:
         if "image" in content:
             image = from_dict(ImageSpec, content["image"], place=f"{place}: key", prefix="image.")
         spacing, smallest, largest = (_triple(content[name]) for name in SPACINGS)
-        return cls(spacing, smallest, largest, image)
+        return cls(spacing, smallest, largest, image, content.get("made_from", ""))
+
+
+def made_from(cases: Sequence[Case], image: ImageSpec) -> str:
+    """A checksum of what `fingerprint` depends on; the arguments are the same, and the cases' checksums are known."""
+    content = [as_dict(image), [[case.name, case.checksum, case.annotated] for case in cases]]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(cases: Sequence[Case], image: ImageSpec) -> Fingerprint:
@@ -72,21 +85,26 @@ def fingerprint(cases: Sequence[Case], image: ImageSpec) -> Fingerprint:
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # they wait for the disk
         spacings = np.array(list(pool.map(lambda case: scans.read_grid(case.images).canonical_spacing, cases)))
+    learned = image
     if any(channel.normalization == "zscore" for channel in image.channels):
-        image = dataclasses.replace(image, cut_out=_is_cut_out(cases[:: -(-len(cases) // LOOKED_AT)], image))
+        learned = dataclasses.replace(image, cut_out=_is_cut_out(cases[:: -(-len(cases) // LOOKED_AT)], image))
     median, smallest, largest = (_triple(fold(spacings, axis=0)) for fold in (np.median, np.min, np.max))
-    return Fingerprint(median, smallest, largest, image)
+    return Fingerprint(median, smallest, largest, learned, made_from(cases, image))
 
 
 def _is_cut_out(cases: Sequence[Case], image: ImageSpec) -> bool:
     """Whether the background of half of the scans was set to 0, as nnU-Net decides it."""
 
     def share(case: Case) -> float:
-        _, channels = scans.read_channels(case.images, len(image.channels))
-        return share_shown(np.stack(channels))
+        try:
+            _, channels = scans.read_channels(case.images, len(image.channels))
+            return share_shown(np.stack(channels))
+        except UserError:  # preparing names this case, and all others that cannot be read
+            return math.nan
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # scans in memory
-        return float(np.median(list(pool.map(share, cases)))) < CUT_OUT
+        shares = [found for found in pool.map(share, cases) if not math.isnan(found)]
+    return bool(shares) and float(np.median(shares)) < CUT_OUT
 
 
 def _triple(values: Sequence[float]) -> Triple:

@@ -1,6 +1,6 @@
 """Which intensities the labelled voxels of CT have, and from them how networks normalise it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,22 +11,23 @@ FIRST_VALUE, VALUES = -(2**15), 2**16  # of a histogram: those of int16
 CLIPPED = (0.5, 99.5)
 
 
-def histograms(voxels: np.ndarray, label: np.ndarray) -> np.ndarray:
+def histograms(channels: Sequence[np.ndarray], label: np.ndarray) -> np.ndarray:
     """How many labelled voxels of a scan have each value.
 
     Args:
-      voxels: [C, D, H, W] HU; fractions are rounded, and what is outside int16 counts at its edges.
+      channels: [C] of [D, H, W] HU; fractions are rounded, and what is outside int16 counts at its edges.
       label: [D, H, W] of a stored label map; the background and `IGNORE` do not count.
 
     Returns:
       [C, VALUES] uint32, from FIRST_VALUE.
     """
-    counts = np.zeros((len(voxels), VALUES), np.uint32)
-    for plane, labelled in zip(voxels.swapaxes(0, 1), (label != 0) & (label != IGNORE), strict=True):
+    counts = np.zeros((len(channels), VALUES), np.uint32)
+    for z, plane in enumerate(label):
+        labelled = (plane != 0) & (plane != IGNORE)
         if not labelled.any():
             continue
-        for channel, of_channel in zip(plane, counts, strict=True):
-            found = channel[labelled]
+        for channel, of_channel in zip(channels, counts, strict=True):
+            found = channel[z][labelled]
             if found.dtype != np.int16:
                 found = np.rint(found.clip(FIRST_VALUE, FIRST_VALUE + VALUES - 1))
             of_channel += np.bincount(found.astype(np.int64) - FIRST_VALUE, minlength=VALUES).astype(np.uint32)

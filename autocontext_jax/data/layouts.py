@@ -262,7 +262,7 @@ def listed_cases(
       labels: folder where the labels of those lie that name none.
 
     Raises:
-      UserError: an entry has another form; a file does not exist; a case has several channels; see `Root.path`.
+      UserError: an entry has another form; a file does not exist; a case has other channels; see `Root.path`.
     """
     cases = []
     for number, entry in enumerate(entries, start=1):

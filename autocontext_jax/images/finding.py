@@ -1,6 +1,7 @@
 """The scans in a file, a DICOM folder or a tree of folders, and what lies beside them."""
 
 import dataclasses
+import glob
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any
 from autocontext_jax.errors import UserError, some
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
-from autocontext_jax.images.formats import FORMATS, scan_name, suffix_of
+from autocontext_jax.images.formats import FORMATS, PICTURES, scan_name, suffix_of
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,11 @@ def find_scans(place: str | os.PathLike, *, series: str | None = None, channels:
             "or its own folder"
         )
     if found:
+        found = _without_pictures(found)
         if channels > 1:
-            return _grouped(found, channels)
-        _name_channels(found)
+            found = _grouped(found, channels)
+        else:
+            _name_channels(found)
         _name_split(found)
         return found
     raise UserError(
@@ -182,18 +185,31 @@ def _names(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def _grouped(found: list[Source], channels: int) -> list[Source]:
-    """The scans, each with the files of its other channels, where they are named as nnU-Net's."""
+    """The scans; files with the numbers of all channels, as nnU-Net names them, and no others, are one."""
     grouped: dict[Path, Source] = {}
     for source in found:
         name = scan_name(source.path)
-        if source.series is not None or not re.fullmatch(r".+_\d{4}", name):
+        base, ending = name[:-5], source.path.name[len(name) :]
+        numbered = re.fullmatch(r".+_\d{4}", name) and source.series is None
+        beside = (
+            sorted(source.path.parent.glob(f"{glob.escape(base)}_[0-9][0-9][0-9][0-9]{ending}")) if numbered else []
+        )
+        expected = [source.path.with_name(f"{base}_{number:04d}{ending}") for number in range(channels)]
+        if beside == expected:
+            first, *others = beside
+            grouped.setdefault(first, Source(first, None, source.name.with_name(base), tuple(others)))
+        else:
             grouped[source.path] = source
-            continue
-        ending, base = source.path.name[len(name) :], name[:-5]
-        first, *others = (source.path.with_name(f"{base}_{number:04d}{ending}") for number in range(channels))
-        there = tuple(path for path in others if is_file(path))
-        grouped.setdefault(first, Source(first, None, source.name.with_name(base), there))
     return list(grouped.values())
+
+
+def _without_pictures(found: list[Source]) -> list[Source]:
+    """The scans without the pictures that lie among them, which are named: previews, say."""
+    pictures = [source for source in found if suffix_of(source.path) in PICTURES]
+    if not pictures or len(pictures) == len(found):
+        return found
+    log.warning("left out, as pictures among scans: %s", some(str(source.path) for source in pictures))
+    return [source for source in found if source not in pictures]
 
 
 def _name_channels(found: list[Source]) -> None:

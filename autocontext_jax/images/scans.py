@@ -256,7 +256,7 @@ def write_scan(
 
     Args:
       path: any of `FORMATS` but .mhd.
-      voxels: [D, H, W], int16 HU or uint8 labels.
+      voxels: [D, H, W], values of a channel or labels.
       spacing: mm, (z, y, x).
       origin: mm, (z, y, x) of the centre of voxel (0, 0, 0).
 

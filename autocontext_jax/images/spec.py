@@ -163,14 +163,6 @@ def image_spec(names: Sequence[str], normalization: Sequence[str], window: Seque
     return ImageSpec(tuple(channels))
 
 
-def is_of(image: ImageSpec, declared: ImageSpec) -> bool:
-    """Whether channels are those that were declared, whatever was learned of them since."""
-    return len(image.channels) == len(declared.channels) and all(
-        (one.name, one.normalization) == (other.name, other.normalization) and (not other.window or one == other)
-        for one, other in zip(image.channels, declared.channels, strict=True)
-    )
-
-
 def with_statistics(spec: ImageSpec, learned: Mapping[int, tuple[float, float, float, float]]) -> ImageSpec:
     """The channels with what was learned of CT: {number of the channel: (low, high, mean, std) in HU}."""
     channels = list(spec.channels)

@@ -76,15 +76,16 @@ class Model:
 
         Args:
           scan: a path of a scan file or of a folder with a DICOM series; a `SimpleITK.Image`; or an array [D, H, W]. Of
-            several channels: a sequence of paths, one for each channel, or the path of a 4D file; an image with several
-            values a voxel; or an array [C, D, H, W]. Values are HU of CT, and as files hold them of other channels.
+            several channels: a sequence of paths, one for each channel, or the path of a 4D NIfTI file; an image with
+            several values a voxel; or an array [C, D, H, W]. Values are HU of CT, and as files hold them of other
+            channels.
           spacing: of an array: mm along its axes, (z, y, x).
           direction: of an array: [3, 3], column j is the unit vector of the array's axis j, rows are the patient's axes
             (z, y, x), which point to superior, posterior and left. None means that the array's axes point there.
           probabilities: whether the maps of the classes are returned too, of regions those without the background. They
             take 4 bytes for each voxel and class.
           series: of a DICOM folder with several series: the number, description or identifier of one.
-          output: file that the mask is written to: .nii.gz, .nii, .mha or .nrrd.
+          output: file that the mask is written to: .nii.gz, .nii, .mha or .nrrd, of one slice .png, .tif or .tiff too.
           progress: whether a bar on standard error shows the tiles that are done.
 
         Returns:

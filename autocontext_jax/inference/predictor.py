@@ -79,8 +79,8 @@ class Predictor:
       align: starts of tiles are multiples of this number, the network's divisor.
       blend: weights along an axis of a tile; Gaussian by default.
       mirror_classes: if given, every tile is predicted twice, once mirrored left to right, and the maps are averaged.
-        Entry k is the class that class k becomes in the mirror image, see `geometry.SpatialLimits`; of regions it is
-        the region, counted from 0, since the network has no map of the background.
+        Entry k is the class that class k becomes in the mirror image, see `SpatialRanges`; of regions it is the region,
+        counted from 0, since the network has no map of the background.
     """
 
     def __init__(

@@ -166,6 +166,11 @@ def _score(
     """
     model, step = restore_model(config, workdir, split, extensions)
     trained_on = tuple(channel.name for channel in model.description.image.channels)
+    if channels != trained_on and sorted(channels) == sorted(trained_on):
+        raise UserError(
+            f"the data set has the channels {', '.join(channels)}; expected the order of the training, "
+            f"{', '.join(trained_on)}: rename its files, and correct its dataset.json"
+        )
     if channels != trained_on:
         log.warning(
             "the data set has the channels %s, and the model was trained on %s: they are taken in this order",

@@ -10,7 +10,7 @@ from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.runtime import package_version
 from autocontext_jax.sections import explained, keys
 
-USAGE = """Trains multi-scale pyramids of 3D U-Nets with auto-context, and segments whole CT scans with them.
+USAGE = """Trains multi-scale pyramids of 3D U-Nets with auto-context, and segments whole scans with them.
 
 usage: autocontext --config FILE --workdir FOLDER [--config.SECTION.KEY=VALUE ...]
        autocontext --mode MODE --workdir FOLDER [...]

@@ -78,7 +78,9 @@ def _best_median_worst(result: dict[str, Any]) -> dict[str, str]:
     scored = {}
     for case, blocks in result["cases"].items():
         dice = [scores["dice"] for scores in blocks[finest].values() if scores["dice"] is not None]
-        scored[case] = float(np.mean(dice)) if dice else 0.0
+        if dice:  # without any, its classes are neither there nor predicted
+            scored[case] = float(np.mean(dice))
+    scored = scored or dict.fromkeys(result["cases"], 0.0)
     order = sorted(scored, key=lambda case: scored[case], reverse=True)
     places = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     return {f"{place}: {case}, Dice {100 * scored[case]:.1f} %": case for place, case in places.items()}

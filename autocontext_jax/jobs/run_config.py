@@ -31,7 +31,8 @@ class DataConfig:
         all, by name. What a data set does not name is unknown in its cases, not background. Cases of one name are
         told apart as FOLDER_case. (A folder that exists and has a comma in its name is one folder.)
       outside_paths: whether `dataset.json` may name files outside that folder; otherwise one line refuses it.
-      prepared: where prepared cases go; "" is `prepared/` in the run folder. Runs of equal `levels` can share one.
+      prepared: where prepared cases go; "" is `prepared/` in the run folder. Runs of equal `levels`, labels and
+        normalisation can share one.
       validation_fraction: share of the training cases held out for validation.
       splits: a file of folds (nnU-Net's splits_final.json) that says it instead.
       fold: number of the fold in it, from 0.

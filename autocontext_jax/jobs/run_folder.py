@@ -13,7 +13,7 @@ from autocontext_jax import processes
 from autocontext_jax.data.combination import read_datasets
 from autocontext_jax.data.datasets import Case, Dataset
 from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
-from autocontext_jax.data.fingerprint import Fingerprint, fingerprint
+from autocontext_jax.data.fingerprint import Fingerprint, fingerprint, made_from
 from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.split import (
@@ -28,7 +28,7 @@ from autocontext_jax.data.split import (
 )
 from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.files import read_json, write_json, writing
-from autocontext_jax.images.spec import CT, ImageSpec, ct_image, image_spec, is_of
+from autocontext_jax.images.spec import CT, ImageSpec, ct_image, image_spec
 from autocontext_jax.jobs.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -164,23 +164,32 @@ def write_learned(workdir: Path, data: RunData, image: ImageSpec) -> None:
 
 
 def _take_fingerprint(config: RunConfig, workdir: Path, dataset: Dataset, split: Split) -> None:
-    """Writes the fingerprint, unless the run has one of these channels.
+    """Writes the fingerprint. It is made anew as long as nothing is trained; then the run keeps it.
 
     Raises:
-      UserError: the data set's channels have changed.
+      UserError: the channels of a run that has begun have changed.
     """
+    cases = split.of("training", dataset)
     declared = image_spec(dataset.channels, config.data.normalization, config.data.window)
     if (workdir / "fingerprint.json").exists():
-        known = read_fingerprint(config, workdir).image
-        names = [tuple(channel.name for channel in image.channels) for image in (declared, known)]
-        if names[0] != names[1]:
-            raise UserError(
-                f"data set {dataset.root} has the channels {names[0]}; expected {names[1]}, with which the run began: "
-                "set dataset.json back, or start in another --workdir"
-            )
-        if is_of(known, declared) or (workdir / "checkpoints").exists():  # training refuses another configuration
+        known = read_fingerprint(config, workdir)
+        if known.made_from == made_from(cases, declared):
             return
-    write_json(workdir / "fingerprint.json", fingerprint(split.of("training", dataset), declared).to_json())
+        if _has_begun(workdir):  # training refuses another configuration
+            names = [tuple(channel.name for channel in image.channels) for image in (declared, known.image)]
+            if known.made_from and names[0] != names[1]:
+                raise UserError(
+                    f"data set {dataset.place} has the channels {names[0]}; expected {names[1]}, with which the run "
+                    "began: set dataset.json back, or start in another --workdir"
+                )
+            return
+    write_json(workdir / "fingerprint.json", fingerprint(cases, declared).to_json())
+
+
+def _has_begun(workdir: Path) -> bool:
+    """Whether a run, or one of an experiment's, has a checkpoint."""
+    steps = (*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*"))
+    return any(path.name.isdigit() for path in steps)
 
 
 def known_split(workdir: Path) -> Split:

@@ -112,6 +112,16 @@ def _train_phase(
             for cases in (data.training, data.validation)
         )
     )
+    if (
+        data.image.dtype != np.int16
+        and data.image.ct
+        and (config.augmentation.noise or config.augmentation.intensity_shift)
+    ):
+        raise UserError(
+            "config keys augmentation.noise and augmentation.intensity_shift are "
+            f"{config.augmentation.noise:g} and {config.augmentation.intensity_shift:g}; expected 0, as the channels "
+            f"{data.image.names} are stored in different units, HU of CT and normalised values of the others"
+        )
     loader = Loader(
         training,
         config.loader,

@@ -75,7 +75,7 @@ def write_case(
     _warn_of_lost_labels(name, label, masks[-1], labels.number_names, times(spacing, factors[-1]))
     arrays = {
         "foreground/": foreground[np.argsort(found, kind="stable")].astype(np.uint32),
-        "intensities/": histograms(voxels[list(image.ct)], label).ravel(),
+        "intensities/": histograms([voxels[channel] for channel in image.ct], label).ravel(),
     }
     for level, (volume, mask) in enumerate(zip(images, masks, strict=True), start=1):
         arrays |= {f"level_{level}/": volume, f"labels/classes/level_{level}/": mask}
