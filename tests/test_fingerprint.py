@@ -1,5 +1,6 @@
 """What a run learns from its training scans: the spacing of its levels, whatever the spacing of a scan."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from autocontext_jax.data.datasets import Case
-from autocontext_jax.data.fingerprint import Fingerprint, fingerprint
+from autocontext_jax.data.fingerprint import Fingerprint, fingerprint, made_from
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import InvalidField, UserError
@@ -30,11 +31,11 @@ def test_median_and_range_along_the_patient_axes(tmp_path):
         sitk.WriteImage(image, path)
         cases.append(Case(str(number), (path,), None))
     found = fingerprint(cases, CT)
-    assert found == Fingerprint((2.5, 0.85, 0.8), (1.0, 0.7, 0.7), (5.0, 1.0, 0.9), CT)
+    assert found == Fingerprint((2.5, 0.85, 0.8), (1.0, 0.7, 0.7), (5.0, 1.0, 0.9), CT, made_from(cases, CT))
     written = json.loads(json.dumps(found.to_json()))
     assert Fingerprint.from_json(written, place="", default=ct_image((0.0, 1.0))) == found
-    del written["image"]  # as the first runs wrote it
-    assert Fingerprint.from_json(written, place="", default=CT) == found
+    del written["image"], written["made_from"]  # as the first runs wrote it
+    assert Fingerprint.from_json(written, place="", default=CT) == dataclasses.replace(found, made_from="")
     (tmp_path / "0.nii.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"0\.nii\.gz is empty"):
         fingerprint(cases, CT)

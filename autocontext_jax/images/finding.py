@@ -185,7 +185,10 @@ def _names(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def _grouped(found: list[Source], channels: int) -> list[Source]:
-    """The scans; files with the numbers of all channels, as nnU-Net names them, and no others, are one."""
+    """The scans; files with the numbers of all channels, as nnU-Net names them, and no others, are one.
+
+    A file that is the only one of its name has all channels; its mask is named without the number too.
+    """
     grouped: dict[Path, Source] = {}
     for source in found:
         name = scan_name(source.path)
@@ -195,7 +198,7 @@ def _grouped(found: list[Source], channels: int) -> list[Source]:
             sorted(source.path.parent.glob(f"{glob.escape(base)}_[0-9][0-9][0-9][0-9]{ending}")) if numbered else []
         )
         expected = [source.path.with_name(f"{base}_{number:04d}{ending}") for number in range(channels)]
-        if beside == expected:
+        if beside in (expected, expected[:1]):
             first, *others = beside
             grouped.setdefault(first, Source(first, None, source.name.with_name(base), tuple(others)))
         else:
