@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_predictor import SIGHT, Context, Pointwise, cubed, plan_of, scan, trained_pyramid
+from test_predictor import SIGHT, Context, Pointwise, PointwiseRegions, cubed, plan_of, scan, trained_pyramid
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.body import MARGIN, body_box
@@ -104,6 +104,24 @@ def test_the_crop_changes_no_voxel_of_the_body(factors):
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
     size = [np.prod([axis.extent for axis in plan_of(each, voxels, factors)[-1]]) for each in (whole, cropped)]
     assert size[1] < 0.5 * size[0]
+
+
+def test_regions_have_no_map_of_the_background():
+    """Beyond the box and in a scan of air all maps are 0."""
+    predictor = Predictor(PointwiseRegions(1), PredictorConfig(), align=4)
+    voxels = body_in_air()
+    mask, maps = predictor.mask_and_maps(voxels, cubed(1))
+    _, box = predictor.tiles.plan(voxels.shape, cubed(1), voxels)
+    beyond = np.ones(voxels.shape, bool)
+    beyond[tuple(slice(*interval) for interval in box)] = False
+    assert beyond.mean() > 0.5
+    np.testing.assert_array_equal(maps[beyond], 0)
+    assert not mask[beyond].any()
+    assert set(np.unique(mask[PLACE])) == {0, 1, 2, 3}
+    mask, maps = predictor.mask_and_maps(np.full((4, 5, 6), AIR, np.int16), cubed(1))
+    assert maps.shape == (4, 5, 6, 3)
+    assert not maps.any()
+    assert not mask.any()
 
 
 @pytest.mark.parametrize("factors", [cubed(2, 1), cubed(4, 2), ((3.0, 2.2, 2.2), (1.5, 1.1, 1.1))])

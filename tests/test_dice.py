@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from autocontext_jax.data.labels import IGNORE
 from autocontext_jax.training.dice import class_dice, mean_dice, overlap_counts
+from autocontext_jax.training.targets import Targets
 
 
 def test_counts_are_those_of_the_confusion_matrix():
@@ -31,3 +33,52 @@ def test_classes_that_do_not_occur_have_no_dice_and_are_left_out_of_the_mean():
     ])  # fmt: skip
     np.testing.assert_allclose(class_dice(counts), [[0.5, np.nan, 0], [np.nan] * 3, [1, 1, 1]])
     np.testing.assert_allclose(mean_dice(counts), [0.25, np.nan, 1])
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_partly_annotated_samples_add_nothing_to_classes_that_they_do_not_know(ignore):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(3, 4, 5, 6, 4)).astype(np.float32), rng.integers(0, 4, (3, 4, 5, 6))
+    labels[:, 0] = IGNORE if ignore else 0
+    known = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0]], bool)  # nobody knows class 2
+    expected = np.zeros((2, 4), int)
+    for row, z, l in zip(known, logits, labels, strict=True):
+        valid = l != IGNORE
+        predicted, truth = z[valid].argmax(-1), l[valid]
+        predicted, truth = (np.where(row[numbers], numbers, 0) for numbers in (predicted, truth))
+        for k in range(4):
+            p, t = predicted == k, truth == k
+            expected[:, k] += 2 * (p & t).sum(), p.sum() + t.sum()
+    counts = overlap_counts(logits, labels, targets=Targets(ignore=ignore), known=known)
+    np.testing.assert_array_equal(counts, expected)
+    assert counts[1].sum() == 2 * (labels != IGNORE).sum()
+    dice = class_dice(counts)
+    np.testing.assert_array_equal(np.isnan(dice), [False, True, False])
+    # Another patch, whose case knows all, gives class 2 its score.
+    more = counts + overlap_counts(logits, labels, targets=Targets(ignore=ignore), known=np.ones((3, 4), bool))
+    assert np.isfinite(class_dice(more)).all()
+
+
+@pytest.mark.parametrize(("ignore", "partly"), [(False, False), (True, False), (True, True)])
+def test_regions_are_counted_each_for_itself_and_have_no_background(ignore, partly):
+    regions = ((1, 2, 3), (2, 3), (1, 4))
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(3, 4, 5, 6, 3)).astype(np.float32), rng.integers(0, 6, (3, 4, 5, 6))
+    labels[:, 0] = IGNORE if ignore else 0
+    known = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0]], bool) if partly else np.ones((3, 4), bool)
+    expected = np.zeros((2, 4), int)
+    for sample, region in np.argwhere(known[:, 1:]):
+        valid = labels[sample] != IGNORE
+        p, t = logits[sample, valid, region] > 0, np.isin(labels[sample][valid], regions[region])
+        expected[:, 1 + region] += 2 * (p & t).sum(), p.sum() + t.sum()
+    counts = overlap_counts(logits, labels, targets=Targets(regions, ignore), known=known if partly else None)
+    np.testing.assert_array_equal(counts, expected)
+    assert class_dice(counts).shape == (3,)
+
+
+def test_a_batch_that_nobody_labelled_counts_nothing():
+    logits, labels = np.random.default_rng(0).normal(size=(1, 2, 3, 4, 3)), np.full((1, 2, 3, 4), IGNORE)
+    for targets in (Targets(ignore=True), Targets(((1,), (2,), (1, 2)), ignore=True)):
+        counts = overlap_counts(logits, labels, targets=targets)
+        np.testing.assert_array_equal(counts, 0)
+        assert np.isnan(mean_dice(counts))

@@ -61,13 +61,15 @@ SIGHT = 9
 CLASSES = 3
 
 
-def trained_pyramid(levels: int, *, width: int = 2, depth: int = 2, norm: str = "batch") -> Pyramid:
+def trained_pyramid(
+    levels: int, *, width: int = 2, depth: int = 2, norm: str = "batch", activation: str = "softmax"
+) -> Pyramid:
     """As after training: running averages, scales and offsets differ from channel to channel."""
     config = NetworkConfig(base_channels=width, depth=depth, norm=norm)
 
     def make() -> Pyramid:
         return Pyramid(
-            PyramidConfig(levels=levels, classes=CLASSES),
+            PyramidConfig(levels=levels, classes=CLASSES, activation=activation),
             lambda inputs, rngs: UNet(inputs, CLASSES, config, rngs=rngs),
             rngs=nnx.Rngs(0),
         )
@@ -86,7 +88,7 @@ class Recorder:
 
     levels: list = []  # noqa: RUF012 (one list for all levels)
 
-    def __init__(self, native, box, level, factor, axes, *, classes):
+    def __init__(self, native, box, level, factor, axes, *, classes, activation):
         self.chunks, self.axes = {}, axes
         Recorder.levels.append(self)
 
@@ -142,7 +144,8 @@ def whole_maps(model: Pyramid, voxels, factors, axes) -> list[np.ndarray]:
             context = maps[tuple(slice(f, f + s) for f, s in zip(first, size, strict=True))][None]
         logits = forward(level, image[None], context)
         inside = tuple(slice(a.low - b, a.high - b) for a, b in zip(axis, begin, strict=True))
-        maps = np.asarray(jax.nn.softmax(logits))[0][inside]
+        activate = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[model.config.activation]
+        maps = np.asarray(activate(logits))[0][inside]
         low = np.array([a.low for a in axis])
         expected.append(maps)
     return expected
@@ -156,13 +159,14 @@ def borders(size: int) -> Blend:
 
 
 @pytest.mark.parametrize(
-    ("factors", "shape"),
-    [(((1.5, 0.75, 1.1),), (37, 17, 33)), (cubed(2, 1), (15, 31, 30))],
-    ids=["one level", "pyramid"],
-)
-def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, monkeypatch):
+    ("factors", "shape", "activation"),
+    [(((1.5, 0.75, 1.1),), (37, 17, 33), "softmax"), (cubed(2, 1), (15, 31, 30), "softmax"),
+     (cubed(2, 1), (15, 31, 30), "sigmoid")],
+    ids=["one level", "pyramid", "pyramid of regions"],
+)  # fmt: skip
+def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, activation, monkeypatch):
     levels = len(factors)
-    model, voxels = trained_pyramid(levels), scan(shape)
+    model, voxels = trained_pyramid(levels, activation=activation), scan(shape)
 
     def predictor(blend=borders) -> Predictor:
         return Predictor(model, PredictorConfig(40, SIGHT, **WHOLE), align=2, blend=blend)
@@ -183,10 +187,11 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, monkeypat
     assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[-1] - whole[-1]).max() > 1e-3
 
 
-def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(monkeypatch):
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(activation, monkeypatch):
     """In whole pairs of voxels on both levels, so that pooling meets the same ones."""
     factors, voxels, classes = cubed(2, 1), scan((15, 21, 32)), (0, 2, 1)
-    model, config = trained_pyramid(2), PredictorConfig(40, SIGHT, **WHOLE)
+    model, config = trained_pyramid(2, activation=activation), PredictorConfig(40, SIGHT, **WHOLE)
 
     def finest(voxels, mirror_classes):
         predictor = Predictor(model, config, align=2, blend=borders, mirror_classes=mirror_classes)
@@ -214,6 +219,22 @@ class Pointwise(nnx.Module):
 def pointwise_maps(image: np.ndarray) -> np.ndarray:
     x = image.astype(float)
     return special.softmax(np.stack([-(x + 100) / 40, 0 * x, (x - 150) / 60], axis=-1), axis=-1)
+
+
+class PointwiseRegions(nnx.Module):
+    """Three regions by HU, about: above -100; above 150, inside it; below 0, which overlaps the first in part."""
+
+    def __init__(self, levels: int):
+        self.config = PyramidConfig(levels=levels, classes=3, activation="sigmoid")
+
+    def level(self, level, image, maps):
+        x = image.astype(jnp.float32)
+        return jnp.stack([(x + 100) / 40, (x - 150) / 60, -x / 50], axis=-1)
+
+
+def pointwise_regions(image: np.ndarray) -> np.ndarray:
+    x = image.astype(float)
+    return special.expit(np.stack([(x + 100) / 40, (x - 150) / 60, -x / 50], axis=-1))
 
 
 def enlarged(maps: np.ndarray, factor, shape) -> np.ndarray:
@@ -256,6 +277,31 @@ def test_masks_of_a_pointwise_model_are_exact(name, margin):
         np.testing.assert_array_equal(mask[clear], maps.argmax(-1)[clear])
     if min(shape) > 1:
         assert set(np.unique(masks[levels])) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("name", "margin"), [("several tiles", 4), ("three levels", 2), ("anisotropic", 4)])
+def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
+    shape, factors = SCANS[name]
+    levels, voxels = len(factors), scan(shape)
+    predictor = Predictor(PointwiseRegions(levels), PredictorConfig(16, margin), align=4)
+    masks = predictor.masks(voxels, factors, levels=tuple(range(1, levels + 1)))
+    for level, factor in enumerate(factors, start=1):
+        maps = enlarged(pointwise_regions(downsample_image(voxels, factor)), factor, shape)
+        expected = np.zeros(shape, np.uint8)
+        for region in range(3):
+            expected[maps[..., region] > 0.5] = region + 1
+        clear = (np.abs(maps - 0.5) > 1e-3).all(-1)  # maps are kept in half precision
+        assert clear.mean() > 0.95
+        np.testing.assert_array_equal(masks[level][clear], expected[clear])
+    assert ((maps[..., 0] > 0.5) & (expected != 1)).any()  # regions do overlap
+    assert {1, 2, 3} <= set(np.unique(masks[levels]))
+    mask, found = predictor.mask_and_maps(voxels, factors)
+    np.testing.assert_array_equal(mask, masks[levels])
+    inside = np.isclose(found, maps, rtol=0, atol=1e-3).all(-1)
+    outside = (found == 0).all(-1)  # the box around the body
+    assert (inside | outside).all()
+    assert inside.mean() > 0.9
+    assert found.max() <= 1
 
 
 def test_levels_default_to_the_finest():

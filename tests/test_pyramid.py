@@ -101,27 +101,27 @@ def test_finer_loss_trains_the_coarser_level_only_through_soft_context(context, 
     assert (np.abs(coarse).max() > 0) == reaches
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("context", ["softmax", "onehot", "none"])
-def test_what_the_finer_level_sees(context):
+def test_what_the_finer_level_sees(context, activation):
     """A network that hands its input through: level 2's input is its clipped image, then the enlarged maps."""
 
     class Through(nnx.Module):
         def __call__(self, x):
             return x if x.shape[-1] > 1 else jnp.concatenate([x, -2 * x, x**2], axis=-1)
 
-    model = Pyramid(
-        PyramidConfig(2, 3, context=context, window=(-100.0, 300.0)), lambda inputs, rngs: Through(), rngs=nnx.Rngs(0)
-    )
+    config = PyramidConfig(2, 3, context=context, window=(-100.0, 300.0), activation=activation)
+    model = Pyramid(config, lambda inputs, rngs: Through(), rngs=nnx.Rngs(0))
     pair = images(2)
     coarse, fine = model(pair)
     scaled = np.clip((pair[1] + 100) / 200 - 1, -1, 1)[..., None]
     if context == "none":
         np.testing.assert_allclose(fine[..., :1], scaled, atol=1e-6)
         return
-    maps = jax.nn.softmax(coarse)
+    maps = jax.nn.softmax(coarse) if activation == "softmax" else 1 / (1 + np.exp(-coarse))
     if context == "onehot":
-        maps = jax.nn.one_hot(jnp.argmax(maps, -1), 3)
-    enlarged = jax.image.resize(maps, (2, 16, 16, 16, 3), "linear")[:, 4:12, 4:12, 4:12]
+        maps = jax.nn.one_hot(jnp.argmax(maps, -1), 3) if activation == "softmax" else coarse > 0
+    enlarged = jax.image.resize(jnp.asarray(maps, jnp.float32), (2, 16, 16, 16, 3), "linear")[:, 4:12, 4:12, 4:12]
     np.testing.assert_allclose(fine, np.concatenate([scaled, enlarged], -1), atol=1e-6)
 
 
@@ -135,3 +135,5 @@ def test_context_starts_a_quarter_into_the_patch():
 def test_an_unknown_context_is_refused():
     with pytest.raises(ValueError, match="soft"):
         pyramid(2, context="soft")
+    with pytest.raises(ValueError, match="relu"):
+        pyramid(2, activation="relu")

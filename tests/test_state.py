@@ -7,10 +7,12 @@ import optax
 import pytest
 from flax import nnx
 
+from autocontext_jax.data.labels import IGNORE
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
-from autocontext_jax.training.losses import LossConfig, dice_loss
+from autocontext_jax.training.dice import overlap_counts
+from autocontext_jax.training.losses import LossConfig, dice_loss, total_loss
 from autocontext_jax.training.state import (
     Batch,
     create_state,
@@ -19,6 +21,7 @@ from autocontext_jax.training.state import (
     make_train_step,
     make_validation_step,
 )
+from autocontext_jax.training.targets import Targets
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +45,15 @@ def made():
     return graph, make_train_step(graph, OPTIMIZER, LossConfig())
 
 
-def new_state(norm: str = "batch", *, stop_gradient: bool = False, learning: list[int] | None = None):
+def new_state(
+    norm: str = "batch", *, stop_gradient: bool = False, learning: list[int] | None = None, activation: str = "softmax"
+):
     """Graph and state of step 0, with numpy's numbers: XLA takes seconds to compile each initialiser."""
 
     def make() -> Pyramid:
         network = NetworkConfig(base_channels=2, depth=2, norm=norm, momentum=0.9)
         return Pyramid(
-            PyramidConfig(levels=2, classes=2, stop_gradient=stop_gradient),
+            PyramidConfig(levels=2, classes=2, stop_gradient=stop_gradient, activation=activation),
             lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),
             rngs=nnx.Rngs(0),
         )
@@ -198,3 +203,33 @@ def test_the_gradients_norm_is_that_of_all_of_them(batch):
     after, metrics = make_train_step(graph, optimizer, LossConfig())(state, batch)
     squares = sum(np.sum(np.square(a - b, dtype=float)) for a, b in zip(before, leaves(after.params), strict=True))
     assert metrics.gradient_norm == pytest.approx(np.sqrt(squares), rel=1e-3)
+
+
+@pytest.mark.parametrize("regions", [(), ((1, 2), (2,))], ids=["classes", "regions"])
+def test_steps_of_partly_annotated_and_partly_labelled_batches(batch, regions):
+    """Losses, counts and the picture are those of the functions, of the network's own logits."""
+    targets = Targets(regions, ignore=True)
+    labels = tuple(label.at[:, 2].set(2 if regions else 1).at[:, :2].set(IGNORE) for label in batch.labels)
+    known = jnp.array([[True, True, True], [True, True, False]])[:, : 3 if regions else 2].at[1, 1].set(bool(regions))
+    fed = Batch(batch.images, labels, known)
+    graph, state = new_state(activation=targets.activation)
+    config = LossConfig(cross_entropy=1.0)
+    metrics, slices = make_validation_step(graph, config, targets=targets)(state, fed)
+    logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.batch_stats)(x))(state, batch.images)
+    _, expected = total_loss(logits, labels, config, targets=targets, known=known)
+    np.testing.assert_allclose(metrics.losses, expected, rtol=1e-5)
+    for level, label, counts, middle in zip(logits, labels, metrics.counts, slices, strict=True):
+        np.testing.assert_array_equal(counts, overlap_counts(level, label, targets=targets, known=known))
+        first, second = np.moveaxis(np.asarray(level[:, 4]), -1, 0)
+        of_regions = np.where(second > 0, 2, np.where(first > 0, 1, 0))
+        np.testing.assert_array_equal(middle, of_regions if regions else second > first)
+    before = leaves(state.params)
+    step = make_train_step(graph, OPTIMIZER, config, targets=targets)
+    after, metrics = step(state, fed)
+    assert np.isfinite(metrics.gradient_norm)
+    assert metrics.counts.shape == (2, 2, 3 if regions else 2)
+    assert all((a != b).any() for a, b in zip(before, leaves(after.params), strict=True))
+    nobody = Batch(batch.images, tuple(jnp.full_like(label, IGNORE) for label in labels), known)
+    _, metrics = step(after, nobody)
+    assert metrics.gradient_norm == 0
+    assert np.isfinite(metrics.loss)

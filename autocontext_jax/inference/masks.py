@@ -1,7 +1,8 @@
-"""Turns the softmax maps of a level into a mask on the scan's own grid.
+"""Turns the maps of a level into a mask on the scan's own grid.
 
 The maps arrive in chunks of z-planes, in the order of z. The device interpolates them to the scan's grid and takes the
-class with the largest value, a few planes at a time, so the K maps never exist at full resolution as a whole.
+class with the largest value, or of regions the last above one half, a few planes at a time, so the K maps never exist
+at full resolution as a whole.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jax import lax
 
 from autocontext_jax.geometry import Triple
 from autocontext_jax.inference.tiling import LevelTiles, native_lookup
+from autocontext_jax.models.activations import last_region
 
 # Planes of the scan that one call of `native_masks` computes.
 GROUP = 8
@@ -28,11 +30,13 @@ class MaskWriter:
 
     Args:
       native: (D, H, W) of the scan.
-      box: voxels [low, high) of the scan to compute along z, y, x; the others are background.
+      box: voxels [low, high) of the scan to compute along z, y, x; the others are background: softmax maps of 1, 0,
+        ..., sigmoid maps of 0.
       level: (D, H, W) of the level's grid over the scan.
       factor: the scan's voxels per voxel of the level along (z, y, x).
       axes: the tiles of the level, which determine where its maps start and end.
       classes: K, to keep the maps on the scan's grid too, see `maps`; 0 not to.
+      activation: that gave the maps, see `activations`.
     """
 
     def __init__(
@@ -44,10 +48,13 @@ class MaskWriter:
         axes: LevelTiles,
         *,
         classes: int = 0,
+        activation: str = "softmax",
     ):
         self._mask = np.zeros(native, np.uint8)
         self._maps = np.zeros((*native, classes), np.float32)
-        self._maps[..., :1] = 1
+        if activation == "softmax":
+            self._maps[..., :1] = 1
+        self._activation = activation
         self._box = tuple(slice(*interval) for interval in box)
         (self._z_low, self._z_weight), *in_plane = (
             [values[inside] for values in native_lookup(n, f, size)]
@@ -92,8 +99,9 @@ class MaskWriter:
             z_weight = _padded(self._z_weight[first:last], GROUP)
             place = (before, chunk, z_low, z_weight, *self._in_plane)
             reach = min(self._reach, chunk.shape[0])
-            planes = native_masks(*place, reach=reach)
-            maps = native_maps(*place, reach=reach) if self._maps.size else None
+            how = {"reach": reach, "activation": self._activation}
+            planes = native_masks(*place, **how)
+            maps = native_maps(*place, **how) if self._maps.size else None
             planes.copy_to_host_async()
             started.append((first, last, planes, maps))
         self._next_plane = max(self._next_plane, end)
@@ -106,7 +114,7 @@ class MaskWriter:
         return self._mask
 
     def maps(self) -> np.ndarray:
-        """The softmax maps on the scan's grid, [D, H, W, K] float32. Call it after all chunks have been added."""
+        """The maps on the scan's grid, [D, H, W, K] float32. Call it after all chunks have been added."""
         self._collect()
         return self._maps
 
@@ -121,19 +129,41 @@ class MaskWriter:
         self._pending = []
 
 
-@functools.partial(jax.jit, static_argnames="reach")
-def native_masks(*place: jax.Array, reach: int) -> jax.Array:
-    """The class with the largest value of `native_maps`, [GROUP, height, width] uint8."""
-    return _plane_by_plane(lambda maps: jnp.argmax(maps, axis=-1).astype(jnp.uint8), *place, reach=reach)
+@functools.partial(jax.jit, static_argnames=("reach", "activation"))
+def native_masks(*place: jax.Array, reach: int, activation: str = "softmax") -> jax.Array:
+    """Of maps at voxels of the scan the class with the largest value, [GROUP, height, width] uint8.
+
+    Of regions it is the number, from 1, of the last above one half, see `activations.last_region`.
+    """
+
+    def finish(maps):
+        if activation == "sigmoid":
+            return last_region(maps > 0.5)
+        return jnp.argmax(maps, axis=-1).astype(jnp.uint8)
+
+    return _plane_by_plane(finish, *place, reach=reach)
 
 
-@functools.partial(jax.jit, static_argnames="reach")
-def native_maps(*place: jax.Array, reach: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("reach", "activation"))
+def native_maps(*place: jax.Array, reach: int, activation: str = "softmax") -> jax.Array:
     """Maps interpolated linearly to voxels of the scan, [GROUP, height, width, K] float32; see `_plane_by_plane`.
 
-    They are divided by their sum, from which tiles added in half precision differ by up to a thousandth.
+    Tiles are added in half precision, by which each value differs by up to a thousandth. Softmax maps are divided by
+    their sum, which is then 1. Regions have no such sum, and each map's error is its own: none is common to divide by.
+    They are limited to 1.
     """
-    return _plane_by_plane(lambda maps: maps / jnp.sum(maps, axis=-1, keepdims=True), *place, reach=reach)
+
+    def finish(maps):
+        return jnp.minimum(maps, 1) if activation == "sigmoid" else maps / jnp.sum(maps, axis=-1, keepdims=True)
+
+    return _plane_by_plane(finish, *place, reach=reach)
+
+
+def weighted_maps(logits: jax.Array, weights: jax.Array, activation: str) -> jax.Array:
+    """Maps of logits [..., K], times a weight [...] for each voxel."""
+    if activation == "sigmoid":
+        return jax.nn.sigmoid(logits) * weights[..., None]
+    return weighted_softmax(logits, weights)
 
 
 def weighted_softmax(logits: jax.Array, weights: jax.Array) -> jax.Array:

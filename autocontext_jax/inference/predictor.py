@@ -9,7 +9,7 @@ How one level is predicted:
    box around the body (`body`). Tiles with the same start along z form a row. Rows are predicted in the order of z; the
    distance between the starts of two rows is the z stride.
 2. The device holds slabs: arrays of one chunk in depth, as high and wide as all tiles of a row together (the canvas).
-   There are as many consecutive slabs as the depth of a tile needs. The softmax maps of each tile, times its blending
+   There are as many consecutive slabs as the depth of a tile needs. The maps of each tile, times its blending
    weights, are added to them.
 3. After a row, no later tile reaches the first slabs, one z stride of them, so the maps in them are finished. Each
    leaves as a chunk. Its memory is then set to zero and becomes the last slab.
@@ -80,7 +80,8 @@ class Predictor:
       align: starts of tiles are multiples of this number, the network's divisor.
       blend: weights along an axis of a tile; Gaussian by default.
       mirror_classes: if given, every tile is predicted twice, once mirrored left to right, and the maps are averaged.
-        Entry k is the class that class k becomes in the mirror image, see `geometry.SpatialLimits`.
+        Entry k is the class that class k becomes in the mirror image, see `geometry.SpatialLimits`; of regions it is
+        the region, counted from 0, since the network has no map of the background.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Predictor:
         self._spatial_dims: int = model.config.spatial_dims
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes
+        self._activation: str = model.config.activation
         self._align = max(2, align)
         self.tiles = ScanTiles(
             config, levels=self._levels, classes=self._classes, spatial_dims=self._spatial_dims, align=self._align,
@@ -131,7 +133,8 @@ class Predictor:
           progress: called after each row with the number of tiles queued so far and the total number of tiles.
 
         Returns:
-          {level: mask}, each mask [D, H, W] uint8 on the scan's grid.
+          {level: mask}, each mask [D, H, W] uint8 on the scan's grid: numbers of classes; of regions the number, from
+          1, of the last that holds the voxel, or 0.
 
         Raises:
           UserError: the device's memory is too small for the smallest tile.
@@ -152,12 +155,14 @@ class Predictor:
         """Predicts one scan at the finest level; arguments as `masks`.
 
         Returns:
-          The mask [D, H, W] uint8 and the softmax maps [D, H, W, K] float32, on the scan's grid.
+          The mask [D, H, W] uint8 and the maps [D, H, W, K] float32, on the scan's grid.
         """
         writers = self._predict(voxels, factors, (self._levels,), progress, keep_maps=True)
         if writers is None:
-            background_maps = np.broadcast_to(np.arange(self._classes) == 0, (*voxels.shape, self._classes))
-            return np.zeros(voxels.shape, np.uint8), background_maps.astype(np.float32)
+            maps = np.zeros((*voxels.shape, self._classes), np.float32)
+            if self._activation == "softmax":
+                maps[..., 0] = 1
+            return np.zeros(voxels.shape, np.uint8), maps
         return writers[self._levels].mask(), writers[self._levels].maps()
 
     def compilations(self) -> int:
@@ -186,7 +191,7 @@ class Predictor:
             writers = {
                 level: MaskWriter(
                     shape_of(voxels), box, shape_of(images[level - 1]), factors[level - 1], tiles[level - 1],
-                    classes=classes,
+                    classes=classes, activation=self._activation,
                 )
                 for level in requested
             }  # fmt: skip

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autocontext_jax.geometry import Triple
 from autocontext_jax.inference.context import MAP_DTYPE, context_size, cut_window
-from autocontext_jax.inference.masks import weighted_softmax
+from autocontext_jax.inference.masks import weighted_maps
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 
@@ -28,7 +28,7 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
       mesh: of several devices, with the axis `data`.
 
     Returns:
-      A function of these arguments, which gives the softmax maps times the weights, [n, z, y, x, K] in MAP_DTYPE:
+      A function of these arguments, which gives the maps times the weights, [n, z, y, x, K] in MAP_DTYPE:
         state: of the model.
         images: [n, z, y, x] int16, HU.
         maps: consecutive chunks of the coarser level that contain the tiles' context; None at level 1.
@@ -45,16 +45,17 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
         if maps is not None:
             size = context_size(shape_of(images[0]), model.config.spatial_dims)
             context = jax.vmap(lambda offset: cut_window(maps, offset, size))(offsets)
+        activation = model.config.activation
         if not mirror.size:
-            return weighted_softmax(model.level(level, images, context), weight).astype(MAP_DTYPE)
+            return weighted_maps(model.level(level, images, context), weight, activation).astype(MAP_DTYPE)
         # Each tile and its mirror image follow each other in the batch, so that one device has both.
         images = _pairs(images, images[..., ::-1])
         if context is not None:
             context = _pairs(context, context[..., ::-1, mirror])
         logits = model.level(level, images, context)
         plain, mirrored = logits[::2], logits[1::2, :, :, ::-1, mirror]
-        both = weighted_softmax(plain, weight / 2) + weighted_softmax(mirrored, weight / 2)
-        return both.astype(MAP_DTYPE)
+        both = [weighted_maps(seen, weight / 2, activation) for seen in (plain, mirrored)]
+        return (both[0] + both[1]).astype(MAP_DTYPE)
 
     sharding: dict[str, Any] = {}
     if mesh is not None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.errors import require
+from autocontext_jax.models.activations import ACTIVATIONS, activate
 from autocontext_jax.models.resizing import upsample_by_two
 from autocontext_jax.sections import DERIVED
 
@@ -21,12 +22,14 @@ class PyramidConfig:
 
     Attributes:
       levels: S.
-      classes: K, background first.
-      context: what the next level sees of this level's prediction: its `softmax` maps, `onehot` maps, or `none`.
+      classes: K outputs of every network: classes, background first, or regions.
+      context: what the next level sees of this level's prediction: its `softmax` maps, `onehot` maps, or `none`. With
+        regions it sees their sigmoid maps in the place of softmax maps, and as onehot maps 1 where they exceed 0.5.
       stop_gradient: whether the gradient stops between levels, so that a level's loss trains that level alone.
       window: HU that are mapped to -1 and 1; intensities outside are clipped.
       spatial_dims: number of spatial dimensions: 3, or 2 for images that are processed slice by slice. In 2D the size D
         below is any number of slices, the same at every level.
+      activation: from logits to maps: `softmax` over classes, or one `sigmoid` a region.
     """
 
     levels: int = dataclasses.field(default=2, metadata=DERIVED)
@@ -35,9 +38,11 @@ class PyramidConfig:
     stop_gradient: bool = False
     window: tuple[float, float] = (-500.0, 500.0)
     spatial_dims: int = dataclasses.field(default=3, metadata=DERIVED)
+    activation: str = dataclasses.field(default="softmax", metadata=DERIVED)
 
     def __post_init__(self):
         require(self.context in CONTEXTS, self, "context", f"one of {', '.join(CONTEXTS)}")
+        require(self.activation in ACTIVATIONS, self, "activation", f"one of {', '.join(ACTIVATIONS)}")
         low, high = self.window
         require(low < high, self, "window", "(low, high) in HU with low < high")
 
@@ -87,7 +92,7 @@ class Pyramid(nnx.Module):
         """
         logits: list[jax.Array] = []
         for level, image in enumerate(images, start=1):
-            maps = None if level == 1 else context_of(logits[-1], self.config.spatial_dims)
+            maps = None if level == 1 else context_of(logits[-1], self.config.spatial_dims, self.config.activation)
             logits.append(self.level(level, image, maps))
         return tuple(logits)
 
@@ -97,7 +102,7 @@ class Pyramid(nnx.Module):
         Args:
           level: 1 = coarsest.
           image: [B, D, H, W] in HU.
-          maps: the coarser level's softmax maps over the same region with a halo of one coarse voxel,
+          maps: the coarser level's maps over the same region with a halo of one coarse voxel,
             [B, D/2 + 2, H/2 + 2, W/2 + 2, K], in 2D [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
 
         Returns:
@@ -108,7 +113,10 @@ class Pyramid(nnx.Module):
         if level > 1 and self.config.context != "none":
             assert maps is not None, "levels after the first need the maps of the level before"
             if self.config.context == "onehot":
-                maps = jax.nn.one_hot(jnp.argmax(maps, axis=-1), self.config.classes)
+                if self.config.activation == "softmax":
+                    maps = jax.nn.one_hot(jnp.argmax(maps, axis=-1), self.config.classes)
+                else:
+                    maps = maps > 0.5
             if self.config.stop_gradient:
                 maps = jax.lax.stop_gradient(maps)
             maps = upsample_by_two(maps.astype(jnp.float32), self.config.spatial_dims)
@@ -135,13 +143,13 @@ def _random_streams(model: nnx.Module) -> list[Any]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
 
 
-def context_of(logits: jax.Array, spatial_dims: int = 3) -> jax.Array:
-    """Softmax maps over the next level's patch with a halo of one voxel: [B, N, N, N, K] -> [B, (N/2 + 2)^3, K].
+def context_of(logits: jax.Array, spatial_dims: int = 3, activation: str = "softmax") -> jax.Array:
+    """Maps over the next level's patch with a halo of one voxel: [B, N, N, N, K] -> [B, (N/2 + 2)^3, K].
 
     The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). In 2D the size D stays.
     """
     edge = logits.shape[2]
     inner = slice(edge // 4 - 1, 3 * edge // 4 + 1)
     # The depth is cropped last: if it is split over devices, they then exchange less.
-    maps = jax.nn.softmax(logits[:, :, inner, inner])
+    maps = activate(logits[:, :, inner, inner], activation)
     return maps[:, inner] if spatial_dims == 3 else maps

@@ -54,6 +54,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data", "space"))
 
 
+def sample_sharding(batch: NamedSharding) -> NamedSharding:
+    """Of what each sample of a batch has besides its patches, [B, ...]; `batch` is that of patches."""
+    return NamedSharding(batch.mesh, PartitionSpec(*batch.spec[:1]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -12,6 +12,7 @@ from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.dice import overlap_counts
 from autocontext_jax.training.losses import Loss, LossConfig, total_loss
+from autocontext_jax.training.targets import CLASSES, Targets, predicted_numbers
 
 
 @struct.dataclass
@@ -38,10 +39,12 @@ class Batch:
     Attributes:
       images: for each level, coarsest first, [B, N, N, N] in HU, float32.
       labels: for each level [B, N, N, N], uint8.
+      known: [B, K] bool, the classes that each sample's case annotates, see `targets`; None if all annotate everything.
     """
 
     images: tuple[jax.Array, ...]
     labels: tuple[jax.Array, ...]
+    known: jax.Array | None = None
 
 
 @struct.dataclass
@@ -51,7 +54,7 @@ class Metrics:
     Attributes:
       loss: the total, scalar.
       losses: each level's own, [S].
-      counts: each level's `overlap_counts`, [S, 2, K].
+      counts: each level's `overlap_counts`, [S, 2, K]; with regions [S, 2, R + 1].
       gradient_norm: of all gradients together, scalar; 0 where nothing learns.
     """
 
@@ -91,6 +94,7 @@ def make_train_step(
     sharding: Any = None,
     *,
     extra_losses: Mapping[str, Loss] | None = None,
+    targets: Targets = CLASSES,
     seed: int = 0,
     deterministic: bool = False,
 ) -> Any:
@@ -102,8 +106,8 @@ def make_train_step(
 
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
     ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
-    None leaves it to the compiler; `extra_losses` are those that `loss.extra` names; `deterministic` is that of
-    `compiler_options`.
+    None leaves it to the compiler; `extra_losses` are those that `loss.extra` names; `targets` says what the labels
+    mean; `deterministic` is that of `compiler_options`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -113,9 +117,9 @@ def make_train_step(
             model = nnx.merge(graph, nnx.merge_state(learned, frozen), state.batch_stats, copy=True)
             model.reseed(jax.random.fold_in(jax.random.key(seed), state.step))
             logits = model(batch.images)
-            total, losses = total_loss(logits, batch.labels, loss, extra_losses)
+            total, losses = total_loss(logits, batch.labels, loss, extra_losses, targets=targets, known=batch.known)
             _, _, statistics = _split(model)
-            return total, (losses, _counts(logits, batch), statistics)
+            return total, (losses, _counts(logits, batch, targets), statistics)
 
         (total, aux), gradients = jax.value_and_grad(objective, has_aux=True)(learned)
         losses, counts, statistics = aux
@@ -142,19 +146,20 @@ def make_validation_step(
     sharding: Any = None,
     *,
     extra_losses: Mapping[str, Loss] | None = None,
+    targets: Targets = CLASSES,
     deterministic: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[Metrics, tuple[jax.Array, ...]]]:
     """Forward pass with the running averages and without dropout; the state stays as it is.
 
-    Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8.
-    `sharding` is that of both; `deterministic` is that of `compiler_options`.
+    Besides the metrics it gives each level's predicted classes in the patches' middle slices, [B, N, N] uint8; of
+    regions, see `predicted_numbers`. `sharding` is that of both; `targets` and `deterministic` as of `make_train_step`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[Metrics, tuple[jax.Array, ...]]:
         logits = inference_model(graph, state.params, state.batch_stats)(batch.images)
-        total, losses = total_loss(logits, batch.labels, loss, extra_losses)
-        slices = tuple(jnp.argmax(level[:, level.shape[1] // 2], axis=-1).astype(jnp.uint8) for level in logits)
-        return Metrics(total, losses, _counts(logits, batch), jnp.zeros(())), slices
+        total, losses = total_loss(logits, batch.labels, loss, extra_losses, targets=targets, known=batch.known)
+        slices = tuple(predicted_numbers(level[:, level.shape[1] // 2], targets) for level in logits)
+        return Metrics(total, losses, _counts(logits, batch, targets), jnp.zeros(())), slices
 
     options = compiler_options(jax.default_backend(), deterministic=deterministic)
     return jax.jit(step, out_shardings=sharding, compiler_options=options)
@@ -190,5 +195,6 @@ def _learned(params: Any, learning: Collection[int] | None) -> tuple[Any, Any]:
     return learned, frozen
 
 
-def _counts(logits: tuple[jax.Array, ...], batch: Batch) -> jax.Array:
-    return jnp.stack([overlap_counts(*level) for level in zip(logits, batch.labels, strict=True)])
+def _counts(logits: tuple[jax.Array, ...], batch: Batch, targets: Targets) -> jax.Array:
+    levels = zip(logits, batch.labels, strict=True)
+    return jnp.stack([overlap_counts(*level, targets=targets, known=batch.known) for level in levels])

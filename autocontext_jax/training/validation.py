@@ -13,7 +13,7 @@ from autocontext_jax.data.loader import Margins, read_batch
 from autocontext_jax.data.sampling import draw_anywhere, draw_entry
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.training.dice import class_dice, mean_dice
-from autocontext_jax.training.sharding import place
+from autocontext_jax.training.sharding import place, sample_sharding
 from autocontext_jax.training.state import Batch, Metrics, TrainState
 
 
@@ -70,10 +70,10 @@ def validate(
     Args:
       step: see `state.make_validation_step`.
       state: to be scored.
-      batches: see `validation_batches`.
+      batches: see `validation_batches`; `known`, of partly annotated cases, is [B, K] bool, see `targets`.
       sharding: of a batch's first axes.
       levels: those that are trained.
-      classes: names without the background.
+      classes: names without the background; of regions, if these are learned.
 
     Returns:
       Values by name, without those that are not finite; and each level's predicted classes in the middle slice of the
@@ -82,7 +82,10 @@ def validate(
     results = []
     for batch in batches:
         images, labels = (tuple(place(array, sharding) for array in batch[key]) for key in ("images", "labels"))
-        results.append(step(state, Batch(images, labels)))
+        known = batch.get("known")
+        if known is not None:
+            known = place(known, sample_sharding(sharding))
+        results.append(step(state, Batch(images, labels, known)))
     metrics, slices = zip(*jax.device_get(results), strict=True)
     total = Metrics(
         np.mean([m.loss for m in metrics]),
