@@ -205,6 +205,15 @@ def test_the_gradients_norm_is_that_of_all_of_them(batch):
     assert metrics.gradient_norm == pytest.approx(np.sqrt(squares), rel=1e-3)
 
 
+@pytest.fixture
+def compiled_quickly():
+    """For tests of which compiling is most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("regions", [(), ((1, 2), (2,))], ids=["classes", "regions"])
 def test_steps_of_partly_annotated_and_partly_labelled_batches(batch, regions):
     """Losses, counts and the picture are those of the functions, of the network's own logits."""
