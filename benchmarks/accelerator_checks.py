@@ -91,7 +91,7 @@ def _blocks(edge: int, batch: int, classes: int) -> tuple[list[np.ndarray], list
 
 
 def _on_device(images: list[np.ndarray], labels: list[np.ndarray]) -> Batch:
-    return Batch(jax.device_put(tuple(images)), jax.device_put(tuple(labels)))
+    return Batch(jax.device_put(tuple(image[..., None] for image in images)), jax.device_put(tuple(labels)))
 
 
 def relative_error(found: Any, expected: Any) -> float:

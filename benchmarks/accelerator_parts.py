@@ -27,6 +27,7 @@ from roofline import source_lines
 from training_program import TrainingProgram, in_turn, wait_for
 
 from autocontext_jax.data.augmentation_ranges import SpatialRanges
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader, LoaderConfig
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
@@ -251,7 +252,15 @@ def does_the_loader_keep_up(session: Session) -> None:
     cases = []
     for number in range(count):
         voxels, label = make_phantom(np.random.default_rng([0, number]), size=size, spacing=spacing)
-        write_case(store, f"phantom_{number}", voxels, label, spacing, LevelGrids((2.0, 1.0)), ("background", *ORGANS))
+        write_case(
+            store,
+            f"phantom_{number}",
+            voxels[None],
+            label,
+            spacing,
+            LevelGrids((2.0, 1.0)),
+            LabelSpec.plain(("background", *ORGANS)),
+        )
         cases.append(PreparedCase.open(store, f"phantom_{number}", 2**28))
     program = session.program("bfloat16", sizes.batch)
     config = LoaderConfig(batch_size=sizes.batch, patch_size=sizes.edge)
@@ -276,9 +285,9 @@ def whole_scans(session: Session) -> None:
     predictor = Predictor(model, PredictorConfig(sizes.tile), align=2 ** (sizes.depth - 1))
     factors = tuple((2.0 ** (levels - level),) * 3 for level in range(levels))
     rng = np.random.default_rng(0)
-    voxels = rng.integers(-500, 500, sizes.scan, dtype=np.int16)
+    voxels = rng.integers(-500, 500, (1, *sizes.scan), dtype=np.int16)
     begun = time.perf_counter()
-    predictor.masks(voxels[:8], factors)
+    predictor.masks(voxels[:, :8], factors)
     first = time.perf_counter() - begun
     begun = time.perf_counter()
     mask = predictor.masks(voxels, factors)[levels]

@@ -1,9 +1,10 @@
 """What mean Dice on held-out scans does each method reach in the same training time?
 
-    python benchmarks/accuracy_at_time.py --data FOLDER --method pyramid|level_1|monai --minutes 30 --results FILE
-        [--steps N] [--config configs/openkbp.py] [--workdir FOLDER] [--config.key=value ...]
+    python benchmarks/accuracy_at_time.py --data FOLDER --method pyramid|level_1|monai|nnunet --results FILE
+        [--minutes 30] [--steps N] [--config configs/openkbp.py] [--workdir FOLDER] [--config.key=value ...]
 
 One method a call, alone on the machine; FILE gathers the results, a JSON line a call, and the table shows all of them.
+Where a data set has no labelled test scans, those are scored that --config holds out, and no method trains on them.
 
 `pyramid` and `level_1` are the command line with --config, the latter with the coarsest level only. Their learning rate
 falls to zero over the run, so the number of steps has to be known: a short run is timed first, and as many steps are
@@ -11,12 +12,19 @@ taken as fit, or N are. The clock covers the whole train process: start, compila
 what it showed is in the table, as `used`.
 
 `monai` is what a MONAI user gets: UNet (16, 32, 64, 128, 256; two residual units; batch norm), DiceCELoss, Adam 1e-3,
-RandCropByLabelClasses of 64^3 with equal ratios and 4 samples a scan, RandAffine, and a Gaussian sliding window, in
-float32. It trains on every training case, ours hold out what --config says, until the time is up; reading the scans and
-importing are not counted. All are scored by the same function on the scans' own grids.
+RandCropByLabelClasses of 64^3 (32^3 of smaller scans) with equal ratios and 4 samples a scan, RandAffine, and a
+Gaussian sliding window, in float32, until the time is up; reading the scans and importing are not counted. It sees CT
+scaled from [-500, 500] HU to [-1, 1], and other channels normalised as nnU-Net does it.
+
+`nnunet` is nnU-Net itself with its own plan, `3d_fullres`, on all training cases. Its schedule is shortened to the
+epochs that fit, of a tenth of its 250 steps, so that the learning rate falls as it does there; a few steps are timed
+first. Planning, preprocessing and importing are not counted. It predicts without mirroring.
+
+All are scored by the same function on the scans' own grids.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -24,17 +32,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine, report
+from common import load_config, machine, report
 from tqdm import tqdm
 
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.label_maps import read_label_map
+from autocontext_jax.data.labels import LabelSpec
+from autocontext_jax.data.split import draw_validation
 from autocontext_jax.evaluation import metrics
 from autocontext_jax.evaluation.statistics import summarise
 from autocontext_jax.images import scans
+from autocontext_jax.images.spec import ImageSpec, image_spec
 
 ROOT = Path(__file__).parent.parent
 EDGE = 64  # voxels of MONAI's patches
@@ -43,8 +56,8 @@ EDGE = 64  # voxels of MONAI's patches
 def main() -> None:
     """Trains and scores one method, and prints every result so far."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a data set with labelled test scans")
-    parser.add_argument("--method", required=True, choices=["pyramid", "level_1", "monai"])
+    parser.add_argument("--data", required=True, help="a data set")
+    parser.add_argument("--method", required=True, choices=["pyramid", "level_1", "monai", "nnunet"])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="of ours, where it is known how many fit; timed unless given")
@@ -55,8 +68,11 @@ def main() -> None:
         parser.error(f"unknown: {' '.join(wrong)}")
     with tempfile.TemporaryDirectory() as folder:
         if flags.method == "monai":
-            result = monai(read_dataset(Path(flags.data)), flags.minutes)
+            result = monai(flags, with_test_cases(flags, keys))
             versions = machine("monai", "torch")
+        elif flags.method == "nnunet":
+            result = nnunet(flags, with_test_cases(flags, keys), Path(flags.workdir or folder))
+            versions = machine("nnunetv2", "torch")
         else:
             result = ours(flags, keys, Path(flags.workdir or folder))
             versions = machine()
@@ -65,6 +81,16 @@ def main() -> None:
         file.write(json.dumps(result) + "\n")
     rows = [json.loads(line) for line in flags.results.read_bytes().splitlines()]
     report([{key: value for key, value in row.items() if key != "machine"} for row in rows], machine=versions)
+
+
+def with_test_cases(flags: argparse.Namespace, keys: list[str]) -> Dataset:
+    """The data set; without labelled test cases, those that the configuration holds out are its test cases."""
+    dataset = read_dataset(Path(flags.data))
+    if any(case.label for case in dataset.test):
+        return dataset
+    config = load_config(flags.config, keys)
+    training, held_out = draw_validation(dataset.training, fraction=config.data.validation_fraction, seed=config.seed)
+    return dataclasses.replace(dataset, training=training, test=held_out)
 
 
 def line(summary: dict[str, Any], *, seconds: float, steps: int) -> dict[str, Any]:
@@ -112,7 +138,7 @@ def ours(flags: argparse.Namespace, keys: list[str], workdir: Path) -> dict[str,
 # ---- MONAI's
 
 
-def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
+def monai(flags: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
     """Trains for the given time and scores the test cases."""
     import torch
     from monai import data, transforms
@@ -123,23 +149,26 @@ def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
 
     set_determinism(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    classes, pair = len(dataset.labels), ("image", "label")
-    window = transforms.ScaleIntensityRanged("image", -500, 500, -1, 1, clip=True)
-    once = transforms.Compose([window, transforms.ClassesToIndicesd("label", num_classes=classes)])
+    classes, pair, image = len(dataset.labels.classes), ("image", "label"), spec_of(dataset)
+    training = [read(case, image, dataset.labels) for case in dataset.training]
+    edge = EDGE if min(min(case["label"].shape[1:]) for case in training) >= EDGE else EDGE // 2
+    pad = transforms.SpatialPadd(pair, (edge,) * 3)
+    once = transforms.Compose([pad, transforms.ClassesToIndicesd("label", num_classes=classes)])
     crop = transforms.RandCropByLabelClassesd(
-        pair, "label", (EDGE,) * 3, num_classes=classes, num_samples=4, indices_key="label_cls_indices"
+        pair, "label", (edge,) * 3, num_classes=classes, num_samples=4, indices_key="label_cls_indices"
     )
     turn = transforms.RandAffined(
         pair, prob=1, rotate_range=(np.deg2rad(10),) * 3, scale_range=(0.1,) * 3, mode=("bilinear", "nearest"),
         padding_mode="border",
     )  # fmt: skip
-    training = data.Dataset([once(read(case)) for case in dataset.training], transforms.Compose([crop, turn]))
-    loader = data.DataLoader(training, batch_size=1, shuffle=True)
-    network = UNet(3, 1, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm="batch")
+    cases = data.Dataset([once(case) for case in training], transforms.Compose([crop, turn]))
+    loader = data.DataLoader(cases, batch_size=1, shuffle=True)
+    inputs = len(image.channels)
+    network = UNet(3, inputs, classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm="batch")
     criterion = DiceCELoss(to_onehot_y=True, softmax=True)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
 
-    steps, started = 0, time.monotonic()
+    steps, started, minutes = 0, time.monotonic(), flags.minutes
     with tqdm(total=round(60 * minutes), desc="train", unit="s", mininterval=1) as bar:
         for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
             optimizer.zero_grad()
@@ -154,25 +183,115 @@ def monai(dataset: Dataset, minutes: float) -> dict[str, Any]:
                 break
 
     network.eval()
-    inferer = SlidingWindowInferer((EDGE,) * 3, sw_batch_size=4, overlap=0.5, mode="gaussian")
-    organs, scores = dataset.labels[1:], {}
-    for case in dataset.test:
-        scan = read(case)
+    inferer = SlidingWindowInferer((edge,) * 3, sw_batch_size=4, overlap=0.5, mode="gaussian")
+
+    def predict(case: Case) -> np.ndarray:
         with torch.inference_mode():
-            mask = inferer(window(scan)["image"][None], network)[0].argmax(0).numpy()
-        # Of these only the Dice is shown; it knows no spacing.
-        scores[case.name] = metrics.scores(mask, scan["label"][0].numpy(), organs, (1, 1, 1), tolerance=1)
-    return line(summarise(scores, organs), seconds=seconds, steps=steps)
+            return inferer(read(case, image, dataset.labels)["image"][None], network)[0].argmax(0).numpy()
+
+    return line(scored(dataset, predict), seconds=seconds, steps=steps)
 
 
-def read(case: Case) -> dict[str, Any]:
-    """Image float32 HU and label, [1, D, H, W] each, as PyTorch has them."""
+def spec_of(dataset: Dataset) -> ImageSpec:
+    """The channels, of CT with the window that the networks of MONAI's users see."""
+    spec = image_spec(dataset.channels, (), ())
+    return image_spec(dataset.channels, (), (-500.0, 500.0) if spec.ct else ())
+
+
+def read(case: Case, image: ImageSpec, labels: LabelSpec) -> dict[str, Any]:
+    """Image float32, normalised, [C, D, H, W] and label [1, D, H, W], as PyTorch has them."""
     import torch
 
-    assert case.label is not None
-    scan = scans.read_scan(case.image)
-    label = scans.read_label(case.label, labels=range(256), like=scan.grid, case=case.name)
-    return {"image": torch.from_numpy(scan.voxels.astype(np.float32))[None], "label": torch.from_numpy(label)[None]}
+    scan = scans.read_scan(case.images, image)
+    label = read_label_map(case, labels, scan.grid)
+    low, gain, offset, bottom, top = (part[:, None, None, None] for part in image.scaling())
+    voxels = np.clip((scan.voxels.astype(np.float32) - low) * gain + offset, bottom, top)
+    return {"image": torch.from_numpy(voxels), "label": torch.from_numpy(label)[None]}
+
+
+def scored(dataset: Dataset, predict: Callable[[Case], np.ndarray]) -> dict[str, Any]:
+    """`statistics.summarise` of the test cases; `predict` gives the mask of one, canonical."""
+    organs, scores = dataset.labels.classes[1:], {}
+    for case in dataset.test:
+        truth = read_label_map(case, dataset.labels, scans.read_grid(case.images))
+        # Of these only the Dice is shown; it knows no spacing.
+        scores[case.name] = metrics.scores(predict(case), truth, organs, (1, 1, 1), tolerance=1)
+    return summarise(scores, organs)
+
+
+# ---- nnU-Net's
+
+
+def nnunet(flags: argparse.Namespace, dataset: Dataset, folder: Path) -> dict[str, Any]:
+    """Plans, preprocesses, trains for the given time and scores the test cases."""
+    for name in ("raw", "preprocessed", "results"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        os.environ[f"nnUNet_{name}"] = str(folder / name)
+    os.environ |= {"nnUNet_compile": "f"}
+    import torch
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    raw = folder / "raw" / "Dataset500_Peer"
+    _link(dataset, raw)
+    extract_fingerprints([500], num_processes=2)
+    plan_experiments([500])
+    preprocess([500], configurations=["3d_fullres"], num_processes=[2])
+    place = folder / "preprocessed" / raw.name
+    plans, description = (json.loads((place / name).read_bytes()) for name in ("nnUNetPlans.json", "dataset.json"))
+
+    def trainer(epochs: int) -> nnUNetTrainer:
+        made = nnUNetTrainer(plans, "3d_fullres", "all", description, torch.device("cpu"))
+        made.num_epochs, made.num_iterations_per_epoch, made.num_val_iterations_per_epoch = epochs, 25, 1
+        made.save_every = 10**6
+        return made
+
+    def train(epochs: int) -> tuple[nnUNetTrainer, float]:
+        made, started = trainer(epochs), time.monotonic()
+        made.run_training()
+        return made, time.monotonic() - started
+
+    (_, two), (_, one) = train(2), train(1)
+    epochs = max(1, int((60 * flags.minutes - (one - (two - one))) / (two - one)))
+    made, seconds = train(epochs)
+
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), verbose=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(made.output_folder_base, ("all",), "checkpoint_final.pth")
+    names = {case.name: [str(path) for path in case.images] for case in dataset.test}
+    results = folder / "predictions"
+    results.mkdir()
+    predictor.predict_from_files(
+        list(names.values()), [str(results / name) for name in names], num_processes_preprocessing=1,
+        num_processes_segmentation_export=1,
+    )  # fmt: skip
+
+    def predict(case: Case) -> np.ndarray:
+        path = results / f"{case.name}.nii.gz"
+        return scans.read_label(path, values=range(256), like=scans.read_grid(case.images), case=case.name)
+
+    return line(scored(dataset, predict), seconds=seconds, steps=25 * epochs)
+
+
+def _link(dataset: Dataset, raw: Path) -> None:
+    """The training cases in nnU-Net's layout."""
+    for case in dataset.training:
+        assert case.label is not None
+        for number, image in enumerate(case.images):
+            _linked(raw / "imagesTr" / f"{case.name}_{number:04d}.nii.gz", image)
+        _linked(raw / "labelsTr" / f"{case.name}.nii.gz", case.label)
+    description = {
+        "channel_names": {str(number): name for number, name in enumerate(dataset.channels)},
+        "labels": dict(zip(dataset.labels.classes, dataset.labels.values, strict=True)),
+        "numTraining": len(dataset.training),
+        "file_ending": ".nii.gz",
+    }
+    (raw / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+
+
+def _linked(path: Path, to: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(to.absolute())
 
 
 if __name__ == "__main__":

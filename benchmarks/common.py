@@ -1,5 +1,8 @@
 """What every benchmark shares: the model it measures, side-by-side timing, and how results are printed."""
 
+import ast
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -9,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,6 +24,9 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
+
+if TYPE_CHECKING:
+    from autocontext_jax.jobs.run_config import RunConfig
 
 
 def make_pyramid(*, levels: int, classes: int, width: int, depth: int = 4, dtype: str = "float32") -> Pyramid:
@@ -45,6 +51,21 @@ def prepared_cases(data: str, factors: tuple[float, ...], folder: Path) -> list[
         data = prepare(RunConfig(levels=levels, data=DataConfig(root=data)), folder).store
     names = sorted(path.name.removesuffix(".ome.zarr") for path in Path(data).glob("*.ome.zarr"))
     return [PreparedCase.open(data, name, 2**28) for name in names]
+
+
+def load_config(path: str, keys: Sequence[str]) -> "RunConfig":
+    """The configuration of a config file, changed by flags of the form --config.key=value."""
+    from autocontext_jax.jobs.config_files import from_config_dict
+
+    place = Path(path).absolute()
+    sys.path.insert(0, str(place.parent))
+    config = importlib.import_module(place.stem).get_config()
+    for key in keys:
+        name, _, value = key.removeprefix("--config.").partition("=")
+        with contextlib.suppress(ValueError, SyntaxError):  # a text
+            value = ast.literal_eval(value)
+        config.update_from_flattened_dict({name: value})
+    return from_config_dict(config)
 
 
 def side_by_side(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

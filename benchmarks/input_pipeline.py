@@ -78,7 +78,7 @@ def main() -> None:
     images, labels = pair["images"], pair["labels"]
     calls = {"augment, pyramid": ours(flags.edge, images, labels)}
     calls["augment, one patch"] = ours(flags.edge, images[-1:], labels[-1:])
-    one = images[-1], labels[-1]  # the batch axis of one serves the others as their channel
+    one = images[-1][0], labels[-1]  # [1, D, H, W] each, the label's batch axis of one as its channel
     if "batchgeneratorsv2" in peers:
         calls["augment, batchgeneratorsv2"] = batchgenerators(flags.edge, *one, "nearest")
         calls["augment, batchgeneratorsv2, labels linear"] = batchgenerators(flags.edge, *one, "bilinear")
@@ -157,7 +157,7 @@ def draw_centre(cases: list[PreparedCase], rng: np.random.Generator) -> tuple[Pr
 
 def ours(edge: int, images: Arrays, labels: Arrays) -> Callable[[], Any]:
     """The jitted augmentation of a batch of one: a pyramid patch, or its finest level alone."""
-    margins = tuple(tuple((size - edge) // 2 for size in image.shape[1:]) for image in images)
+    margins = tuple(tuple((size - edge) // 2 for size in label.shape[1:]) for label in labels)
     augment = make_augment(edge, margins, RANGES, IntensityRanges())
     arrays = [tuple(map(jnp.asarray, level)) for level in (images, labels)]
     key, number, spacings = jax.random.key(0), jnp.zeros(1, jnp.uint32), jnp.ones((1, 3))

@@ -125,8 +125,8 @@ class Trivial(nnx.Module):
         self.slope = nnx.Param(jnp.linspace(-2.0, 3.0, classes))
 
     def level(self, level: int, image: jax.Array, maps: jax.Array | None) -> jax.Array:
-        """[B, D, H, W] HU -> [B, D, H, W, K]."""
-        return jnp.clip(image.astype(jnp.float32) / WINDOW, -1, 1)[..., None] * self.slope[...]
+        """[B, D, H, W, 1] HU -> [B, D, H, W, K]."""
+        return jnp.clip(image.astype(jnp.float32) / WINDOW, -1, 1) * self.slope[...]
 
 
 def make_model(flags: argparse.Namespace) -> Any:
@@ -142,7 +142,7 @@ def our_predictor(flags: argparse.Namespace, model: Pyramid) -> Callable[[np.nda
     config = PredictorConfig(flags.our_tile, memory=flags.memory)
     predictor = Predictor(model, config, align=8)
     factors = tuple((factor,) * 3 for factor in flags.factors)
-    return lambda voxels: predictor.masks(voxels, factors)[len(factors)]
+    return lambda voxels: predictor.masks(voxels[None], factors)[len(factors)]
 
 
 def peer(flags: argparse.Namespace, model: Any) -> Callable[[np.ndarray], np.ndarray]:

@@ -179,7 +179,7 @@ def work(flags: argparse.Namespace) -> None:
     graph, state = create_state(new_pyramid(flags), optimizer)
     rng = np.random.default_rng(0)
     shape = (flags.batch * int(count), *(flags.edge[0],) * 3)
-    images = rng.uniform(-500, 500, shape).astype(np.float32)
+    images = rng.uniform(-500, 500, (*shape, 1)).astype(np.float32)
     labels = rng.integers(0, flags.classes, shape, np.uint8)
     with jax.set_mesh(mesh):
         whole, split = replicated(mesh), batch_sharding(mesh)

@@ -89,6 +89,7 @@ def make_files(folder: Path, size: int, width: int) -> None:
 
     from autocontext_jax.data.store.level_grids import LevelGrids
     from autocontext_jax.images import scans
+    from autocontext_jax.images.spec import ct_image
     from autocontext_jax.inference.model import Model
     from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
     from autocontext_jax.inference.tiling import PredictorConfig
@@ -99,7 +100,7 @@ def make_files(folder: Path, size: int, width: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     description = Description(
         name="model", license="CC0-1.0", classes=tuple(ClassDescription(f"class {n}", n) for n in range(8)),
-        network=NetworkDescription(name="unet", base_channels=width), pyramid=PyramidConfig(),
+        network=NetworkDescription(name="unet", base_channels=width), pyramid=PyramidConfig(), image=ct_image(),
         levels=LevelGrids((2.0, 1.0)), trained_spacing=((1.0,) * 3, (1.0,) * 3),
         tiling=Tiling(0, PredictorConfig.margin, crop_to_body=True, flip=False), training={}, evaluation={},
     )  # fmt: skip

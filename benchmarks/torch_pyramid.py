@@ -22,7 +22,8 @@ def to_torch(pyramid: Pyramid) -> "TorchPyramid":
     config = pyramid.config
     assert config.context == "softmax", "the peer has softmax context only"
     assert not config.stop_gradient, "the peer is differentiable end to end"
-    return TorchPyramid([_unet(network) for network in pyramid.networks], config.window)
+    (channel,) = config.image.channels
+    return TorchPyramid([_unet(network) for network in pyramid.networks], channel.window)
 
 
 def total_loss(logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -52,7 +53,7 @@ def training_and_prediction(
 
     Args:
       pyramid: gives the parameters.
-      images: for each level [B, N, N, N] in HU.
+      images: for each level [B, N, N, N, 1] in HU.
       labels: for each level [B, N, N, N], uint8.
       dtype: `float32` or `bfloat16`.
       layouts: of the memory.
@@ -64,7 +65,7 @@ def training_and_prediction(
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    inputs = [torch.from_numpy(image).to(device) for image in images]
+    inputs = [torch.from_numpy(image[..., 0]).to(device) for image in images]
     targets = [torch.from_numpy(label).long().to(device) for label in labels]
     calls: dict[str, dict[str, Callable[[], torch.Tensor]]] = {"train": {}, "predict": {}}
 
@@ -102,7 +103,7 @@ class TorchPyramid(nn.Module):
       window: HU that map to -1 and 1.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], window: tuple[float, float]):
+    def __init__(self, networks: Sequence[nn.Module], window: Sequence[float]):
         super().__init__()
         self.networks = nn.ModuleList(networks)
         self.window = window

@@ -29,7 +29,7 @@ class TrainingProgram:
       compiled: the program (state, batch) -> (state, metrics).
       state: where the next step starts.
       batch: the synthetic batch, on the device.
-      images: the same batch on the host, for each level [B, N, N, N] float32.
+      images: the same batch on the host, for each level [B, N, N, N, 1] float32.
       labels: for each level [B, N, N, N] uint8.
       flops: FLOPs of one step, see `convolution_flops`; three times the forward pass.
       compile_seconds: from the lowered program to the compiled one.
@@ -77,7 +77,7 @@ def compile_training_step(
     pyramid = make_pyramid(levels=levels, classes=classes, width=width, depth=depth, dtype=dtype)
     rng = np.random.default_rng(0)
     shape = (batch, *(edge,) * 3)
-    images = tuple(rng.uniform(-500, 500, shape).astype(np.float32) for _ in range(levels))
+    images = tuple(rng.uniform(-500, 500, (*shape, 1)).astype(np.float32) for _ in range(levels))
     labels = tuple(rng.integers(0, classes, shape, np.uint8) for _ in range(levels))
     mesh = make_mesh(batch)
     sharding = batch_sharding(mesh)

@@ -13,6 +13,7 @@ from autocontext_jax.jobs.config_files import default_config
 
 def get_config():
     config = default_config()
+    config.data.window = (-500.0, 500.0)
     config.levels.factors = (4, 2)
     config.levels.unit = "voxels"
     config.loader.batch_size = 3

@@ -35,7 +35,7 @@ def get_config():
     config.augmentation.intensity_shift = 10.0
     config.augmentation.intensity_scale = 0.1
     # Of the organs only the mandible is bone.
-    config.pyramid.window = (-200.0, 300.0)
+    config.data.window = (-200.0, 300.0)
     config.model.base_channels = 8
     config.model.momentum = 0.98
     # Twice as fast where the processor multiplies it.

@@ -13,6 +13,7 @@ def get_config():
     config = default_config()
     config.phantom.training = 40
     config.phantom.test = 6
+    config.data.window = (-500.0, 500.0)
     config.levels.factors = (2, 1)
     config.loader.batch_size = 1
     config.loader.patch_size = 32

@@ -132,7 +132,7 @@ def check_as_itk_sees_it(scan, folder):
         matrix = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
         check_values_at(scan, (matrix @ index).T + image.GetOrigin(), values.ravel())
         count += values.size
-    assert count == scan.voxels.size
+    assert count == scan.voxels[0].size
 
 
 def check_values_at(scan, points, values):
@@ -140,13 +140,13 @@ def check_values_at(scan, points, values):
     matrix = np.array(scan.direction).reshape(3, 3)
     index = (points[:, ::-1] - np.array(scan.origin)) @ matrix / scan.spacing
     np.testing.assert_allclose(index, np.rint(index), atol=5e-3)
-    np.testing.assert_array_equal(scan.voxels[tuple(np.rint(index).astype(int).T)], np.rint(values))
+    np.testing.assert_array_equal(scan.voxels[0][tuple(np.rint(index).astype(int).T)], np.rint(values))
 
 
 def check_read(folder, hu=None, **how):
     """Reads a series; its HU, spacing and place must be those of `save_series`, and SimpleITK must agree."""
     scan = scans.read_scan(folder, **how)
-    np.testing.assert_array_equal(scan.voxels, hu_of() if hu is None else hu)
+    np.testing.assert_array_equal(scan.voxels[0], hu_of() if hu is None else hu)
     np.testing.assert_allclose(scan.spacing, SPACING, atol=1e-6)
     np.testing.assert_allclose(scan.origin, ORIGIN[::-1], atol=1e-6)
     np.testing.assert_allclose(scan.direction, np.eye(3).ravel(), atol=1e-9)

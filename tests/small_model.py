@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from autocontext_jax.data.store.level_grids import LevelGrids
+from autocontext_jax.images.spec import ct_image
 from autocontext_jax.inference.model_file import (
     DESCRIPTION,
     ClassDescription,
@@ -38,7 +39,8 @@ DESCRIPTION_OF_SCALE = Description(
     license="CC0-1.0",
     classes=CLASSES,
     network=NetworkDescription(name="Scale", depth=1),
-    pyramid=PyramidConfig(window=(-100.0, 100.0)),
+    pyramid=PyramidConfig(),
+    image=ct_image((-100.0, 100.0)),
     levels=LevelGrids((2.0, 1.0)),
     trained_spacing=((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
     tiling=Tiling(8, 2, crop_to_body=True, flip=False),

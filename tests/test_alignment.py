@@ -22,6 +22,7 @@ from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader, LoaderConfig, read_batch
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
@@ -77,17 +78,17 @@ def prepared(request, tmp_path_factory) -> tuple[PreparedCase, list[Level]]:
     voxels = np.rint(ramp(np.indices(SIZE) * np.array(SPACING)[:, None, None, None])).astype(np.int16)
     label = np.zeros(SIZE, np.uint8)
     label[28:33, 32:38, 30:36] = 1
-    case = Case("ramp", folder / "ramp.nii.gz", folder / "ramp_label.nii.gz")
-    scans.write_scan(case.image, voxels, SPACING)
+    case = Case("ramp", (folder / "ramp.nii.gz",), folder / "ramp_label.nii.gz")
+    scans.write_scan(case.images[0], voxels, SPACING)
     scans.write_scan(case.label, label, SPACING)
     root = str(folder / "store")
-    preparation.prepare_case(case, root, SETTINGS[request.param], ("background", "organ"))
+    preparation.prepare_case(case, root, SETTINGS[request.param], LabelSpec.plain(("background", "organ")))
 
     ome = json.loads((folder / "store" / "ramp.ome.zarr" / "zarr.json").read_bytes())["attributes"]["ome"]
     levels = {}
     for dataset in ome["multiscales"][0]["datasets"]:
         scale, translation = dataset["coordinateTransformations"]
-        levels[dataset["path"]] = describe(np.array(scale["scale"]), np.array(translation["translation"]))
+        levels[dataset["path"]] = describe(np.array(scale["scale"][-3:]), np.array(translation["translation"][-3:]))
     opened = PreparedCase.open(root, "ramp")
     return opened, [levels[f"level_{level}"] for level in range(1, len(opened.shapes) + 1)]
 
@@ -159,11 +160,11 @@ def test_crops_and_context_agree_at_the_same_millimetre(prepared, margin):
         for level, start, own, image in zip(levels, starts, margins, batch["images"], strict=True):
             # A level's crop has the ramp's value at each voxel's mm.
             first = np.array(start) - own
-            whole = level.whole(first, image.shape[1:])
-            difference = image[sample] - ramp(level.places(first, image.shape[1:]))
+            whole = level.whole(first, image.shape[2:])
+            difference = image[sample, 0] - ramp(level.places(first, image.shape[2:]))
             assert np.abs(difference[whole]).max(initial=0) <= level.tolerance
             patch = tuple(slice(m, m + EDGE) for m in own)
-            patches.append((level, start, image[sample][patch].astype(np.float64), whole[patch]))
+            patches.append((level, start, image[sample, 0][patch].astype(np.float64), whole[patch]))
 
         for (coarse, _, image, whole), (fine, start, finer, finer_whole) in itertools.pairwise(patches):
             # The context laid over the next level's patch: against the mm and against that level's own crop.
@@ -200,9 +201,9 @@ def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialRa
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     loader = Loader([case], LoaderConfig(3, EDGE), seed=1, sharding=sharding, spatial=spatial)
-    images, _ = next(loader)
+    images, _, _ = next(loader)
     loader.close()
-    images = [np.array(image, np.float64) for image in images]
+    images = [np.array(image[..., 0], np.float64) for image in images]
     return [np.stack([context_hu(before) for before in coarse]) - fine for coarse, fine in itertools.pairwise(images)]
 
 
@@ -243,7 +244,7 @@ def moved_places(
             axes.append(voxels * mm * 2 ** (levels - level))
         crops = np.stack(np.meshgrid(*axes, indexing="ij"))
         places.append(crops[(slice(None), *(slice(m, m + edge) for m in margin))])
-        images.append(np.rint(np.tile(crops, (fields, 1, 1, 1)) * GAIN).astype(np.int16))
+        images.append(np.rint(np.tile(crops, (fields, 1, 1, 1)) * GAIN).astype(np.int16)[:, None])
         labels.append((np.tile(crops, (fields, 1, 1, 1)) > 0).astype(np.uint8))
     # The same number for the samples of all three axes: the same field.
     numbers, spacing = np.repeat(np.arange(fields, dtype=np.uint32), 3), np.array([FINEST] * 3 * fields, np.float32)

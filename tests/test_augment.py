@@ -10,8 +10,9 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from autocontext_jax.data import augment
-from autocontext_jax.data.augment import make_augment
-from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.augment import make_augment, make_flip_known
+from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges, crop_margins
+from autocontext_jax.data.labels import LabelSpec
 
 EDGE, LEVELS = 8, 2
 SPACING = (2.5, 0.8, 0.7)
@@ -35,9 +36,16 @@ def numpy_augment(intensity: IntensityRanges):
     run, key = make_augment(EDGE, MARGINS, SPATIAL, intensity), jax.random.key(KEY)
 
     def apply(numbers, images, labels, spacing):
-        return jax.tree.map(np.array, run(key, np.array(numbers, np.uint32), spacing, images, labels))
+        return augmented(run, key, numbers, spacing, images, labels)
 
     return apply
+
+
+def augmented(run, key, numbers, spacing, images, labels):
+    """As numpy arrays; of the one channel [B, ...], before and after."""
+    channels = tuple(image[:, None] for image in images)
+    image_out, label_out = run(key, np.asarray(numbers, np.uint32), spacing, channels, labels)
+    return tuple(np.array(image)[..., 0] for image in image_out), tuple(map(np.array, label_out))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def plain():
 def test_zero_limits_are_the_identity(spatial, margins):
     images, labels, spacing = crops(2, margins)
     run = make_augment(EDGE, margins, spatial, IntensityRanges())
-    image_out, label_out = run(jax.random.key(0), np.arange(2, dtype=np.uint32), spacing, images, labels)
+    image_out, label_out = augmented(run, jax.random.key(0), np.arange(2, dtype=np.uint32), spacing, images, labels)
     for before, after in zip(images + labels, image_out + label_out, strict=True):
         margin = [(size - EDGE) // 2 for size in before.shape[1:]]
         inner = before[(slice(None), *(slice(m, m + EDGE) for m in margin))]
@@ -89,9 +97,9 @@ def test_resampling_is_scipys():
     position[:, 0, 0, :2] = np.stack([-centre, centre], axis=1)  # the very corners
     index = position.astype(np.float64) + centre[:, None, None, None]
     assert (index < 0).any()  # some beyond the crop: its border goes on
-    moved, nearest = jax.jit(augment._resample)(image, label, list(position))
+    moved, nearest = jax.jit(augment._resample)(image[None], label, list(position))
     expected = map_coordinates(image.astype(np.float64), index, order=1, mode="nearest")
-    np.testing.assert_allclose(moved, expected, atol=0.1)  # float32 positions, steps of 4000 HU
+    np.testing.assert_allclose(moved[..., 0], expected, atol=0.1)  # float32 positions, steps of 4000 HU
     inside = np.clip(np.rint(index), 0, np.array(image.shape)[:, None, None, None] - 1).astype(int)
     np.testing.assert_array_equal(nearest, label[tuple(inside)])
 
@@ -189,7 +197,7 @@ def test_half_of_the_patches_are_mirrored_with_their_classes():
     margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
     run = make_augment(EDGE, margins, ranges, IntensityRanges())
-    moved = run(jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
+    moved = augmented(run, jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
     handed = []
     for sample in range(40):
         same, turned = [], []
@@ -205,6 +213,35 @@ def test_half_of_the_patches_are_mirrored_with_their_classes():
     assert 10 < sum(handed) < 30
 
 
+def test_ignored_voxels_stay_ignored_and_what_is_annotated_changes_sides():
+    names = LabelSpec.plain(("background", "right", "left", "liver"), ignore=9)
+    config = AugmentationConfig(0.0, 0.0, 0.0, 0.0, flip=True, flip_pairs=("right=left",))
+    ranges = config.spatial(names)
+    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
+    images, labels, spacing = crops(40, margins)
+    labels = tuple(np.where(label == 4, 255, label).astype(np.uint8) for label in labels)
+    numbers = np.arange(40, dtype=np.uint32)
+    run = make_augment(EDGE, margins, ranges, IntensityRanges())
+    _, moved = run(jax.random.key(0), numbers, spacing, images, labels)
+    table = np.arange(256)
+    table[[1, 2]] = 2, 1
+    known = np.tile([True, True, False, True], (40, 1))
+    known_then = np.array(make_flip_known(ranges.flip_classes)(jax.random.key(0), numbers, known))
+    handed = 0
+    for sample, (before, after) in enumerate(zip(labels[0], moved[0], strict=True)):
+        turned = np.array_equal(after, table[before[..., ::-1]])
+        assert turned or np.array_equal(after, before)
+        assert known_then[sample].tolist() == ([True, False, True, True] if turned else known[sample].tolist())
+        handed += turned
+    assert 10 < handed < 30
+
+
+@pytest.mark.parametrize("flip_classes", [(), (0, 1, 2)])
+def test_where_no_class_changes_sides_neither_does_what_is_annotated(flip_classes):
+    known = np.array([[True, False, True]])
+    assert make_flip_known(flip_classes)(jax.random.key(0), np.zeros(1, np.uint32), known) is known
+
+
 def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_without_it():
     ranges = dataclasses.replace(SPATIAL, scaling=0.1, flip_classes=(0, 2, 1, 3, 4))
     margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
@@ -212,7 +249,7 @@ def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_wit
 
     def moved(unmoved: float):
         run = make_augment(EDGE, margins, dataclasses.replace(ranges, probability=1 - unmoved), IntensityRanges())
-        arrays = run(jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
+        arrays = augmented(run, jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
         return jax.tree.map(np.array, arrays)
 
     none, half, whole = (jax.tree.leaves(moved(share)) for share in (0.0, 0.5, 1.0))
@@ -239,7 +276,7 @@ def test_scaling_is_the_same_along_all_axes_at_all_levels_and_within_limits():
     labels = tuple(np.zeros(image.shape, np.uint8) for image in images)
     run = make_augment(EDGE, margins, ranges, IntensityRanges())
     spacing = np.array([SPACING] * samples, np.float32)
-    moved, _ = run(jax.random.key(1), np.arange(samples, dtype=np.uint32), spacing, tuple(images), labels)
+    moved, _ = augmented(run, jax.random.key(1), np.arange(samples, dtype=np.uint32), spacing, tuple(images), labels)
     sizes = np.array(moved[0])[:, -1, -1, -1] / (400 * (EDGE - 1) / 2 * (1 + 1 / 2 - 1 / 4))
     assert 0.7499 < sizes.min() < 0.78
     assert 1.22 < sizes.max() < 1.2501
@@ -257,7 +294,7 @@ def test_intensity_changes_are_the_same_for_all_levels_and_within_limits():
     labels = (np.zeros(shape, np.uint8),) * 2
     run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityRanges(shift=50, scale=0.25))
     numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
-    coarse, fine = run(jax.random.key(1), numbers, spacing, (image, image), labels)[0]
+    coarse, fine = augmented(run, jax.random.key(1), numbers, spacing, (image, image), labels)[0]
     np.testing.assert_array_equal(coarse, fine)
     shift = np.array(fine[:, 0, 0, 0])
     scale = (np.array(fine[:, 0, 0, -1]) - shift) / 1000
@@ -276,7 +313,7 @@ def test_noise_is_of_one_strength_and_independent():
     image, label = np.full(shape, 100, np.int16), np.zeros(shape, np.uint8)
     run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityRanges(noise=20))
     numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
-    image_out, label_out = run(jax.random.key(1), numbers, spacing, (image, image), (label, label))
+    image_out, label_out = augmented(run, jax.random.key(1), numbers, spacing, (image, image), (label, label))
     coarse, fine = (np.array(out) - 100 for out in image_out)
     strength = np.stack([coarse, fine]).std(axis=(2, 3, 4))  # of 512 voxels: within 4 x 3 %
     np.testing.assert_allclose(strength[0], strength[1], rtol=0.2)
@@ -290,7 +327,8 @@ def test_positions_are_computed_in_full_float32_on_every_platform():
     """GPUs would otherwise multiply in TF32 and TPUs in bfloat16: positions up to a quarter of a voxel off."""
     images, labels, spacing = crops(2)
     run = make_augment(EDGE, MARGINS, SPATIAL, INTENSITY)
-    program = str(jax.make_jaxpr(run)(jax.random.key(KEY), np.arange(2, dtype=np.uint32), spacing, images, labels))
+    channels = tuple(image[:, None] for image in images)
+    program = str(jax.make_jaxpr(run)(jax.random.key(KEY), np.arange(2, dtype=np.uint32), spacing, channels, labels))
     products = program.count("dot_general[")
     assert products >= 3  # the elastic field along z, y, x at least
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products

@@ -8,6 +8,7 @@ from test_predictor import SIGHT, Context, Pointwise, PointwiseRegions, cubed, p
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.body import MARGIN, body_box
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.images import scans
@@ -63,20 +64,20 @@ def test_air_alone_has_no_body_and_its_mask_is_background(caplog):
     image = np.full((4, 5, 6), AIR, np.int16)
     assert body_box(image) is None
     predictor = Predictor(Pointwise(2), PredictorConfig(), align=2)
-    masks = predictor.masks(image, cubed(2, 1), levels=(1, 2))
+    masks = predictor.masks(image[None], cubed(2, 1), levels=(1, 2))
     assert list(masks) == [1, 2]
     assert "nothing in it is above -500 HU" in caplog.text
     for mask in masks.values():
         assert mask.shape == image.shape
         assert mask.dtype == np.uint8
         assert not mask.any()
-    mask, maps = predictor.mask_and_maps(image, cubed(2, 1))
+    mask, maps = predictor.mask_and_maps(image[None], cubed(2, 1))
     assert not mask.any()
     np.testing.assert_array_equal(maps, np.broadcast_to([1, 0, 0], (4, 5, 6, 3)))
     # Without the crop the network is asked, which here calls air the first class too.
     asked = Predictor(Pointwise(2), PredictorConfig(crop_to_body=False), align=2)
     assert asked.tiles.plan(image.shape, cubed(2, 1), image) is not None
-    assert not asked.masks(image, cubed(2, 1))[2].any()
+    assert not asked.masks(image[None], cubed(2, 1))[2].any()
 
 
 def body_in_air() -> np.ndarray:
@@ -95,11 +96,11 @@ def test_the_crop_changes_no_voxel_of_the_body(factors):
     whole, cropped = (
         Predictor(Pointwise(len(factors)), PredictorConfig(crop_to_body=crop), align=4) for crop in (False, True)
     )
-    expected, found = (each.masks(voxels, factors, levels=levels) for each in (whole, cropped))
+    expected, found = (each.masks(voxels[None], factors, levels=levels) for each in (whole, cropped))
     for level in levels:
         np.testing.assert_array_equal(found[level], expected[level])
         assert {0, 1, 2} == set(np.unique(found[level][PLACE]))
-    mask, maps = cropped.mask_and_maps(voxels, factors)
+    mask, maps = cropped.mask_and_maps(voxels[None], factors)
     np.testing.assert_array_equal(mask, found[levels[-1]])
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
     size = [np.prod([axis.extent for axis in plan_of(each, voxels, factors)[-1]]) for each in (whole, cropped)]
@@ -110,7 +111,7 @@ def test_regions_have_no_map_of_the_background():
     """Beyond the box and in a scan of air all maps are 0."""
     predictor = Predictor(PointwiseRegions(1), PredictorConfig(), align=4)
     voxels = body_in_air()
-    mask, maps = predictor.mask_and_maps(voxels, cubed(1))
+    mask, maps = predictor.mask_and_maps(voxels[None], cubed(1))
     _, box = predictor.tiles.plan(voxels.shape, cubed(1), voxels)
     beyond = np.ones(voxels.shape, bool)
     beyond[tuple(slice(*interval) for interval in box)] = False
@@ -118,7 +119,7 @@ def test_regions_have_no_map_of_the_background():
     np.testing.assert_array_equal(maps[beyond], 0)
     assert not mask[beyond].any()
     assert set(np.unique(mask[PLACE])) == {0, 1, 2, 3}
-    mask, maps = predictor.mask_and_maps(np.full((4, 5, 6), AIR, np.int16), cubed(1))
+    mask, maps = predictor.mask_and_maps(np.full((1, 4, 5, 6), AIR, np.int16), cubed(1))
     assert maps.shape == (4, 5, 6, 3)
     assert not maps.any()
     assert not mask.any()
@@ -128,7 +129,7 @@ def test_regions_have_no_map_of_the_background():
 def test_the_context_of_a_cropped_box_lies_where_it_belongs(factors):
     voxels = body_in_air()
     expected, found = (
-        Predictor(Context(), PredictorConfig(crop_to_body=crop), align=4).masks(voxels, factors)[2]
+        Predictor(Context(), PredictorConfig(crop_to_body=crop), align=4).masks(voxels[None], factors)[2]
         for crop in (False, True)
     )
     assert {0, 1, 2} == set(np.unique(found[PLACE]))
@@ -140,7 +141,7 @@ def test_a_network_sees_the_air_around_the_body_as_before():
     voxels = body_in_air()
     model = trained_pyramid(1)
     expected, found = (
-        Predictor(model, PredictorConfig(crop_to_body=crop), align=2).masks(voxels, cubed(1))[1]
+        Predictor(model, PredictorConfig(crop_to_body=crop), align=2).masks(voxels[None], cubed(1))[1]
         for crop in (False, True)
     )
     inner = tuple(slice(part.start + SIGHT, part.stop - SIGHT) for part in PLACE)
@@ -162,11 +163,17 @@ def test_labels_outside_the_body_are_named_once_when_they_are_prepared(tmp_path,
     for name, row in (("inside", 30), ("outside", 1)):
         image, label = body_in_air(), np.zeros((40, 90, 100), np.uint8)
         label[20, row + 5, 40:45] = 1
-        files = [tmp_path / f"{name}_{kind}.nii.gz" for kind in ("image", "label")]
+        label[20, 1, :] = 2  # nobody labelled these: there is nothing to lose
+        files = tuple(tmp_path / f"{name}_{kind}.nii.gz" for kind in ("image", "label"))
         for file, voxels in zip(files, (image, label), strict=True):
             scans.write_scan(file, voxels, (1.0, 1.0, 1.0))
         for _ in range(2):
-            preparation.prepare_case(Case(name, *files), str(tmp_path), LevelGrids((2, 1)), ("background", "organ"))
+            preparation.prepare_case(
+                Case(name, files[:1], files[1]),
+                str(tmp_path),
+                LevelGrids((2, 1)),
+                LabelSpec.plain(("background", "organ"), ignore=2),
+            )
     (line,) = [record.getMessage() for record in caplog.records if "outside the box" in record.getMessage()]
     assert "case outside: 5 labelled voxels" in line
     assert "--config.predict.crop_to_body=False" in line

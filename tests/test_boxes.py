@@ -29,6 +29,7 @@ from test_predictor import (
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.spec import CT
 from autocontext_jax.inference import boxes, scan_tiles
 from autocontext_jax.inference.boxes import box_sizes, choose_box
 from autocontext_jax.inference.predictor import Predictor
@@ -116,7 +117,7 @@ def test_masks_of_a_pointwise_model_are_exact(name, voxels_of_a_tile, small):
     shape, factors = SCANS[name]
     voxels = scan(shape)
     predictor = Predictor(Pointwise(len(factors)), PredictorConfig(margin=4), align=4)
-    masks = predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
+    masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, len(factors) + 1)))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_maps(downsample_image(voxels, factor)), factor, shape)
         lead = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2]
@@ -157,7 +158,7 @@ def test_one_box_equals_the_whole_scan(monkeypatch):
         if maps is not None:
             first = start // 2 - 1 - low
             context = maps[tuple(slice(f, f + n) for f, n in zip(first, size // 2 + 2, strict=True))][None]
-        logits = np.asarray(model.level(level, jnp.asarray(image)[None], context))[0]
+        logits = np.asarray(model.level(level, jnp.asarray(image)[None, ..., None], context))[0]
         powers = np.exp(logits - logits.max(-1, keepdims=True))
         maps, low = powers / powers.sum(-1, keepdims=True), start
         inside = tuple(slice(axis.low - s, axis.high - s) for axis, s in zip(axes, start, strict=True))
@@ -167,10 +168,10 @@ def test_one_box_equals_the_whole_scan(monkeypatch):
 def test_scans_of_similar_sizes_share_their_programs():
     predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(), align=8)
     with count_compilations() as first:
-        predictor.masks(scan((30, 41, 52)), cubed(2, 1))
+        predictor.masks(scan((30, 41, 52))[None], cubed(2, 1))
     with count_compilations() as later:
         for shape in ((29, 41, 50), (31, 45, 55), (26, 47, 53)):
-            assert predictor.masks(scan(shape), cubed(2, 1))[2].shape == shape
+            assert predictor.masks(scan(shape)[None], cubed(2, 1))[2].shape == shape
     assert first
     assert later == []
 
@@ -184,7 +185,7 @@ def test_tiles_take_no_more_memory_than_they_may(monkeypatch):
     slabs = row_bytes(z.size, z.stride, (y.extent, x.extent), CLASSES)
     tile = (z.size, y.size, x.size)
     needed = math.prod(tile) * bytes_a_voxel(
-        predictor._programs[0], predictor._state, tile, context=False, classes=CLASSES, spatial_dims=3
+        predictor._programs[0], predictor._state, tile, image=CT, context=False, classes=CLASSES, spatial_dims=3
     )
     assert 0.08e9 < needed + slabs <= 0.155e9
 
@@ -210,7 +211,13 @@ def test_maps_of_many_classes_count_too():
 def test_the_bytes_of_a_voxel_hardly_depend_on_the_tile():
     predictor = Predictor(trained_pyramid(2, width=4), PredictorConfig(), align=2)
     found = bytes_a_voxel(
-        predictor._programs[-1], predictor._state, (96, 64, 128), context=True, classes=CLASSES, spatial_dims=3
+        predictor._programs[-1],
+        predictor._state,
+        (96, 64, 128),
+        image=CT,
+        context=True,
+        classes=CLASSES,
+        spatial_dims=3,
     )
     assert predictor._bytes_a_voxel() == pytest.approx(found, rel=0.05)
 
@@ -223,7 +230,7 @@ def test_device_memory_does_not_grow_with_the_scan(small):
         gc.collect()  # what other tests left behind
         seen: list[int] = []
         predictor.masks(
-            scan((depth, 30, 32)), cubed(2, 1), levels=(1, 2),
+            scan((depth, 30, 32))[None], cubed(2, 1), levels=(1, 2),
             progress=lambda *_: seen.append(sum(array.nbytes for array in jax.live_arrays())),
         )  # fmt: skip
         return max(seen)
@@ -282,7 +289,7 @@ def exhausted(size):
 def test_smaller_tiles_are_used_where_the_memory_runs_out(small, monkeypatch, caplog):
     small(10**9)
     voxels, factors = scan((30, 60, 70)), cubed(2, 1)
-    expected = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2).masks(voxels, factors)[2]
+    expected = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2).masks(voxels[None], factors)[2]
     predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2)
     run, most = predictor._programs[-1], 20_000
 
@@ -292,7 +299,7 @@ def test_smaller_tiles_are_used_where_the_memory_runs_out(small, monkeypatch, ca
     program._cache_size = run._cache_size
     predictor._programs[-1] = program
     seen = []
-    mask = predictor.masks(voxels, factors, progress=lambda done, total: seen.append((done, total)))[2]
+    mask = predictor.masks(voxels[None], factors, progress=lambda done, total: seen.append((done, total)))[2]
     assert (mask == expected).mean() > 0.999  # where classes tie, the sums of several tiles may round differently
     assert seen[-1][0] == seen[-1][1] > 1
     lines = [record.getMessage() for record in caplog.records]
@@ -300,7 +307,7 @@ def test_smaller_tiles_are_used_where_the_memory_runs_out(small, monkeypatch, ca
     assert all("do not fit the memory: smaller ones are used" in line for line in lines)
     # The next scan begins with what fits.
     caplog.clear()
-    predictor.masks(voxels, factors)
+    predictor.masks(voxels[None], factors)
     assert not caplog.records
 
 
@@ -309,11 +316,11 @@ def test_a_device_that_holds_no_tile_is_told_in_one_line(small):
     small(10**9)
     predictor._programs = [exhausted(5)]
     with pytest.raises(UserError, match=r"too little free memory for a tile of \d+x\d+x\d+ voxels"):
-        predictor.masks(scan((40, 40, 40)), cubed(1))
+        predictor.masks(scan((40, 40, 40))[None], cubed(1))
     cubes = Predictor(Pointwise(1), PredictorConfig(tile=16), align=2)
     cubes._programs = [exhausted(5)]
     with pytest.raises(UserError, match=r"a tile of 16x16x16 voxels.*or a smaller predict\.tile"):
-        cubes.masks(scan((40, 40, 40)), cubed(1))
+        cubes.masks(scan((40, 40, 40))[None], cubed(1))
 
 
 def test_other_errors_of_the_device_are_not_hidden():
@@ -324,7 +331,7 @@ def test_other_errors_of_the_device_are_not_hidden():
 
     predictor._programs = [fails]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: no"):
-        predictor.masks(scan((20, 20, 20)), cubed(1))
+        predictor.masks(scan((20, 20, 20))[None], cubed(1))
 
 
 # ---- degenerate scans ----
@@ -335,7 +342,7 @@ def test_scans_of_extreme_shapes(shape, small):
     small(30_000)
     voxels = scan(shape)
     predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=4)
-    mask = predictor.masks(voxels, cubed(2, 1))[2]
+    mask = predictor.masks(voxels[None], cubed(2, 1))[2]
     maps = pointwise_maps(voxels)
     clear = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2] > 2e-3
     np.testing.assert_array_equal(mask[clear], maps.argmax(-1)[clear])
@@ -347,7 +354,7 @@ def test_one_axis_larger_than_any_size_that_a_box_may_have():
     predictor = Predictor(Pointwise(1), PredictorConfig(), align=8)
     ((z, y, x),) = plan_of(predictor, voxels, cubed(1))
     assert (len(z.starts) > 1, len(y.starts), len(x.starts)) == (True, 1, 1)
-    mask = predictor.masks(voxels, cubed(1))[1]
+    mask = predictor.masks(voxels[None], cubed(1))[1]
     maps = pointwise_maps(voxels)
     clear = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2] > 2e-3
     np.testing.assert_array_equal(mask[clear], maps.argmax(-1)[clear])

@@ -37,7 +37,7 @@ def step_and_arguments():
     graph, _ = create_state(nnx.eval_shape(make), optimizer)
     state = jax.eval_shape(lambda: create_state(make(), optimizer)[1])
     shape = (BATCH, EDGE, EDGE, EDGE)
-    images, labels = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.uint8)
+    images, labels = jax.ShapeDtypeStruct((*shape, 1), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.uint8)
     return make_train_step(graph, optimizer, LossConfig()), state, Batch((images,) * LEVELS, (labels,) * LEVELS)
 
 

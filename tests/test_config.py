@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_json
+from autocontext_jax.images.spec import CT
 from autocontext_jax.jobs import config_files as configuration
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, to_config_dict
 from autocontext_jax.jobs.restore import make_model
@@ -74,23 +76,42 @@ def test_keys_that_another_key_decides_are_no_keys():
 
 def test_augmentation_ranges_follow_their_keys():
     still = AugmentationConfig(rotation=0.0, translation=0.0, elastic_sigma=0.0)
-    assert still.spatial(("background", "a")) is None
-    assert AugmentationConfig(probability=0.0).spatial(("background", "a")) is None
+    assert still.spatial(LabelSpec.plain(("background", "a"))) is None
+    assert AugmentationConfig(probability=0.0).spatial(LabelSpec.plain(("background", "a"))) is None
     config = AugmentationConfig(rotation=1.0, scaling=0.1, probability=0.5, noise=2.0, intensity_scale=0.2)
-    assert config.spatial(("background", "a")) == SpatialRanges(1.0, scaling=0.1, probability=0.5)
+    assert config.spatial(LabelSpec.plain(("background", "a"))) == SpatialRanges(1.0, scaling=0.1, probability=0.5)
     assert config.intensity() == IntensityRanges(2.0, 0.0, 0.2)
 
 
 def test_classes_that_exchange_names_when_sides_are_exchanged():
-    classes = ("background", "liver", "right kidney", "left kidney")
+    classes = LabelSpec.plain(("background", "liver", "right kidney", "left kidney"))
     assert AugmentationConfig(flip=True).flip_classes(classes) == (0, 1, 2, 3)
     pairs = ("right kidney=left kidney",)
-    assert AugmentationConfig(flip=True, flip_pairs=pairs).spatial(classes).flip_classes == (0, 1, 3, 2)
+    spatial = AugmentationConfig(flip=True, flip_pairs=pairs).spatial(classes)
+    assert (spatial.flip_classes, spatial.flip_numbers) == ((0, 1, 3, 2), ())
     assert AugmentationConfig(flip=False, flip_pairs=pairs).flip_classes(classes) == ()
     with pytest.raises(UserError, match=r"flip_pairs holds 'right kidney=left kidny'; expected RIGHT=LEFT"):
         AugmentationConfig(flip=True, flip_pairs=("right kidney=left kidny",)).flip_classes(classes)
     with pytest.raises(UserError, match=r"holds 'left kidney=liver'; expected each class in one pair"):
         AugmentationConfig(flip=True, flip_pairs=(*pairs, "left kidney=liver")).flip_classes(classes)
+
+
+def test_numbers_that_are_exchanged_with_sides():
+    """Ignored voxels stay ignored; of regions the numbers of the pairs are exchanged, and other regions keep theirs."""
+    config = AugmentationConfig(flip=True, flip_pairs=("right=left",))
+    classes = LabelSpec.plain(("background", "right", "left"), ignore=9)
+    assert config.spatial(classes).flip_classes == (0, 2, 1)
+    assert config.spatial(classes).flip_numbers == (0, 2, 1, *range(3, 256))
+
+    regions = LabelSpec(("background", "both", "left", "right"), (0, 4, 5, 6), ((0,), (1, 2), (2,), (1,)), (0, 4, 5, 6))
+    assert config.spatial(regions).flip_classes == (0, 1, 3, 2)
+    assert config.spatial(regions).flip_numbers == (0, 2, 1, *range(3, 256))
+    assert AugmentationConfig(flip=True).spatial(regions).flip_numbers == tuple(range(256))
+    with pytest.raises(UserError, match=r"holds 'both=left', and both is a region of several values; expected"):
+        AugmentationConfig(flip=True, flip_pairs=("both=left",)).flip_classes(regions)
+    one_side = dataclasses.replace(regions, members=((0,), (1, 3), (2,), (1,)))
+    with pytest.raises(UserError, match=r"both is a region with one side of a pair alone.*augmentation\.flip=False"):
+        config.flip_classes(one_side)
 
 
 def test_a_phase_counts_the_losses_of_the_levels_that_learn():
@@ -111,7 +132,7 @@ def test_the_model_has_the_modes_levels():
 
 def test_the_number_of_dimensions_reaches_the_model():
     config = changed(levels__spatial_dims=2, model__base_channels=2)
-    model = nnx.eval_shape(lambda: make_model(config, 3, UNet))
+    model = nnx.eval_shape(lambda: make_model(config, LabelSpec.plain(("background", "a", "b")), CT, UNet))
     assert model.config.spatial_dims == 2
     kernels = [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if len(leaf.shape) == 5]
     # [O, 1, k, k, C], and [1, 2, 2, O, C] of deconvolutions.
@@ -173,7 +194,7 @@ BAD = [
     ("loss.dice", 0.0),
     ("loss.dice", -1.0),
     ("loss.level_weights", (0.0, 0.0)),
-    ("pyramid.window", (3.0, 3.0)),
+    ("data.window", (3.0, 3.0)),
     ("data.new_cases", "validate"),
     ("phantom.size", (0, 1, 1)),
     ("seed", -1),

@@ -29,7 +29,7 @@ def values(cases) -> dict[str, tuple[int, int | None]]:
     def value(path: Path) -> int:
         return int(np.asarray(nibabel.load(path).dataobj)[0, 0, 0])
 
-    return {case.name: (value(case.image), None if case.label is None else value(case.label)) for case in cases}
+    return {case.name: (value(case.images[0]), None if case.label is None else value(case.label)) for case in cases}
 
 
 def describe(root: Path, **keys) -> Path:
@@ -181,7 +181,7 @@ def test_absolute_paths_are_inside_whichever_way_leads_there(tmp_path, monkeypat
     given = {"relative folder": Path("data"), "by a link": link, "words by a link": root}[way]
     dataset = read_dataset(given)
     assert values(dataset.training) == {"a": (3, 1)}
-    assert dataset.training[0].image == given / "imagesTr/a.nii.gz"
+    assert dataset.training[0].images[0] == given / "imagesTr/a.nii.gz"
 
 
 def test_folders_that_are_links_to_another_disk_are_inside(tmp_path, warnings):
@@ -290,7 +290,7 @@ def test_a_further_channel_of_nnunet_v1_is_refused(tmp_path):
     scan(tmp_path / "labelsTr/a.nii.gz", 1)
     message = refusal(msd(tmp_path, [entry("imagesTr/a.nii.gz", "labelsTr/a.nii.gz")]))
     assert "case a" in message
-    assert "a_0000.nii.gz and a_0001.nii.gz: expected one channel" in message
+    assert "a_0000.nii.gz, a_0001.nii.gz: expected one channel" in message
 
 
 @pytest.mark.parametrize("channels", [("0000", "0001"), ("0001",)])

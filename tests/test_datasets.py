@@ -6,6 +6,7 @@ import pytest
 
 from autocontext_jax.data import datasets
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -76,23 +77,23 @@ def test_as_many_cases_as_the_file_says(nnunet, key, number, folder):
 def test_nnunet(nnunet):
     dataset = datasets.read_dataset(str(nnunet))
     assert dataset.root == nnunet
-    assert dataset.labels == ("background", "artery", "vein")
+    assert dataset.labels.classes == ("background", "artery", "vein")
     assert dataset.training == (
-        Case("a", nnunet / "imagesTr/a_0000.nii.gz", nnunet / "labelsTr/a.nii.gz"),
-        Case("b_1", nnunet / "imagesTr/b_1_0000.nii.gz", nnunet / "labelsTr/b_1.nii.gz"),
+        Case("a", (nnunet / "imagesTr/a_0000.nii.gz",), nnunet / "labelsTr/a.nii.gz"),
+        Case("b_1", (nnunet / "imagesTr/b_1_0000.nii.gz",), nnunet / "labelsTr/b_1.nii.gz"),
     )
     assert dataset.test == (
-        Case("t", nnunet / "imagesTs/t_0000.nii.gz", nnunet / "labelsTs/t.nii.gz"),
-        Case("u", nnunet / "imagesTs/u_0000.nii.gz", None),
+        Case("t", (nnunet / "imagesTs/t_0000.nii.gz",), nnunet / "labelsTs/t.nii.gz"),
+        Case("u", (nnunet / "imagesTs/u_0000.nii.gz",), None),
     )
 
 
 def test_msd(msd):
     dataset = datasets.read_dataset(msd)
-    assert dataset.labels == ("background", "artery", "vein")
+    assert dataset.labels.classes == ("background", "artery", "vein")
     assert [case.name for case in dataset.training] == ["a", "b"]
-    assert dataset.training[0] == Case("a", msd / "imagesTr/a.nii.gz", msd / "labelsTr/a.nii.gz")
-    assert dataset.test == (Case("t", msd / "imagesTs/t.nii.gz", None),)
+    assert dataset.training[0] == Case("a", (msd / "imagesTr/a.nii.gz",), msd / "labelsTr/a.nii.gz")
+    assert dataset.test == (Case("t", (msd / "imagesTs/t.nii.gz",), None),)
     touch(msd, "labelsTs/t.nii.gz")
     assert datasets.read_dataset(msd).test[0].label == msd / "labelsTs/t.nii.gz"
 
@@ -138,18 +139,11 @@ def test_a_missing_key_of_msd(msd, key):
 @pytest.mark.parametrize(
     ("labels", "part"),
     [
-        ({"background": 0, "artery": 1, "vein": 3}, "artery 1, vein 3"),
-        ({"background": 0, "artery": 1, "vein": 1}, "once each"),
+        ({"background": 0, "artery": 1, "vein": 1}, 'the labels "artery" and "vein" both have the value 1'),
         ({"artery": 1, "vein": 2}, "artery 1, vein 2"),
         ({"artery": 0, "background": 1}, 'label 0 is "artery"'),
-        ({"background": 0, "vessel": [1, 2]}, "region [1, 2]"),
-        ({"background": 0, "artery": 1, "ignore": 2}, "ignore"),
+        ({"background": 0, "vessel": [1, 2]}, "labels are regions"),
         ({"background": 0, "artery": 1.5}, "1.5"),
-        ({"background": 0, "artery": True}, "True"),
-        ({"background": 0, "artery": -1}, "-1"),
-        ({"background": 0}, "the only label is background 0: expected one or more beside"),
-        ({f"organ {value}": value for value in range(257)}, "257 labels: expected at most 256"),
-        ({}, "labels are none"),
         (["background", "artery"], '"labels" is a list'),
     ],
 )
@@ -158,9 +152,51 @@ def test_bad_labels(nnunet, labels, part):
     refused(lambda: datasets.read_dataset(nnunet), "dataset.json", part)
 
 
+def test_labels_of_any_value(nnunet):
+    describe(nnunet, NNUNET, labels={"vein": 420, "background": 0, "artery": 205, "ignore": 1000})
+    labels = datasets.read_dataset(nnunet).labels
+    assert labels == LabelSpec.plain(("background", "artery", "vein"), (0, 205, 420), ignore=1000)
+
+
+def test_labels_of_any_value_of_msd(msd):
+    describe(msd, MSD, labels={"0": "background", "3": "artery", "1": "vein", "255": "ignore"})
+    labels = datasets.read_dataset(msd).labels
+    assert labels == LabelSpec.plain(("background", "vein", "artery"), (0, 1, 3), ignore=255)
+
+
+def test_regions_of_nnunet(nnunet):
+    regions = {"background": 0, "whole": [1, 2, 3], "core": [3, 2], "enhancing": 3}
+    describe(nnunet, NNUNET, labels=regions, regions_class_order=[1, 2, 3])
+    labels = datasets.read_dataset(nnunet).labels
+    assert labels.classes == ("background", "whole", "core", "enhancing")
+    assert labels.regions == ((1, 2, 3), (2, 3), (3,))
+    assert labels.mask_values == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("layout", ["nnunet", "msd"])
+def test_what_single_cases_annotate(request, layout, caplog):
+    root, description = request.getfixturevalue(layout), {"nnunet": NNUNET, "msd": MSD}[layout]
+    describe(root, description, annotated={"a": ["vein"], "t": ["artery", "vein", "background"]})
+    dataset = datasets.read_dataset(root)
+    assert not [record for record in caplog.records if "keys are not known" in record.getMessage()]
+    assert {case.name: case.annotated for case in (*dataset.training, *dataset.test) if case.annotated} == {
+        "a": ("vein",)
+    }
+    for annotated, parts in (
+        ({"z": ["vein"]}, ["'z'", "none of the data set"]),
+        ({"a": ["liver"]}, ["case a", "'liver'", "artery, vein"]),
+        ({"a": []}, ["case a", "no class"]),
+        ({"a": ["background"]}, ["case a", "no class"]),
+        ({"a": "vein"}, ["case a", "'vein'", "expected {"]),
+        (["a"], ["['a']", "expected {"]),
+    ):
+        describe(root, description, annotated=annotated)
+        refused(lambda: datasets.read_dataset(root), "dataset.json", '"annotated"', *parts)
+
+
 def test_labels_that_are_whole_numbers_of_another_kind(nnunet):
     describe(nnunet, NNUNET, labels={"background": 0.0, "artery": 1.0, "vein": "2"})
-    assert datasets.read_dataset(nnunet).labels == ("background", "artery", "vein")
+    assert datasets.read_dataset(nnunet).labels.classes == ("background", "artery", "vein")
 
 
 def test_bad_labels_of_msd(msd):
@@ -173,13 +209,13 @@ def test_bad_labels_of_msd(msd):
 def test_more_than_one_channel_of_nnunet(nnunet):
     touch(nnunet, "imagesTr/a_0001.nii.gz")
     refused(lambda: datasets.read_dataset(nnunet), "case a", "a_0000.nii.gz, a_0001.nii.gz", "one channel")
-    describe(nnunet, NNUNET, channel_names={"0": "CT", "1": "PET"})
-    refused(lambda: datasets.read_dataset(nnunet), "2 channels (CT, PET)")
 
 
-def test_more_than_one_channel_of_msd(msd):
-    describe(msd, MSD, modality={"0": "T2", "1": "ADC"})
-    refused(lambda: datasets.read_dataset(msd), "2 channels (T2, ADC)")
+def test_several_channels_of_msd_are_in_one_file(msd):
+    describe(msd, MSD, modality={"1": "ADC", "0": "T2"})
+    dataset = datasets.read_dataset(msd)
+    assert dataset.channels == ("T2", "ADC")
+    assert dataset.training[0].images == (msd / "imagesTr/a.nii.gz",)
 
 
 def test_nnunet_files_that_do_not_pair(nnunet):
@@ -252,7 +288,7 @@ def test_real_data_sets():
     if not SHARED.exists():
         pytest.skip(f"the shared scans {SHARED} are not on this machine")
     dataset = datasets.read_dataset(SHARED / "openkbp")
-    assert (len(dataset.training), len(dataset.test), len(dataset.labels)) == (24, 6, 8)
+    assert (len(dataset.training), len(dataset.test), len(dataset.labels.classes)) == (24, 6, 8)
     assert all(re.fullmatch(r"pt_\d+", case.name) and case.label for case in (*dataset.training, *dataset.test))
-    assert dataset.labels[7] == "Mandible"
+    assert dataset.labels.classes[7] == "Mandible"
     assert datasets.read_dataset(SHARED / "abdomen").test == ()

@@ -172,7 +172,7 @@ def test_packed_by_itk(tmp_path, compressor, syntaxes, kind):
     assert syntax in syntaxes
     scan = scans.read_scan(tmp_path)
     check_as_itk_sees_it(scan, tmp_path)
-    np.testing.assert_array_equal(np.diff(scan.voxels.ravel().astype(int)), 2)
+    np.testing.assert_array_equal(np.diff(scan.voxels[0].ravel().astype(int)), 2)
 
 
 def test_packed_slices_beside_plain_ones(tmp_path):

@@ -41,14 +41,14 @@ def test_frames_in_descending_order(tmp_path):
     scan = check_read(tmp_path)
     image = sitk.ReadImage(str(tmp_path / "volume.dcm"))  # GDCM takes the direction from the first two frames
     assert image.GetOrigin()[2] == HEIGHTS[-1]
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(image)[::-1], scan.voxels)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image)[::-1], scan.voxels[0])
 
 
 def test_frames_in_random_order(tmp_path):
     save(enhanced(hu_of()[RANDOM], [HEIGHTS[k] for k in RANDOM]), tmp_path / "volume.dcm")
     scan = check_read(tmp_path)
     frames = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "volume.dcm")))  # in the order of the file
-    np.testing.assert_array_equal(frames, scan.voxels[RANDOM])
+    np.testing.assert_array_equal(frames, scan.voxels[0][RANDOM])
 
 
 def test_the_file_itself_is_a_scan(tmp_path):
@@ -192,5 +192,5 @@ def test_a_file_of_many_frames_without_positions_beside_a_scan_does_not_hide_it(
 def test_one_frame_of_an_enhanced_file(tmp_path):
     save(enhanced(hu_of()[:1]), tmp_path / "volume.dcm")
     scan = scans.read_scan(tmp_path)
-    np.testing.assert_array_equal(scan.voxels, hu_of()[:1])
+    np.testing.assert_array_equal(scan.voxels[0], hu_of()[:1])
     assert scan.spacing == SPACING

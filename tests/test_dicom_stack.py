@@ -83,7 +83,7 @@ def irregular():
 
 def points_of(scan):
     """Where the voxels of a scan lie, [D, H, W, 3], mm (x, y, z)."""
-    index = np.moveaxis(np.indices(scan.voxels.shape), 0, -1) * np.array(scan.spacing)
+    index = np.moveaxis(np.indices(scan.voxels[0].shape), 0, -1) * np.array(scan.spacing)
     return (index @ np.array(scan.direction).reshape(3, 3).T + scan.origin)[..., ::-1]
 
 
@@ -94,11 +94,11 @@ def check_upright(scan, slices, error):
     points = points_of(scan)
     covered = slices.covers(points)
     assert covered.sum() > 0.8 * slices.points[..., 0].size * slices.firsts.shape[0] / SIZE[0] * 0.9
-    np.testing.assert_allclose(scan.voxels[covered], phantom(points)[covered], atol=error)
+    np.testing.assert_allclose(scan.voxels[0][covered], phantom(points)[covered], atol=error)
     matrix = direction * scan.spacing
     index = np.linalg.solve(matrix, (slices.points.reshape(-1, 3)[:, ::-1] - scan.origin).T)
     assert index.min() > -1e-3  # the grid holds all slices
-    assert (index.max(axis=1) < np.array(scan.voxels.shape) - 1 + 1e-3).all()
+    assert (index.max(axis=1) < np.array(scan.voxels[0].shape) - 1 + 1e-3).all()
 
 
 def check_mask_of_slices(labels, slices):
@@ -179,13 +179,13 @@ def test_what_no_slice_covers_has_the_lowest_value(tmp_path):
     outside = points[..., 0] < slices.firsts[-1, 0] - 1
     outside[: SIZE[0] - 1] = False  # the last plane alone
     assert outside.any()
-    assert set(scan.voxels[outside].tolist()) == {int(np.rint(phantom(slices.points)).min())}
+    assert set(scan.voxels[0][outside].tolist()) == {int(np.rint(phantom(slices.points)).min())}
 
 
 def test_a_shift_below_a_tenth_of_a_millimetre_is_no_tilt(tmp_path, caplog):
     slices = Slices(np.array([-20.0, 12.5, 101.25]) + np.arange(SIZE[0])[:, None] * np.array([0.01, 0, 2.5]))
     scan = scans.read_scan(slices.save(tmp_path))
-    np.testing.assert_array_equal(scan.voxels, np.rint(phantom(slices.points)))
+    np.testing.assert_array_equal(scan.voxels[0], np.rint(phantom(slices.points)))
     assert warned(caplog) == ""
 
 

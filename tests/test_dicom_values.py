@@ -108,7 +108,7 @@ def test_the_sign_of_one_slice_alone(tmp_path):
     hu = hu_of()
     save_series(tmp_path, hu, stored_as(hu, np.int16, intercept=0, only=[0]))
     scan = check_read(tmp_path)
-    assert scan.voxels[0].min() == -1000
+    assert scan.voxels[0, 0].min() == -1000
     check_as_itk_sees_it(scan, tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_fractional_slopes_are_exact_to_rounding(tmp_path):
     voxels, _ = read_series(tmp_path, "1.2.826.0.1.77.1")
     assert voxels.dtype == np.float32
     np.testing.assert_array_equal(voxels, exact.astype(np.float32))
-    np.testing.assert_array_equal(scans.read_scan(tmp_path).voxels, np.rint(exact))
+    np.testing.assert_array_equal(scans.read_scan(tmp_path).voxels[0], np.rint(exact))
 
 
 def test_one_fractional_slope_among_whole_ones(tmp_path):
@@ -197,7 +197,7 @@ def test_a_slope_of_0_is_refused(tmp_path):
 @pytest.mark.parametrize("slope", ["1e300", "1e25"])
 def test_an_absurd_slope_is_told_in_one_line(tmp_path, slope):
     save_series(tmp_path, np.full(SIZE, -1024), lambda k, file: k == 2 and setattr(file, "RescaleSlope", slope))
-    assert scans.read_scan(tmp_path).voxels[3].max() == -1024
+    assert scans.read_scan(tmp_path).voxels[0][3].max() == -1024
 
 
 def test_values_beyond_int16_are_clipped_with_a_warning(tmp_path, caplog):

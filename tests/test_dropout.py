@@ -40,8 +40,10 @@ def new_pyramid(norm: str = "batch") -> Pyramid:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    images = tuple(np.random.default_rng(level).normal(0, 200, (2, 8, 8, 8)).astype(np.float32) for level in range(2))
-    return Batch(tuple(map(jnp.asarray, images)), tuple(jnp.asarray(image > 0, jnp.uint8) for image in images))
+    images = tuple(
+        np.random.default_rng(level).normal(0, 200, (2, 8, 8, 8, 1)).astype(np.float32) for level in range(2)
+    )
+    return Batch(tuple(map(jnp.asarray, images)), tuple(jnp.asarray(image[..., 0] > 0, jnp.uint8) for image in images))
 
 
 @pytest.fixture(scope="module", params=["batch", "none"])

@@ -12,6 +12,7 @@ import zarr
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import LoaderConfig, host_batches
 from autocontext_jax.data.sampling import SAMPLING, draw_centre
 from autocontext_jax.data.store.level_grids import LevelGrids
@@ -70,8 +71,8 @@ def data_set(root: Path, labels: dict[str, np.ndarray], side: str = "Tr", names=
 
 def prepared(folder: Path, name: str, label: np.ndarray, factors=(2, 1)) -> PreparedCase:
     data_set(folder, {name: label})
-    case = Case(name, folder / f"imagesTr/{name}_0000.nii.gz", folder / f"labelsTr/{name}.nii.gz")
-    preparation.prepare_case(case, str(folder / "store"), LevelGrids(factors), LABELS)
+    case = Case(name, (folder / f"imagesTr/{name}_0000.nii.gz",), folder / f"labelsTr/{name}.nii.gz")
+    preparation.prepare_case(case, str(folder / "store"), LevelGrids(factors), LabelSpec.plain(LABELS))
     return PreparedCase.open(str(folder / "store"), name)
 
 

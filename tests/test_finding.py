@@ -178,7 +178,7 @@ def test_several_series_and_none_named_are_listed(tmp_path):
 def test_one_slice_of_a_series_by_its_path_is_named_as_such(tmp_path, caplog):
     path = series(tmp_path, 2, "nativ") / "s2_000.dcm"
     (source,) = find_scans(path)
-    assert scans.read_scan(source.path, series=source.series).voxels.shape == (1, 12, 10)
+    assert scans.read_scan(source.path, series=source.series).voxels[0].shape == (1, 12, 10)
     assert warned(caplog) == f"{path} is a single slice and read by itself: for its whole series give the folder"
 
 
@@ -299,7 +299,7 @@ def test_a_series_is_read_alike_with_and_without_what_lies_beside_it(tmp_path):
     shutil.copytree(folder, tmp_path / "b")
     beside(tmp_path / "b", "rs.dcm", "RTSTRUCT", "1.2.840.10008.5.1.4.1.1.481.3")
     first, second = (scans.read_scan(tmp_path / name) for name in "ab")
-    np.testing.assert_array_equal(first.voxels, second.voxels)
+    np.testing.assert_array_equal(first.voxels[0], second.voxels[0])
     assert first.grid == second.grid
 
 

@@ -12,6 +12,7 @@ from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.images import scans
+from autocontext_jax.images.spec import CT, ct_image
 from autocontext_jax.jobs.config_files import default_config, from_config_dict
 from autocontext_jax.jobs.run_folder import open_data, read_fingerprint
 
@@ -26,13 +27,16 @@ def test_median_and_range_along_the_patient_axes(tmp_path):
             image = sitk.PermuteAxes(image, [2, 0, 1])
         path = tmp_path / f"{number}.nii.gz"
         sitk.WriteImage(image, path)
-        cases.append(Case(str(number), path, None))
-    found = fingerprint(cases)
-    assert found == Fingerprint((2.5, 0.85, 0.8), (1.0, 0.7, 0.7), (5.0, 1.0, 0.9))
-    assert Fingerprint.from_json(json.loads(json.dumps(found.to_json()))) == found
+        cases.append(Case(str(number), (path,), None))
+    found = fingerprint(cases, CT)
+    assert found == Fingerprint((2.5, 0.85, 0.8), (1.0, 0.7, 0.7), (5.0, 1.0, 0.9), CT)
+    written = json.loads(json.dumps(found.to_json()))
+    assert Fingerprint.from_json(written, place="", default=ct_image((0.0, 1.0))) == found
+    del written["image"]  # as the first runs wrote it
+    assert Fingerprint.from_json(written, place="", default=CT) == found
     (tmp_path / "0.nii.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"0\.nii\.gz is empty"):
-        fingerprint(cases)
+        fingerprint(cases, CT)
 
 
 def test_grids_in_mm_take_the_median():
@@ -71,13 +75,13 @@ def test_a_run_writes_it_once(tmp_path):
     assert (tmp_path / "run" / "fingerprint.json").read_bytes() == before
     (tmp_path / "run" / "fingerprint.json").write_bytes(before.replace(b"4.0", b"5.0", 1))
     with pytest.raises(UserError, match=r"fingerprint\.json is damaged or was edited"):
-        read_fingerprint(tmp_path / "run")
+        read_fingerprint(typed, tmp_path / "run")
     with pytest.raises(UserError, match=r"has no fingerprint\.json"):
-        read_fingerprint(tmp_path)
+        read_fingerprint(typed, tmp_path)
 
 
 def test_scan_headers_alone_are_read(tmp_path, monkeypatch):
     write_dataset(tmp_path, training=2, test=0, size=(24, 24, 24), spacing=(4.0, 3.0, 3.0), seed=0)
     monkeypatch.setattr(scans, "read_scan", None)
-    cases = [Case(str(path), path, None) for path in sorted((tmp_path / "imagesTr").iterdir())]
-    assert fingerprint(cases).smallest == (4.0, 3.0, 3.0)
+    cases = [Case(str(path), (path,), None) for path in sorted((tmp_path / "imagesTr").iterdir())]
+    assert fingerprint(cases, CT).smallest == (4.0, 3.0, 3.0)

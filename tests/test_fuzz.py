@@ -160,10 +160,10 @@ ONCE_FAILED = {
         "ValueError: a spacing of two": ("a.ome.zarr/zarr.json", node(*OURS, "native", "spacing", value=[1, 1])),
         "KeyError: no format": ("a.ome.zarr/zarr.json", node(*OURS, value={"hash": ""})),
         "segmentation fault: an array's description, deep": (ARRAY, whole(DEEP)),
-        "ten terabytes": (ARRAY, node("shape", value=[17_500] * 3)),
+        "ten terabytes": (ARRAY, node("shape", value=[1, *[17_500] * 3])),
         "memory: a piece of 2^40 voxels": (
             ARRAY,
-            node("codecs", 0, "configuration", "chunk_shape", value=[2**20, 2**20, 1]),
+            node("codecs", 0, "configuration", "chunk_shape", value=[1, 2**20, 2**20, 1]),
         ),
     },
     "config.json": {
@@ -177,8 +177,8 @@ ONCE_FAILED = {
         ),
     },
     "overrides": {
-        "a window of one number": ("000.flags", whole(b"--config.pyramid.window=(1,)")),
-        "a window of three": ("000.flags", whole(b"--config.pyramid.window=(1, 2, 3)")),
+        "a window of one number": ("000.flags", whole(b"--config.data.window=(1,)")),
+        "a window of three": ("000.flags", whole(b"--config.data.window=(1, 2, 3)")),
         "a level's factor that is a text": ("000.flags", whole(b"--config.levels.factors=('a', 2)")),
         "ValueError: a number too long to be written": ("000.flags", whole(b"--config.model.depth=" + b"9" * 4000)),
         "ZeroDivisionError: a depth far below 0": ("000.flags", whole(b"--config.model.depth=-2000000000")),
@@ -247,12 +247,12 @@ def test_seeds_are_added_up():
 def test_the_most_voxels_can_be_raised(tmp_path, monkeypatch):
     write_scans(tmp_path, ".nii")
     path = tmp_path / "image.nii"
-    assert scans.read_scan(path).voxels.size == 120
+    assert scans.read_scan(path).voxels[0].size == 120
     monkeypatch.setenv("AUTOCONTEXT_MAX_VOXELS", "119")
     with pytest.raises(UserError, match=r"image\.nii promises 4 × 5 × 6 = 120 voxels: expected at most 119; .*set"):
         scans.read_grid(path)
     monkeypatch.setenv("AUTOCONTEXT_MAX_VOXELS", "120")
-    assert scans.read_scan(path).voxels.size == 120
+    assert scans.read_scan(path).voxels[0].size == 120
     monkeypatch.setenv("AUTOCONTEXT_MAX_VOXELS", "1e9")
     with pytest.raises(UserError, match=r"AUTOCONTEXT_MAX_VOXELS is '1e9': expected a number of voxels"):
         scans.read_scan(path)

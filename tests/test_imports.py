@@ -12,11 +12,13 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
     "errors", "sections", "files", "processes", "runtime", "geometry",
-    "images/formats", "images/stack", "images/grid", "images/checks", "images/in_memory", "images/nifti", "images/itk",
+    "images/formats", "images/stack", "images/grid", "images/spec", "images/checks", "images/intensity",
+    "images/in_memory", "images/nifti", "images/itk",
     "images/dicom_planes", "images/dicom_voxels", "images/dicom_order", "images/dicom", "images/reader_process",
     "images/finding", "images/scans",
-    "data/labels", "data/layouts", "data/datasets", "data/phantom/*", "data/resampling", "data/store/*", "data/split",
-    "data/fingerprint", "data/workers", "data/body", "data/preparation", "data/sampling",
+    "data/labels", "data/layouts", "data/datasets", "data/combination", "data/label_maps", "data/phantom/*",
+    "data/resampling", "data/histograms", "data/store/*", "data/split", "data/fingerprint", "data/workers", "data/body",
+    "data/preparation", "data/sampling",
     "data/augmentation_ranges", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn_library", "models/onednn_operations", "models/onednn", "models/normalization",
     "models/convolution", "models/resizing", "models/fixed_normalization",

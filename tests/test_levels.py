@@ -11,13 +11,15 @@ from autocontext_jax.data import preparation
 from autocontext_jax.data.augment import make_augment
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import read_batch
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
-from autocontext_jax.data.store.level_grids import AIR, LevelGrids
+from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.geometry import next_level_start, pyramid_starts
 from autocontext_jax.images import scans
+from autocontext_jax.images.spec import AIR
 from autocontext_jax.inference.predictor import Predictor, crop
 from autocontext_jax.inference.tiling import SLICES, PredictorConfig
 from autocontext_jax.models import convolution
@@ -62,7 +64,7 @@ def test_any_levels_train_and_predicts(levels, spatial_dims):
     graph, state = create_state(pyramid(levels, spatial_dims, depth=1), optimizer)
     before = jax.tree.map(np.array, state.params)
     shape = (2, *((EDGE,) * 3 if spatial_dims == 3 else (1, EDGE, EDGE)))
-    images = tuple(200 * normal(level, *shape) for level in range(levels))
+    images = tuple(200 * normal(level, *shape, 1) for level in range(levels))
     labels = tuple(np.random.default_rng(level).integers(0, CLASSES, shape).astype(np.uint8) for level in range(levels))
     state, metrics = make_train_step(graph, optimizer, LossConfig())(state, Batch(images, labels))
     assert np.isfinite(metrics.losses).all()
@@ -75,7 +77,7 @@ def test_any_levels_train_and_predicts(levels, spatial_dims):
     steps = [2.0 ** (levels - level) for level in range(1, levels + 1)]
     factors = tuple((step if spatial_dims == 3 else 1.0, step, step) for step in steps)
     scan = (200 * normal(9, 6, 20, 28)).astype(np.int16)
-    masks = predictor.masks(scan, factors, levels=tuple(range(1, levels + 1)))
+    masks = predictor.masks(scan[None], factors, levels=tuple(range(1, levels + 1)))
     assert {level: mask.shape for level, mask in masks.items()} == dict.fromkeys(range(1, levels + 1), scan.shape)
     assert len(np.unique(masks[levels])) > 1
 
@@ -113,7 +115,7 @@ def test_no_slice_sees_another(backbone):
     kernels = [leaf for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if leaf.ndim == 5]
     assert {kernel.shape[:3] for kernel in kernels if kernel.shape[:3] == (1, 2, 2)}  # deconvolutions
     assert all(1 in (kernel.shape[0], kernel.shape[1]) for kernel in kernels)
-    images = tuple(200 * normal(level, 1, 3, EDGE, EDGE) for level in range(2))
+    images = tuple(200 * normal(level, 1, 3, EDGE, EDGE, 1) for level in range(2))
     graph, state = nnx.split(model)
     forward = jax.jit(lambda state, images: nnx.merge(graph, state)(images))
     together = forward(state, images)
@@ -139,14 +141,14 @@ def case(tmp_path_factory) -> PreparedCase:
     image, label = make_phantom(np.random.default_rng(0), size=(24, 40, 44), spacing=(11.0, 8.0, 8.0))
     for name, voxels in (("image", image), ("label", label)):
         scans.write_scan(folder / f"{name}.nii.gz", voxels, (11.0, 8.0, 8.0), origin=(0.0, 0.0, 0.0))
-    one = Case("one", folder / "image.nii.gz", folder / "label.nii.gz")
+    one = Case("one", (folder / "image.nii.gz",), folder / "label.nii.gz")
     settings = LevelGrids((2, 1), spatial_dims=2)
     assert settings.level_factors((11.0, 8.0, 8.0)) == FLAT
     assert LevelGrids((2, 1), "mm", (5.0, 4.0, 4.0), spatial_dims=2).level_factors((11.0, 8.0, 8.0)) == (
         (1, 1, 1),
         (1, 0.5, 0.5),
     )
-    preparation.prepare_case(one, str(folder / "store"), settings, ("background", *ORGANS))
+    preparation.prepare_case(one, str(folder / "store"), settings, LabelSpec.plain(("background", *ORGANS)))
     return PreparedCase.open(str(folder / "store"), "one")
 
 
@@ -154,7 +156,7 @@ def test_levels_read_from_the_store_are_one_slice(case):
     assert case.shapes == ((24, 20, 22), (24, 40, 44))
     none = ((0, 0, 0),) * 2
     batch = read_batch([(case, centre, none) for centre in ((11, 20, 21), (12, 19, 24))], EDGE, none, spatial_dims=2)
-    coarse, fine = batch["images"]
+    coarse, fine = (image[:, 0] for image in batch["images"])
     assert coarse.shape == fine.shape == (2, 1, EDGE, EDGE)
     inner = slice(EDGE // 4, 3 * EDGE // 4)
     means = fine.reshape(2, 1, EDGE // 2, 2, EDGE // 2, 2).mean((3, 5))
@@ -173,8 +175,9 @@ def test_augmentation_stays_in_its_slice_and_moves_levels_together():
         places = [(np.arange(EDGE + 2 * m) - (EDGE - 1) / 2 - m) * step for m in (y, x)]
         images.append(np.rint(100 * np.stack(np.meshgrid(*places, indexing="ij")))[:, None].astype(np.int16))
     labels = [(image > 0).astype(np.uint8) for image in images]
-    moved, _ = run(jax.random.key(1), np.zeros(2, np.uint32), np.array([spacing] * 2, np.float32), images, labels)
-    coarse, fine = (np.asarray(image, np.float64) / 100 for image in moved)
+    channels = [image[:, None] for image in images]
+    moved, _ = run(jax.random.key(1), np.zeros(2, np.uint32), np.array([spacing] * 2, np.float32), channels, labels)
+    coarse, fine = (np.asarray(image[..., 0], np.float64) / 100 for image in moved)
     assert coarse.shape == fine.shape == (2, 1, EDGE, EDGE)
     own = images[1][(..., *(slice(m, m + EDGE) for m in margins[1][1:]))] / 100
     assert np.abs(fine - own).max() > 1
@@ -188,8 +191,8 @@ def test_a_scan_is_predicted_slice_by_slice(tile):
     model = at_inference(pyramid(2, 2))
     scan = (300 * normal(5, SLICES + 2, 40, 30)).astype(np.int16)
     predictor = Predictor(model, PredictorConfig(tile), align=2)
-    whole = predictor.masks(scan, FLAT, levels=(1, 2))
-    alone = [predictor.masks(scan[z : z + 1], FLAT, levels=(1, 2)) for z in range(len(scan))]
+    whole = predictor.masks(scan[None], FLAT, levels=(1, 2))
+    alone = [predictor.masks(scan[None, z : z + 1], FLAT, levels=(1, 2)) for z in range(len(scan))]
     for level in (1, 2):
         assert len(np.unique(whole[level])) > 1
         assert np.mean(whole[level] != np.concatenate([one[level] for one in alone])) < 1e-3  # rounding where maps tie
@@ -203,11 +206,11 @@ def test_one_tile_of_slices_is_the_model_itself():
     assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
     start = [int(axis.starts[0]) for axis in coarse]
     small = np.rint(scan.reshape(SLICES, 16, 2, 16, 2).astype(np.float32).mean((2, 4))).astype(np.int16)
-    logits = model.level(1, crop(small, start, (SLICES, 32, 32), AIR)[None], None)
+    logits = model.level(1, crop(small, start, (SLICES, 32, 32), AIR)[None, ..., None], None)
     y, x = (slice(-1 - s, 17 - s) for s in start[1:])
     maps = jax.nn.softmax(logits)[:, :, y, x]
-    expected = np.asarray(model.level(2, scan[None], maps)[0])
-    mask = predictor.masks(scan, FLAT)[2]
+    expected = np.asarray(model.level(2, scan[None, ..., None], maps)[0])
+    mask = predictor.masks(scan[None], FLAT)[2]
     best = np.sort(expected, axis=-1)
     sure = best[..., -1] - best[..., -2] > 0.02  # the context crosses in half precision
     assert sure.mean() > 0.5

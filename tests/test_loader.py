@@ -1,5 +1,6 @@
 """The loader: the right crops, the same sequence for any number of processes, and an exact way on from any batch."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from autocontext_jax.data import loader, preparation
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import (
     Loader,
     LoaderConfig,
@@ -27,6 +29,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import pyramid_starts
 from autocontext_jax.images import scans
+from autocontext_jax.training.validation import validation_batches
 
 LABELS = ("background", "one", "two", "three")
 EDGE = 8
@@ -45,15 +48,15 @@ def cases(tmp_path_factory) -> list[PreparedCase]:
     opened = []
     for number, size in enumerate(SIZES):
         name, spacing = f"case_{number}", (2.5 - 0.25 * number, 0.75, 1.0)
-        case = Case(name, folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz")
+        case = Case(name, (folder / f"{name}.nii.gz",), folder / f"{name}_label.nii.gz")
         label = np.zeros(size, np.uint8)
         label[:6, :7, :8] = 1  # at the very corner
         if number < 4:
             label[-5:, 10:20, 10:20] = 2
             label[10:20, 8:24, -12:-4] = 3
-        scans.write_scan(case.image, rng.integers(-1000, 2000, size, np.int16), spacing)
+        scans.write_scan(case.images[0], rng.integers(-1000, 2000, size, np.int16), spacing)
         scans.write_scan(case.label, label, spacing)
-        preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LABELS)
+        preparation.prepare_case(case, str(folder / "store"), LevelGrids((4, 2)), LabelSpec.plain(LABELS))
         opened.append(PreparedCase.open(str(folder / "store"), name))
     return opened
 
@@ -96,7 +99,7 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
     for case in cases[:2]:
         for level, shape in enumerate(case.shapes, start=1):
             image, label = case.read(level, (0, 0, 0), shape).result()
-            whole[case.name, level] = np.pad(image, wide, constant_values=-1024), np.pad(label, wide)
+            whole[case.name, level] = np.pad(image[0], wide, constant_values=-1024), np.pad(label, wide)
     z, y, x = cases[1].shapes[-1]
     places = [(0, (9, 9, 10)), (0, (0, 0, 0)), (1, (z - 1, y - 1, x - 1)), (1, (0, y - 1, 5)), (0, (-20, 70, 3))]
     batch = read_batch([(cases[number], centre, margins) for number, centre in places], EDGE, margins)
@@ -109,7 +112,7 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
             box = tuple(
                 slice(wide + first - m, wide + first + EDGE + m) for first, m in zip(start, margin, strict=True)
             )
-            image, label = batch["images"][level - 1][sample], batch["labels"][level - 1][sample]
+            image, label = batch["images"][level - 1][sample, 0], batch["labels"][level - 1][sample]
             assert (image.dtype, label.dtype) == (np.int16, np.uint8)
             wanted_image, wanted_label = whole[cases[number].name, level]
             np.testing.assert_array_equal(image, wanted_image[box])
@@ -134,7 +137,7 @@ def test_host_batches(cases, sampling):
         assert all(spacing[0] in by_spacing for spacing in batch["spacing"])
         for image, label, margin in zip(batch["images"], batch["labels"], margins, strict=True):
             shape = (3, *(EDGE + 2 * m for m in margin))
-            assert (image.shape, image.dtype) == (shape, np.int16)
+            assert (image.shape, image.dtype) == ((3, 1, *shape[1:]), np.int16)
             assert (label.shape, label.dtype) == (shape, np.uint8)
         # A foreground voxel is one of the central ones of the finest level.
         middle = tuple(slice(m + EDGE // 2 - 1, m + EDGE // 2 + 1) for m in margins[-1])
@@ -220,12 +223,13 @@ def test_batches_on_the_device(cases, sharding, caplog):
         batches = [next(source) for _ in range(4)]
     assert not [record for record in caplog.records if "ompil" in record.message]
     source.close()
-    for images, labels in batches:
+    for images, labels, known in batches:
+        assert known is None
         assert len(images) == len(labels) == 2
         for image, label in zip(images, labels, strict=True):
-            assert (image.shape, image.dtype) == ((2, EDGE, EDGE, EDGE), np.float32)
+            assert (image.shape, image.dtype) == ((2, EDGE, EDGE, EDGE, 1), np.float32)
             assert (label.shape, label.dtype) == ((2, EDGE, EDGE, EDGE), np.uint8)
-            assert image.sharding.is_equivalent_to(sharding, 4)
+            assert image.sharding.is_equivalent_to(sharding, 5)
             assert np.isfinite(image).all()
             assert int(label.max()) < len(LABELS)
 
@@ -237,12 +241,46 @@ def test_the_feed_is_the_augmented_host_batch(cases, sharding):
         host_batches(cases, plain, [NONE] * len(cases), seed=3),
     )
     for _ in range(2):
-        images, labels = next(source)
+        images, labels, _ = next(source)
         host = next(batches)
-        assert_same(jax.tree.map(np.array, images), tuple(image.astype(np.float32) for image in host["images"]))
+        assert_same(
+            jax.tree.map(np.array, images),
+            tuple(np.moveaxis(image, 1, -1).astype(np.float32) for image in host["images"]),
+        )
         assert_same(jax.tree.map(np.array, labels), host["labels"])
     source.close()
     batches.close()
+
+
+def partly(cases, known) -> list[PreparedCase]:
+    """The same cases of which the second annotates less."""
+    return [dataclasses.replace(case, known=known) if number == 1 else case for number, case in enumerate(cases)]
+
+
+def test_batches_say_what_is_annotated_where_it_is_not_all(cases, sharding):
+    own = partly(cases, (True, True, False, False))
+    plain = LoaderConfig(2, EDGE)
+    source, before = (Loader(each, plain, seed=3, sharding=sharding) for each in (own, cases))
+    seen = set()
+    for number in range(6):
+        images, labels, known = next(source)
+        assert_same((images, labels, None), next(before))  # nothing else changes
+        names = source.cases_of(number)
+        assert (known.shape, known.dtype) == ((2, len(LABELS)), np.bool_)
+        for name, row in zip(names, np.array(known), strict=True):
+            assert row.tolist() == ([True, True, False, False] if name == "case_1" else [True] * 4)
+            seen.add(name)
+    assert len(seen) > 2
+    for loader_ in (source, before):
+        loader_.close()
+
+
+def test_validation_batches_say_what_is_annotated(cases):
+    options = {"patches": 10, "batch_size": 2, "patch_size": EDGE, "levels": (1, 2), "spatial_dims": 3, "seed": 0}
+    assert not any("known" in batch for batch in validation_batches(cases, **options))
+    batches = validation_batches(partly(cases, (True, False, True, True)), **options)
+    rows = {tuple(row) for batch in batches for row in batch["known"]}
+    assert rows == {(True,) * 4, (True, False, True, True)}
 
 
 def test_no_transfer_but_the_explicit_one(cases, sharding):
@@ -272,7 +310,7 @@ def test_close_stops_the_threads(cases, sharding):
 
 
 def test_a_users_error_comes_through_the_threads(cases, monkeypatch):
-    def damaged(*_):
+    def damaged(*_, **__):
         raise UserError("case_0 cannot be read")
 
     monkeypatch.setattr(loader, "read_batch", damaged)
@@ -302,8 +340,8 @@ def test_a_case_is_read_no_further_than_its_own_margins(cases, monkeypatch):
     assert read == sizes
     for level, (inner, outer) in enumerate(zip(small, large, strict=True)):
         inside = tuple(slice(b - a, b + EDGE + a) for a, b in zip(inner, outer, strict=True))
-        image, label = both["images"][level][0], both["labels"][level][0]
-        np.testing.assert_array_equal(image[inside], alone["images"][level][0])
+        image, label = both["images"][level][0, 0], both["labels"][level][0]
+        np.testing.assert_array_equal(image[inside], alone["images"][level][0, 0])
         image[inside], label[inside] = -1024, 0
         assert (image == -1024).all()
         assert not label.any()

@@ -1,5 +1,6 @@
 """The model file: the same masks wherever it goes, one line for whatever is wrong with it, and nothing in it is run."""
 
+import dataclasses
 import pickle
 import shutil
 import zipfile
@@ -22,12 +23,13 @@ from small_model import (
 )
 
 import autocontext_jax as ac
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.inference.model import load_file
 from autocontext_jax.inference.model_file import (
     CARD,
     DESCRIPTION,
     WEIGHTS,
+    ClassDescription,
     read_model,
     write_model,
 )
@@ -176,6 +178,45 @@ def test_arrays_that_numpy_lacks_are_refused_when_they_are_written(tmp_path):
     weights = {"level_1/matrix/kernel": np.asarray(jnp.ones((1, 2), jnp.bfloat16))}
     with pytest.raises(UserError, match=r"level_1/matrix/kernel is bfloat16; expected float32"):
         write_model(tmp_path / "x.autocontext", DESCRIPTION_OF_SCALE, weights, "")
+
+
+@pytest.mark.parametrize("members", [[(), (1,), ()], [(1,), (1, 2), (2,)], [(), (), (2,)]])
+def test_members_of_some_regions_alone_are_refused(members):
+    names = ("background", "whole", "core")
+    classes = tuple(ClassDescription(*each) for each in zip(names, range(3), [()] * 3, [""] * 3, members, strict=True))
+    with pytest.raises(InvalidField, match="members of all classes but the background, or of none"):
+        dataclasses.replace(DESCRIPTION_OF_SCALE, classes=classes)
+
+
+def test_a_model_of_regions_predicts_by_itself(tmp_path):
+    """Two sigmoids, no output of the background; a mask shows the last region, with its value."""
+    classes = (
+        ClassDescription("background", 0),
+        ClassDescription("whole", 7, members=(7, 420)),
+        ClassDescription("core", 420, members=(420,)),
+    )
+    description = dataclasses.replace(DESCRIPTION_OF_SCALE, classes=classes)
+    weights = WEIGHTS_OF_SCALE | {"level_2/matrix/bias": np.array([0.25, -0.5], np.float32)}
+    weights["level_2/matrix/kernel"] = np.array([[1, 2], [0, 0], [0, 0.5]], np.float32)
+    write_model(tmp_path / "regions.autocontext", description, weights, "# regions\n")
+    model = ac.load(tmp_path / "regions.autocontext", networks=NETWORKS)
+    assert model.description.regions
+    assert model.classes == {"background": 0, "whole": 7, "core": 420}
+    mask, maps = model.predict(SCAN, spacing=(1, 1, 1), probabilities=True, progress=False)
+    assert (maps.shape, mask.dtype) == ((*SCAN.shape, 2), np.uint16)
+    whole, core = np.moveaxis(maps > 0.5, -1, 0)
+    np.testing.assert_array_equal(mask, np.where(core, 420, np.where(whole, 7, 0)))
+    assert set(np.unique(mask)) == {0, 7, 420}
+    np.testing.assert_array_equal(mask, model.predict(SCAN, spacing=(1, 1, 1), progress=False))
+    model.save(tmp_path / "again.autocontext")
+    assert read_model(tmp_path / "again.autocontext")[0].classes == classes
+    card = zipfile.ZipFile(tmp_path / "again.autocontext").read(CARD).decode()
+    assert "The classes are regions" in card
+
+
+def test_files_from_before_there_were_regions_are_read(file):
+    classes = [{"name": c.name, "value": c.value, "color": list(c.color), "code": c.code} for c in CLASSES]
+    assert read_model(described(file, model__classes=classes))[0] == DESCRIPTION_OF_SCALE
 
 
 def test_files_from_before_tiles_were_boxes_are_read(file):

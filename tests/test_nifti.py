@@ -55,7 +55,7 @@ def canonical(data, affine):
 def test_values_positions_and_spacing_are_those_that_itk_reads(tmp_path):
     path = save(tmp_path / "a.nii.gz", sform=MIRRORED, qform=MIRRORED)
     scan, itk = scans.read_scan(path), sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
-    np.testing.assert_array_equal(scan.voxels, sitk.GetArrayFromImage(itk))
+    np.testing.assert_array_equal(scan.voxels[0], sitk.GetArrayFromImage(itk))
     np.testing.assert_allclose(scan.spacing[::-1], itk.GetSpacing())
     np.testing.assert_allclose(scan.origin[::-1], itk.GetOrigin(), atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_the_sform_counts_if_its_code_is_above_0_else_the_qform(tmp_path, caplog
     path = save(tmp_path / "a.nii", sform_code=sform_code, qform=MIRRORED, qform_code=qform_code)
     scan = scans.read_scan(path)
     affine = SFORM if used == "sform" else MIRRORED
-    np.testing.assert_array_equal(scan.voxels, canonical(voxels(), affine))
+    np.testing.assert_array_equal(scan.voxels[0], canonical(voxels(), affine))
     both = sform_code > 0 and qform_code > 0
     assert len(caplog.messages) == both
     if both:
@@ -144,7 +144,7 @@ def test_units_become_mm_as_in_itk(tmp_path, units, scale):
 def test_values_are_scaled_as_the_header_says(tmp_path, dtype, slope, intercept, expected):
     data = np.abs(voxels()).astype(dtype)
     path = save(tmp_path / "a.nii.gz", data, scl_slope=slope, scl_inter=intercept)
-    read = scans.read_scan(path).voxels
+    read = scans.read_scan(path).voxels[0]
     np.testing.assert_array_equal(read, canonical(expected(data.astype(float)), SFORM))
     if np.isfinite(slope):
         itk = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS"))
@@ -153,7 +153,7 @@ def test_values_are_scaled_as_the_header_says(tmp_path, dtype, slope, intercept,
 
 def test_a_slope_of_0_with_an_intercept_is_named(tmp_path, caplog):
     path = save(tmp_path / "a.nii", scl_slope=0.0, scl_inter=-1024.0)
-    np.testing.assert_array_equal(scans.read_scan(path).voxels, canonical(voxels(), SFORM))
+    np.testing.assert_array_equal(scans.read_scan(path).voxels[0], canonical(voxels(), SFORM))
     assert "the slope 0 and the intercept -1024" in caplog.text
     caplog.clear()
     scans.read_scan(save(tmp_path / "b.nii", scl_slope=0.0, scl_inter=0.0))
@@ -169,7 +169,7 @@ def test_nifti_of_both_versions_whatever_the_case_of_its_name(tmp_path, name, ki
     content = path.read_bytes()
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if packed else content)
-    np.testing.assert_array_equal(scans.read_scan(path).voxels, canonical(voxels(), SFORM))
+    np.testing.assert_array_equal(scans.read_scan(path).voxels[0], canonical(voxels(), SFORM))
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
@@ -177,13 +177,13 @@ def test_big_endian_files(tmp_path, kind):
     image = kind(voxels(), SFORM)
     swapped = kind(voxels().astype(">i2"), SFORM, image.header.as_byteswapped(">"))
     nib.save(swapped, tmp_path / "a.nii")
-    np.testing.assert_array_equal(scans.read_scan(tmp_path / "a.nii").voxels, canonical(voxels(), SFORM))
+    np.testing.assert_array_equal(scans.read_scan(tmp_path / "a.nii").voxels[0], canonical(voxels(), SFORM))
 
 
 @pytest.mark.parametrize("shape", [(*SIZE, 1), (*SIZE, 1, 1)])
 def test_axes_of_length_1_at_the_end_are_none(tmp_path, shape):
     path = save(tmp_path / "a.nii.gz", voxels().reshape(shape))
-    np.testing.assert_array_equal(scans.read_scan(path).voxels, canonical(voxels(), SFORM))
+    np.testing.assert_array_equal(scans.read_scan(path).voxels[0], canonical(voxels(), SFORM))
 
 
 @pytest.mark.parametrize(
@@ -242,18 +242,18 @@ def test_labels_close_to_whole_numbers_are_rounded(tmp_path):
             image = nib.Nifti1Image(data, SFORM)
             image.set_data_dtype(np.int16)  # nibabel then stores a slope
         nib.save(image, path)
-        read = scans.read_label(path, labels=range(8), like=grid, case="a")
+        read = scans.read_label(path, values=range(8), like=grid, case="a")
         np.testing.assert_array_equal(read, canonical(labels, SFORM))
     nib.save(nib.Nifti1Image((labels + 2e-3).astype(np.float32), SFORM), path)
     with pytest.raises(UserError, match=r"1\.002"):
-        scans.read_label(path, labels=range(8), like=grid, case="a")
+        scans.read_label(path, values=range(8), like=grid, case="a")
 
 
 def test_values_outside_int16_are_named(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     data = voxels(np.int32)
     data[0, 0, :2] = 40_000, -50_000
-    read = scans.read_scan(save(tmp_path / "a.nii", data)).voxels
+    read = scans.read_scan(save(tmp_path / "a.nii", data)).voxels[0]
     np.testing.assert_array_equal(read, canonical(data.clip(-32768, 32767), SFORM))
     assert "2 voxels outside" in caplog.text
 
@@ -263,7 +263,7 @@ def test_a_large_axis_makes_a_mask_of_version_2(tmp_path):
     scans.write_scan(tmp_path / "a.nii.gz", np.zeros(size, np.int16), (1.0, 1.0, 1.0))
     with gzip.open(tmp_path / "a.nii.gz") as file:
         assert struct.unpack("<i", file.read(4)) == (540,)
-    assert scans.read_scan(tmp_path / "a.nii.gz").voxels.shape == size
+    assert scans.read_scan(tmp_path / "a.nii.gz").voxels[0].shape == size
 
 
 def test_the_same_mask_is_the_same_file(tmp_path):

@@ -11,8 +11,10 @@ import pytest
 import SimpleITK as sitk
 from flax import nnx
 
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.spec import CT
 from autocontext_jax.jobs.config_files import check_same_run, default_config, from_config_dict, read_config
 from autocontext_jax.jobs.evaluate import evaluate
 from autocontext_jax.jobs.prepare import prepare
@@ -76,7 +78,7 @@ def check_the_rest(config: RunConfig, workdir: Path, data: RunData, levels: list
     (case,) = json.loads((workdir / "evaluation.json").read_bytes())["cases"].values()
     assert list(case) == [f"level_{level}" for level in levels]
     mask = workdir / "mask.nii.gz"
-    assert run("predict", config, Paths(workdir, source=data.dataset.test[0].image, target=mask))
+    assert run("predict", config, Paths(workdir, source=data.dataset.test[0].images[0], target=mask))
     assert sitk.ReadImage(str(mask)).GetSize() == (40, 40, 40)
 
 
@@ -114,7 +116,7 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 def weights(workdir: Path, config, step: int):
     """Parameters and running averages."""
-    model = make_model(config, len(ORGANS) + 1, BACKBONES[config.model.backbone])
+    model = make_model(config, LabelSpec.plain(("background", *ORGANS)), CT, BACKBONES[config.model.backbone])
     _, params, statistics = nnx.split(model, nnx.Param, ...)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=4)) as checkpoints:
         return checkpoints.restore_weights(step, params, statistics)

@@ -117,7 +117,7 @@ def tiled_maps(predictor: Predictor, voxels, factors, monkeypatch, *, half: bool
         if not half:
             for module in (context_module, predictor_module, tile_programs):
                 patch.setattr(module, "MAP_DTYPE", jnp.float32)
-        predictor.masks(voxels, factors, levels=tuple(range(1, len(factors) + 1)))
+        predictor.masks(voxels[None], factors, levels=tuple(range(1, len(factors) + 1)))
     return [level.maps() for level in Recorder.levels]
 
 
@@ -142,7 +142,7 @@ def whole_maps(model: Pyramid, voxels, factors, axes) -> list[np.ndarray]:
             assert (first >= 0).all()
             assert (first + size <= maps.shape[:3]).all()
             context = maps[tuple(slice(f, f + s) for f, s in zip(first, size, strict=True))][None]
-        logits = forward(level, image[None], context)
+        logits = forward(level, image[None, ..., None], context)
         inside = tuple(slice(a.low - b, a.high - b) for a, b in zip(axis, begin, strict=True))
         activate = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[model.config.activation]
         maps = np.asarray(activate(logits))[0][inside]
@@ -212,7 +212,7 @@ class Pointwise(nnx.Module):
         self.config = PyramidConfig(levels=levels, classes=3)
 
     def level(self, level, image, maps):
-        x = image.astype(jnp.float32)
+        x = image[..., 0].astype(jnp.float32)
         return jnp.stack([-(x + 100) / 40, jnp.zeros_like(x), (x - 150) / 60], axis=-1)
 
 
@@ -228,7 +228,7 @@ class PointwiseRegions(nnx.Module):
         self.config = PyramidConfig(levels=levels, classes=3, activation="sigmoid")
 
     def level(self, level, image, maps):
-        x = image.astype(jnp.float32)
+        x = image[..., 0].astype(jnp.float32)
         return jnp.stack([(x + 100) / 40, (x - 150) / 60, 2 - jnp.abs(x - 100) / 50], axis=-1)
 
 
@@ -264,7 +264,7 @@ def test_masks_of_a_pointwise_model_are_exact(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
     predictor = Predictor(Pointwise(levels), PredictorConfig(16, margin), align=4)
-    masks = predictor.masks(voxels, factors, levels=tuple(range(1, levels + 1)))
+    masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, levels + 1)))
     assert list(masks) == list(range(1, levels + 1))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_maps(downsample_image(voxels, factor)), factor, shape)
@@ -284,7 +284,7 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
     predictor = Predictor(PointwiseRegions(levels), PredictorConfig(16, margin), align=4)
-    masks = predictor.masks(voxels, factors, levels=tuple(range(1, levels + 1)))
+    masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, levels + 1)))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_regions(downsample_image(voxels, factor)), factor, shape)
         expected = np.zeros(shape, np.uint8)
@@ -295,9 +295,9 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
         np.testing.assert_array_equal(masks[level][clear], expected[clear])
     assert ((maps[..., 1] > 0.5) & (expected == 3)).any()  # regions do overlap
     assert {0, 1, 2, 3} == set(np.unique(masks[levels]))
-    mask, found = predictor.mask_and_maps(voxels, factors)
+    mask, found = predictor.mask_and_maps(voxels[None], factors)
     np.testing.assert_array_equal(mask, masks[levels])
-    inside = np.isclose(found, maps, rtol=0, atol=1e-3).all(-1)
+    inside = np.isclose(found, maps, rtol=0, atol=2e-3).all(-1)  # tiles are added up in half precision
     outside = (found == 0).all(-1)  # the box around the body
     assert (inside | outside).all()
     assert inside.mean() > 0.9
@@ -307,19 +307,19 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
 def test_levels_default_to_the_finest():
     voxels, factors = scan((12, 20, 18)), cubed(4, 2)
     predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
-    every = predictor.masks(voxels, factors, levels=(1, 2))
+    every = predictor.masks(voxels[None], factors, levels=(1, 2))
     assert (every[1] != every[2]).any()
     for levels in (None, ()):
-        masks = predictor.masks(voxels, factors, levels=levels)
+        masks = predictor.masks(voxels[None], factors, levels=levels)
         assert list(masks) == [2]
         np.testing.assert_array_equal(masks[2], every[2])
-    np.testing.assert_array_equal(predictor.masks(voxels, factors, levels=(1,))[1], every[1])
+    np.testing.assert_array_equal(predictor.masks(voxels[None], factors, levels=(1,))[1], every[1])
 
 
 def test_progress_counts_tiles_to_their_total():
     seen = []
     predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
-    predictor.masks(scan((12, 20, 18)), cubed(2, 1), progress=lambda done, total: seen.append((done, total)))
+    predictor.masks(scan((12, 20, 18))[None], cubed(2, 1), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 2
     assert seen == sorted(seen)
     assert len({total for _, total in seen}) == 1
@@ -334,7 +334,7 @@ class Context(nnx.Module):
     def level(self, level, image, maps):
         if level == 1:
             return Pointwise.level(self, level, image, maps)
-        size = (2 * (n // 2 + 2) for n in image.shape[1:])
+        size = (2 * (n // 2 + 2) for n in image.shape[1:4])
         fine = jax.image.resize(maps.astype(jnp.float32), (1, *size, 3), "linear")
         return jnp.log(fine[:, 2:-2, 2:-2, 2:-2] + 1e-6)
 
@@ -344,7 +344,7 @@ def test_context_lies_where_it_belongs(shape, margin):
     """Beyond the scan the coarser level says air, not its outermost voxel: hence the padding before enlarging."""
     voxels, factors = scan(shape), cubed(2, 1)
     predictor = Predictor(Context(), PredictorConfig(16, margin), align=4)
-    mask = predictor.masks(voxels, factors)[2]
+    mask = predictor.masks(voxels[None], factors)[2]
     coarse = np.pad(downsample_image(voxels, factors[0]), 2, constant_values=AIR)
     maps = enlarged(pointwise_maps(coarse), factors[0], [n + 8 for n in shape])[tuple(slice(4, 4 + n) for n in shape)]
     ordered = np.sort(maps, axis=-1)
@@ -360,12 +360,12 @@ def test_context_lies_where_it_belongs(shape, margin):
 def test_scans_of_any_length_compile_nothing_after_the_first(factors):
     predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(16), align=2)
     with count_compilations() as first:
-        predictor.masks(scan((30, 41, 52)), factors, levels=(1, 2))
+        predictor.masks(scan((30, 41, 52))[None], factors, levels=(1, 2))
     assert first  # the count does count
     programs = predictor.compilations()
     with count_compilations() as later:
         for depth in (9, 71, 3, 10, 140):
-            masks = predictor.masks(scan((depth, 41, 52)), factors, levels=(1, 2))
+            masks = predictor.masks(scan((depth, 41, 52))[None], factors, levels=(1, 2))
             assert [mask.shape for mask in masks.values()] == [(depth, 41, 52)] * 2
     assert later == []
     assert predictor.compilations() == programs
@@ -378,7 +378,7 @@ def test_device_memory_does_not_grow_with_the_scan():
         gc.collect()  # what other tests left behind
         seen = []
         predictor.masks(
-            scan((depth, 30, 32)),
+            scan((depth, 30, 32))[None],
             cubed(2, 1),
             levels=(1, 2),
             progress=lambda *_: seen.append(sum(array.nbytes for array in jax.live_arrays())),
@@ -393,7 +393,7 @@ def test_without_norm_there_is_nothing_to_average():
     voxels = scan((9, 12, 10))
     model = trained_pyramid(1, width=1, depth=1, norm="none")
     predictor = Predictor(model, PredictorConfig(16), align=2)
-    assert predictor.masks(voxels, cubed(1))[1].shape == voxels.shape
+    assert predictor.masks(voxels[None], cubed(1))[1].shape == voxels.shape
 
 
 # ---- pieces ----
@@ -420,20 +420,20 @@ def masks_of_several_devices() -> None:
     model = inference_model(*nnx.split(trained_pyramid(2), nnx.Param, ...))
     voxels = scan((50, 48, 44))
     boxes = Predictor(model, PredictorConfig(), align=2)
-    expected_of_boxes = boxes.masks(voxels, cubed(2, 1))[2]
+    expected_of_boxes = boxes.masks(voxels[None], cubed(2, 1))[2]
     several = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
-    found = several.masks(voxels, cubed(2, 1), levels=(1, 2))
+    found = several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
     programs = several.compilations()
-    several.masks(voxels, cubed(2, 1), levels=(1, 2))
+    several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
     assert several.compilations() == programs
     devices = jax.local_devices()
     assert len(devices) == 3
     jax.local_devices = lambda: devices[:1]
     alone = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
-    for level, mask in alone.masks(voxels, cubed(2, 1), levels=(1, 2)).items():
+    for level, mask in alone.masks(voxels[None], cubed(2, 1), levels=(1, 2)).items():
         np.testing.assert_array_equal(found[level], mask)
     alone = Predictor(model, PredictorConfig(), align=2)
-    np.testing.assert_array_equal(alone.masks(voxels, cubed(2, 1))[2], expected_of_boxes)
+    np.testing.assert_array_equal(alone.masks(voxels[None], cubed(2, 1))[2], expected_of_boxes)
     assert 0.8 < boxes._bytes_a_voxel() / alone._bytes_a_voxel() < 1.3  # each of them takes a tile
     print("equal")
 

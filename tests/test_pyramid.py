@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from random_models import with_random_weights
 
+from autocontext_jax.images.spec import ct_image
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig, context_of
 from autocontext_jax.models.unet import UNet
@@ -32,13 +33,13 @@ def pyramid(levels: int, *, classes: int = 3, network: NetworkConfig = TINY, **c
 
 
 def images(levels: int, edge: int = 8) -> tuple[np.ndarray, ...]:
-    return tuple(200 * normal(level, 2, edge, edge, edge) for level in range(levels))
+    return tuple(200 * normal(level, 2, edge, edge, edge, 1) for level in range(levels))
 
 
 def test_running_averages_are_updated_in_training_and_used_in_inference():
     model = pyramid(1, classes=2, network=NetworkConfig(base_channels=2, depth=1, momentum=0.75))
     graph, params, statistics = nnx.split(model, nnx.Param, ...)
-    image = 300 * normal(0, 2, 6, 6, 6)
+    image = 300 * normal(0, 2, 6, 6, 6, 1)
 
     @jax.jit
     def train(statistics):
@@ -55,7 +56,7 @@ def test_running_averages_are_updated_in_training_and_used_in_inference():
     training, updated = train(statistics)
     first = model.networks[0].analysis[0][0]
     before = first.norm
-    x = first.layer(np.clip(image / 500, -1, 1)[..., None])
+    x = first.layer(np.clip(image / 500, -1, 1))
     stats = nnx.merge(graph, params, updated).networks[0].analysis[0][0].norm
     np.testing.assert_allclose(
         stats.mean[...], 0.75 * before.mean[...] + 0.25 * jnp.mean(x, (0, 1, 2, 3)), rtol=1e-4, atol=1e-6
@@ -110,11 +111,11 @@ def test_what_the_finer_level_sees(context, activation):
         def __call__(self, x):
             return x if x.shape[-1] > 1 else jnp.concatenate([x, -2 * x, x**2], axis=-1)
 
-    config = PyramidConfig(2, 3, context=context, window=(-100.0, 300.0), activation=activation)
+    config = PyramidConfig(2, 3, context=context, image=ct_image((-100.0, 300.0)), activation=activation)
     model = Pyramid(config, lambda inputs, rngs: Through(), rngs=nnx.Rngs(0))
     pair = images(2)
     coarse, fine = model(pair)
-    scaled = np.clip((pair[1] + 100) / 200 - 1, -1, 1)[..., None]
+    scaled = np.clip((pair[1] + 100) / 200 - 1, -1, 1)
     if context == "none":
         np.testing.assert_allclose(fine[..., :1], scaled, atol=1e-6)
         return

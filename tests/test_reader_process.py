@@ -62,7 +62,7 @@ def bad(monkeypatch):
 
 
 def check_read(path):
-    np.testing.assert_array_equal(scans.read_scan(path).voxels, VOXELS)
+    np.testing.assert_array_equal(scans.read_scan(path).voxels[0], VOXELS)
 
 
 def running():
@@ -235,7 +235,7 @@ def test_two_threads_at_once(tmp_path):
     def read(start):
         for turn in range(40):
             number = (start + turn) % len(paths)
-            if not (scans.read_scan(paths[number]).voxels == VOXELS + number).all():
+            if not (scans.read_scan(paths[number]).voxels[0] == VOXELS + number).all():
                 wrong.append(number)
 
     threads = [threading.Thread(target=read, args=(start,)) for start in (0, 3)]
@@ -256,7 +256,7 @@ def process():
     return reader_process._running[0].process.pid
 
 def read(connection):
-    shape = scans.read_scan({str(scan)!r}).voxels.shape
+    shape = scans.read_scan({str(scan)!r}).voxels[0].shape
     connection.send((shape, process()))
 
 scans.read_scan({str(scan)!r})

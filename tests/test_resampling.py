@@ -127,3 +127,13 @@ def test_factor_one_is_the_input():
     voxels, labels = np.zeros((3, 4, 5), np.int16), np.zeros((3, 4, 5), np.uint8)
     assert resampling.downsample_image(voxels, (1, 1, 1)) is voxels
     assert resampling.downsample_label(labels, (1.0, 1.0, 1.0), 2) is labels
+
+
+@pytest.mark.parametrize("factors", [(2, 2, 2), (1.5, 2, 1), (3, 1, 0.75)])
+def test_ignored_voxels_count_as_one_class_more(factors):
+    """As if 255 were simply the next number."""
+    labels = np.random.default_rng(0).integers(0, 4, (13, 14, 15), np.uint8)
+    expected = resampling.downsample_label(labels, factors, 4)
+    stored = np.where(labels == 3, 255, labels).astype(np.uint8)
+    found = resampling.downsample_label(stored, factors, 3, ignore=True)
+    np.testing.assert_array_equal(found, np.where(expected == 3, 255, expected))

@@ -190,7 +190,7 @@ def test_the_same_data_set_in_another_folder_is_the_same(root, tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         data = open_data(small(moved), workdir)
     assert caplog.records == []
-    assert all(moved in case.image.parents for case in data.training)
+    assert all(moved in case.images[0].parents for case in data.training)
 
 
 @pytest.mark.parametrize("look", [open_data, read_data])

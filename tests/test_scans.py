@@ -96,9 +96,9 @@ def test_every_orientation_of_one_scan_reads_alike_and_its_mask_goes_back(tmp_pa
 
     scan = scans.read_scan(path)
     assert scan.grid.orientation == code
-    assert scan.voxels.dtype == np.int16
-    assert scan.voxels.flags.c_contiguous
-    np.testing.assert_array_equal(scan.voxels, voxels)
+    assert scan.voxels[0].dtype == np.int16
+    assert scan.voxels[0].flags.c_contiguous
+    np.testing.assert_array_equal(scan.voxels[0], voxels)
     np.testing.assert_allclose(scan.spacing, SPACING)
     np.testing.assert_allclose(scan.origin, ORIGIN, atol=1e-9)
     np.testing.assert_allclose(np.reshape(scan.direction, (3, 3)), rotation(*tilt)[::-1, ::-1], atol=1e-12)
@@ -114,8 +114,8 @@ def test_every_orientation_of_one_scan_reads_alike_and_its_mask_goes_back(tmp_pa
     (k,), (j,), (i,) = np.nonzero(sitk.GetArrayFromImage(written))
     there = written.TransformIndexToPhysicalPoint((int(i), int(j), int(k)))
     np.testing.assert_allclose(there, canonical.TransformIndexToPhysicalPoint((2, 1, 4)), atol=1e-9)
-    back = scans.read_label(tmp_path / "mask.mha", labels=(0, 3), like=scan.grid, case="a")
-    np.testing.assert_array_equal(back, mask)
+    back = scans.read_label(tmp_path / "mask.mha", values=(0, 3), like=scan.grid, case="a")
+    np.testing.assert_array_equal(back, mask // 3)
 
 
 def test_canonical_geometry_places_every_corner(tmp_path):
@@ -125,7 +125,7 @@ def test_canonical_geometry_places_every_corner(tmp_path):
     direction = np.reshape(scan.direction, (3, 3))
     raw = sitk.GetArrayFromImage(stored)
     for index in itertools.product(*((0, size - 1) for size in SIZE)):
-        k, j, i = (int(axis[0]) for axis in np.nonzero(raw == scan.voxels[index]))
+        k, j, i = (int(axis[0]) for axis in np.nonzero(raw == scan.voxels[0][index]))
         here = np.array(scan.origin) + direction @ (np.array(scan.spacing) * index)
         np.testing.assert_allclose(here, stored.TransformIndexToPhysicalPoint((i, j, k))[::-1], atol=1e-9)
 
@@ -144,7 +144,7 @@ def test_a_mask_in_every_format_keeps_the_header(tmp_path, suffix, code):
         np.testing.assert_allclose(written.spacing, grid.spacing, rtol=1e-15)
     else:
         assert written.spacing == grid.spacing
-    np.testing.assert_array_equal(scans.read_label(target, labels=[0, 1], like=grid, case="a"), mask)
+    np.testing.assert_array_equal(scans.read_label(target, values=[0, 1], like=grid, case="a"), mask)
 
 
 def test_an_oblique_nifti_keeps_its_header_within_float32(tmp_path):
@@ -160,7 +160,7 @@ def test_write_scan_and_read_scan_are_inverse(tmp_path, suffix):
     path = tmp_path / "new" / f"a{suffix}"
     scans.write_scan(path, voxels_of(), SPACING, ORIGIN)
     scan = scans.read_scan(path)
-    np.testing.assert_array_equal(scan.voxels, voxels_of())
+    np.testing.assert_array_equal(scan.voxels[0], voxels_of())
     np.testing.assert_allclose(scan.spacing, SPACING, rtol=1e-6)
     np.testing.assert_allclose(scan.origin, ORIGIN, rtol=1e-6)
     assert scan.direction == (1, 0, 0, 0, 1, 0, 0, 0, 1)
@@ -169,7 +169,7 @@ def test_write_scan_and_read_scan_are_inverse(tmp_path, suffix):
 
 
 def test_a_header_with_its_voxels_in_another_file(tmp_path):
-    np.testing.assert_array_equal(scans.read_scan(save(tmp_path / "a.mhd", voxels_of())).voxels, voxels_of())
+    np.testing.assert_array_equal(scans.read_scan(save(tmp_path / "a.mhd", voxels_of())).voxels[0], voxels_of())
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
@@ -181,7 +181,7 @@ def test_other_types_are_rounded_and_clipped_to_int16(tmp_path, dtype, suffix):
         voxels.flat[2] = 50000
     if np.dtype(dtype).kind == "f":
         voxels.flat[3:6] = -1000.4, -1000.6, -1e9
-    got = scans.read_scan(save(tmp_path / f"a{suffix}", voxels)).voxels
+    got = scans.read_scan(save(tmp_path / f"a{suffix}", voxels)).voxels[0]
     assert got.dtype == np.int16
     np.testing.assert_array_equal(got, np.clip(np.rint(voxels.astype(float)), -32768, 32767))
 
@@ -190,12 +190,12 @@ def test_a_dicom_series(tmp_path):
     folder = save_series(tmp_path / "series", voxels_of())
     (folder / "notes.txt").write_text("not a slice", encoding="utf-8")
     scan = scans.read_scan(folder)
-    np.testing.assert_array_equal(scan.voxels, voxels_of())
+    np.testing.assert_array_equal(scan.voxels[0], voxels_of())
     np.testing.assert_allclose(scan.spacing, SPACING)
     np.testing.assert_allclose(scan.origin, ORIGIN)
     assert scans.read_grid(folder) == scan.grid
     scans.write_mask(tmp_path / "mask.nii.gz", np.ones(SIZE, np.uint8), scan.grid)
-    scans.read_label(tmp_path / "mask.nii.gz", labels=[1], like=scan.grid, case="a")
+    scans.read_label(tmp_path / "mask.nii.gz", values=[1], like=scan.grid, case="a")
 
 
 def test_dicom_folders_that_are_not_one_even_stack(tmp_path):
@@ -257,7 +257,7 @@ def test_images_of_other_dimensions_are_refused(tmp_path, suffix):
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 4), np.int16)), str(path))
     refused(lambda: scans.read_scan(path), path, "2D", "4 × 5")
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 6, 5, 4), np.int16), isVector=False), str(path))
-    refused(lambda: scans.read_grid(path), path, "4D", "4 × 5 × 6 × 2")
+    refused(lambda: scans.read_scan(path), path, "4D", "4 × 5 × 6 × 2")
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((6, 5, 4, 3), np.uint8), isVector=True), str(path))
     refused(lambda: scans.read_scan(path), path, "3 value(s)")
 
@@ -280,7 +280,7 @@ def test_two_nifti_files_that_itk_confuses(tmp_path):
     """ITK reads a.nii where a.nii.gz is named; a mask is not written where it would be so confused."""
     save(tmp_path / "a.nii", voxels_of())
     path = save(tmp_path / "a.nii.gz", voxels_of() + 1)
-    np.testing.assert_array_equal(scans.read_scan(path).voxels, voxels_of() + 1)
+    np.testing.assert_array_equal(scans.read_scan(path).voxels[0], voxels_of() + 1)
     path.unlink()
     refused(lambda: scans.check_writable_format(path), path, "beside a.nii")
 
@@ -298,7 +298,7 @@ def test_a_label_off_its_image_is_refused(tmp_path, what, change, shown):
     like = scans.read_grid(save(tmp_path / "image.mha", voxels_of()))
     path = tmp_path / "label.mha"
     sitk.WriteImage(change(image_of(np.zeros(SIZE, np.uint8))), str(path))
-    line = refused(lambda: scans.read_label(path, labels=[0, 1], like=like, case="pt_7"), "case pt_7", path, *shown)
+    line = refused(lambda: scans.read_label(path, values=[0, 1], like=like, case="pt_7"), "case pt_7", path, *shown)
     assert f"the label's {what} " in line
 
 
@@ -307,7 +307,7 @@ def test_a_label_may_differ_in_storage_order_and_by_rounding(tmp_path):
     label = image_of((voxels_of() % 3).astype(np.float32))
     label.SetOrigin([value + 0.004 for value in label.GetOrigin()])
     sitk.WriteImage(sitk.DICOMOrient(label, "ASR"), str(tmp_path / "label.mha"))
-    got = scans.read_label(tmp_path / "label.mha", labels=range(3), like=like, case="a")
+    got = scans.read_label(tmp_path / "label.mha", values=range(3), like=like, case="a")
     assert got.dtype == np.uint8
     assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, voxels_of() % 3)
@@ -328,8 +328,54 @@ def test_label_values_that_are_not_named_are_refused(tmp_path, dtype, strange, s
     path = save(tmp_path / "label.mha", labels)
     like = scans.read_grid(path)
     refused(
-        lambda: scans.read_label(path, labels={0, 1, 2}, like=like, case="pt_7"), "case pt_7", path, shown, "0, 1, 2"
+        lambda: scans.read_label(path, values=[0, 1, 2], like=like, case="pt_7"), "case pt_7", path, shown, "0, 1, 2"
     )
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
+def test_values_of_any_size_become_numbers_and_are_written_again(tmp_path, dtype, suffix):
+    values = (0, 205, 420, 40_000 if dtype == np.uint16 else 70_000)
+    numbers = (voxels_of() % 4).astype(np.uint8)
+    path = save(tmp_path / "label.mha", np.asarray(values, dtype)[numbers])
+    like = scans.read_grid(path)
+    read = scans.read_label(path, values=values, like=like, case="a")
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, numbers)
+    target = tmp_path / f"mask{suffix}"
+    scans.write_mask(target, scans.label_values(read, values), like)
+    np.testing.assert_array_equal(scans.read_label(target, values=values, like=like, case="a"), numbers)
+    stored = sitk.ReadImage(str(target))
+    assert stored.GetPixelIDValue() in (sitk.sitkUInt16, sitk.sitkUInt32)
+    assert sorted(np.unique(sitk.GetArrayFromImage(stored))) == sorted(values)
+    refused(
+        lambda: scans.read_label(path, values=values[:3], like=like, case="a"),
+        str(values[3]),
+        "expected only 0, 205, 420",
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_values_become_the_numbers_that_are_given(tmp_path, dtype):
+    values, numbers = (0, 3, 7, 9), (0, 2, 255, 1)
+    places = voxels_of() % 4
+    path = save(tmp_path / "label.mha", np.asarray(values, dtype)[places])
+    read = scans.read_label(path, values=values, numbers=numbers, like=scans.read_grid(path), case="a")
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, np.asarray(numbers)[places])
+
+
+def test_strange_values_are_named_whole(tmp_path):
+    path = save(tmp_path / "label.mha", np.full(SIZE, 123_456_789, np.int32))
+    like = scans.read_grid(path)
+    refused(lambda: scans.read_label(path, values=[0, 1], like=like, case="a"), "123456789 (")
+
+
+def test_values_that_are_numbers_stay_bytes():
+    numbers = (voxels_of() % 3).astype(np.uint8)
+    assert scans.label_values(numbers, (0, 1, 2)) is numbers
+    assert scans.label_values(numbers, (0, 7, 255)).dtype == np.uint8
+    assert scans.label_values(numbers, (0, 7, 256)).dtype == np.uint16
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -409,11 +455,11 @@ def test_a_real_scan_and_its_label():
     if not path.exists():
         pytest.skip(f"the shared scan {path} is not on this machine")
     scan = scans.read_scan(path)
-    assert scan.voxels.shape == (112, 101, 122)
+    assert scan.voxels[0].shape == (112, 101, 122)
     assert scan.spacing == (3.0, 3.0, 3.0)
     assert scan.grid.orientation == "RAS"
-    assert scans.looks_like_ct(scan.voxels)
-    label = scans.read_label(SHARED / "abdomen/labelsTr/abdomen.nii.gz", labels=range(8), like=scan.grid, case="a")
+    assert scans.looks_like_ct(scan.voxels[0])
+    label = scans.read_label(SHARED / "abdomen/labelsTr/abdomen.nii.gz", values=range(8), like=scan.grid, case="a")
     where = [np.argwhere(label == organ).mean(0) for organ in (3, 4)]  # liver, spleen
     assert where[0][2] < where[1][2]  # x grows to the left, where the spleen is
-    assert scan.voxels[label == 3].mean() == pytest.approx(50, abs=30)  # liver, HU
+    assert scan.voxels[0][label == 3].mean() == pytest.approx(50, abs=30)  # liver, HU

@@ -58,7 +58,7 @@ def train_a_step(layout: tuple[int, int, bool]) -> tuple[list[str], dict[str, np
     rng = np.random.default_rng(0)
     shape = (BATCH, EDGE, EDGE, EDGE)
     labels = [rng.integers(0, CLASSES, shape).astype(np.uint8) for _ in range(2)]
-    images = [(200.0 * label + rng.normal(0, 100, shape)).astype(np.float32) for label in labels]
+    images = [(200.0 * label + rng.normal(0, 100, shape)).astype(np.float32)[..., None] for label in labels]
 
     mesh = make_mesh(data, space)
     assert dict(mesh.shape) == {"data": data, "space": space}

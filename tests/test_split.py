@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from autocontext_jax.data.datasets import Case, Dataset
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import (
     Split,
     compare,
@@ -29,7 +30,7 @@ def refused(call, *parts):
 
 
 def cases_of(count):
-    return [Case(f"c{index:02d}", Path(f"c{index:02d}.nii"), None) for index in range(count)]
+    return [Case(f"c{index:02d}", (Path(f"c{index:02d}.nii"),), None) for index in range(count)]
 
 
 def test_split_is_a_partition_that_depends_on_the_seed_alone():
@@ -102,10 +103,16 @@ def dataset(tmp_path) -> Dataset:
         for path in (image, label)[: 1 + labelled]:
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"{path.parent.name} of {name}", encoding="utf-8")
-        return Case(name, image, label if labelled else None)
+        return Case(name, (image,), label if labelled else None)
 
     training = tuple(case(name, "Tr") for name in ("a", "b", "c"))
-    return Dataset(tmp_path, ("background", "one"), training, (case("d", "Ts"), case("e", "Ts", labelled=False)))
+    return Dataset(
+        tmp_path,
+        LabelSpec.plain(("background", "one")),
+        ("CT",),
+        training,
+        (case("d", "Ts"), case("e", "Ts", labelled=False)),
+    )
 
 
 @pytest.fixture
@@ -141,19 +148,19 @@ def test_an_unchanged_data_set_shows_no_change_and_nothing_of_it_is_read(dataset
     monkeypatch.setattr(Path, "open", read)
     now, changes = compare(split, dataset)
     assert now == split
-    assert (changes.lost, changes.new, changes.changed, changes.classes) == ((), (), (), None)
+    assert (changes.lost, changes.new, changes.changed, changes.labels) == ((), (), (), None)
 
 
 def test_a_file_that_was_only_touched_is_read_and_found_the_same(dataset, split):
-    os.utime(dataset.training[0].image, ns=(1, 1))
+    os.utime(dataset.training[0].images[0], ns=(1, 1))
     now, changes = compare(split, dataset)
     assert changes.changed == ()
-    assert now.cases["a"].image.modified == 1
+    assert now.cases["a"].images[0].modified == 1
 
 
 def test_a_case_that_was_added_changes_no_side(dataset, split):
     (more := dataset.root / "more").write_text("x", encoding="utf-8")
-    larger = dataclasses.replace(dataset, training=(*dataset.training, Case("bb", more, more)))
+    larger = dataclasses.replace(dataset, training=(*dataset.training, Case("bb", (more,), more)))
     now, changes = compare(split, larger)
     assert changes.new == ("bb",)
     assert now == split
@@ -173,14 +180,14 @@ def test_another_folder_with_the_same_content_is_the_same_data_set(dataset, spli
 
     def moved(case: Case) -> Case:
         files = []
-        for path in (case.image, case.label):
+        for path in (case.images[0], case.label):
             new = None
             if path is not None:
                 new = root / path.relative_to(dataset.root)
                 new.parent.mkdir(exist_ok=True)
                 new.write_bytes(path.read_bytes())
             files.append(new)
-        return Case(case.name, *files)
+        return Case(case.name, tuple(files[:-1]), files[-1])
 
     other = dataclasses.replace(
         dataset, root=root, training=tuple(map(moved, dataset.training)), test=tuple(map(moved, dataset.test))
@@ -198,5 +205,31 @@ def test_what_is_lost_is_named(dataset, split):
 
 
 def test_other_classes_are_named(dataset, split):
-    _, changes = compare(split, dataclasses.replace(dataset, labels=("background", "two")))
-    assert changes.classes == ("background", "two")
+    for labels in (LabelSpec.plain(("background", "two")), LabelSpec.plain(("background", "one"), (0, 7))):
+        _, changes = compare(split, dataclasses.replace(dataset, labels=labels))
+        assert changes.labels == labels
+
+
+def test_a_case_that_annotates_other_classes_has_changed(dataset, split):
+    first, *rest = dataset.training
+    partly = dataclasses.replace(dataset, training=(dataclasses.replace(first, annotated=("one",)), *rest))
+    now, changes = compare(split, partly)
+    assert changes.changed == ("a",)
+    assert Split.from_json(json.loads(json.dumps(now.to_json()))) == now
+    assert now.of("validation", partly)[0].annotated == ("one",)
+    assert compare(now, partly)[1].changed == ()
+    assert compare(now, dataset)[1].changed == ("a",)
+
+
+def test_regions_and_ignore_survive_json(dataset, split):
+    members = ((0,), (1, 2), (2,))
+    labels = LabelSpec(("background", "whole", "core"), (0, 3, 7), members, (0, 3, 7), ignore=9)
+    other = dataclasses.replace(split, labels=labels)
+    assert Split.from_json(json.loads(json.dumps(other.to_json()))) == other
+
+
+def test_a_split_of_an_earlier_version(dataset, split):
+    """It named the classes alone: their values were 0, 1, 2, ..., and each case annotated all."""
+    content = split.to_json()
+    old = {"format": content["format"], "classes": content["classes"], "cases": content["cases"]}
+    assert Split.from_json(json.loads(json.dumps(old))) == split

@@ -31,7 +31,7 @@ def batch() -> Batch:
     axis = np.arange(8) - 3.5
     distance = np.sqrt(sum(a**2 for a in np.meshgrid(axis, axis, axis, indexing="ij")))
     labels = [np.broadcast_to(distance < radius, (2, 8, 8, 8)).astype(np.uint8) for radius in (1.6, 3.2)]
-    images = [(300.0 * label + rng.normal(0, 50, label.shape)).astype(np.float32) for label in labels]
+    images = [(300.0 * label + rng.normal(0, 50, label.shape)).astype(np.float32)[..., None] for label in labels]
     return Batch(tuple(map(jnp.asarray, images)), tuple(map(jnp.asarray, labels)))
 
 

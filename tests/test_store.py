@@ -1,5 +1,6 @@
 """The prepared data set: valid for others, exact for us, and never half of one."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 from autocontext_jax.data import preparation, resampling
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.store import format as store_format
 from autocontext_jax.data.store import reader, writer
 from autocontext_jax.data.store.level_grids import LevelGrids
@@ -36,16 +38,16 @@ def write_case(folder: Path, name: str = "case 1", seed: int = 0, organs: bool =
     for number in range(1, len(LABELS)):
         z, y, x = rng.integers(5, 40, 3)
         label[z : z + 20, y : y + 15, x : x + 25] = number * organs
-    case = Case(name, folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz")
-    scans.write_scan(case.image, voxels, SPACING, ORIGIN)
+    case = Case(name, (folder / f"{name}.nii.gz",), folder / f"{name}_label.nii.gz")
+    scans.write_scan(case.images[0], voxels, SPACING, ORIGIN)
     scans.write_scan(case.label, label, SPACING, ORIGIN)
     return case
 
 
 def expected_levels(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
     """Image and label of each level, coarsest first, straight from the files."""
-    scan = scans.read_scan(case.image)
-    label = scans.read_label(case.label, labels=range(len(LABELS)), like=scan.grid, case=case.name)
+    scan = scans.read_scan(case.images)
+    label = scans.read_label(case.label, values=range(len(LABELS)), like=scan.grid, case=case.name)
     return [
         (
             resampling.downsample_image(scan.voxels, (f, f, f)),
@@ -68,7 +70,7 @@ def prepared(tmp_path_factory) -> tuple[Case, str]:
     """One prepared case that no test writes to."""
     folder = tmp_path_factory.mktemp("prepared")
     case = write_case(folder)
-    assert preparation.prepare_case(case, str(folder / "store"), SETTINGS, LABELS)
+    assert preparation.prepare_case(case, str(folder / "store"), SETTINGS, LabelSpec.plain(LABELS))
     return case, str(folder / "store")
 
 
@@ -76,7 +78,7 @@ def prepared(tmp_path_factory) -> tuple[Case, str]:
 def own(tmp_path) -> tuple[Case, str]:
     """One prepared case to spoil."""
     case = write_case(tmp_path)
-    assert preparation.prepare_case(case, str(tmp_path / "store"), SETTINGS, LABELS)
+    assert preparation.prepare_case(case, str(tmp_path / "store"), SETTINGS, LabelSpec.plain(LABELS))
     return case, str(tmp_path / "store")
 
 
@@ -94,18 +96,20 @@ def test_others_read_what_was_written(prepared):
 
     for described in (image, masks):
         (multiscale,) = described.ome_attributes.multiscales
-        assert [(axis.name, axis.type, axis.unit) for axis in multiscale.axes] == [
-            (name, "space", "millimeter") for name in "zyx"
-        ]
+        axes = [(axis.name, axis.type) for axis in multiscale.axes]
+        channel = [("c", "channel")] if described is image else []
+        assert axes == [*channel, *((name, "space") for name in "zyx")]
+        assert {axis.unit for axis in multiscale.axes[-3:]} == {"millimeter"}
         assert [dataset.path for dataset in multiscale.datasets] == ["level_2", "level_1"]  # finest first
         for dataset, factor in zip(multiscale.datasets, (2, 4), strict=True):
             scale, translation = dataset.coordinateTransformations
-            np.testing.assert_allclose(scale.scale, np.multiply(SPACING, factor))
-            np.testing.assert_allclose(translation.translation, np.multiply(SPACING, (factor - 1) / 2))
+            ones, zeros = ([1], [0]) if channel else ([], [])
+            np.testing.assert_allclose(scale.scale, [*ones, *np.multiply(SPACING, factor)])
+            np.testing.assert_allclose(translation.translation, [*zeros, *np.multiply(SPACING, (factor - 1) / 2)])
     for level, (voxels, label) in enumerate(expected_levels(case), start=1):
         for path, expected in ((f"level_{level}", voxels), (f"labels/classes/level_{level}", label)):
             assert group[path].dtype == expected.dtype
-            assert group[path].metadata.dimension_names == ("z", "y", "x")
+            assert group[path].metadata.dimension_names == tuple("czyx"[-expected.ndim :])
             np.testing.assert_array_equal(group[path][:], expected)
 
     ours = group.attrs["autocontext_jax"]
@@ -119,7 +123,8 @@ def test_description(prepared):
     opened = PreparedCase.open(root, case.name)
     assert (opened.name, opened.labels) == (case.name, LABELS)
     assert opened.factors == ((4, 4, 4), (2, 2, 2))
-    assert opened.shapes == tuple(image.shape for image, _ in expected_levels(case))
+    assert opened.shapes == tuple(label.shape for _, label in expected_levels(case))
+    assert [channel.normalization for channel in opened.image.channels] == ["CT"]
     np.testing.assert_allclose(opened.spacing, np.multiply(SPACING, 2))
 
 
@@ -130,29 +135,27 @@ def test_crops_equal_a_padded_scan(prepared, cache_bytes):
     margin = 60
     size = (17, 8, 33)
     for level, (image, label) in enumerate(expected_levels(case), start=1):
-        padded = np.pad(image, margin, constant_values=-1024), np.pad(label, margin)
+        padded = np.pad(image[0], margin, constant_values=-1024)[None], np.pad(label, margin)
         # Along each axis: beyond on either side, across either border, inside, and larger than the scan.
-        starts = [(-50, -16, -3, 0, 5, n - 4, n, n + 20) for n in image.shape]
+        starts = [(-50, -16, -3, 0, 5, n - 4, n, n + 20) for n in label.shape]
         crops = [(start, size, opened.read(level, start, size)) for start in itertools.product(*starts)]
-        whole = tuple(n + 20 for n in image.shape)
+        whole = tuple(n + 20 for n in label.shape)
         crops.append(((-10, -10, -10), whole, opened.read(level, (-10, -10, -10), whole)))
         for start, edges, crop in crops:
             box = tuple(slice(margin + first, margin + first + n) for first, n in zip(start, edges, strict=True))
             for found, expected in zip(crop.result(), padded, strict=True):
                 assert found.dtype == expected.dtype
-                np.testing.assert_array_equal(found, expected[box], err_msg=f"level {level} at {start}")
+                np.testing.assert_array_equal(found, expected[(..., *box)], err_msg=f"level {level} at {start}")
 
 
 def test_reads_from_threads_and_after_pickling(prepared):
     case, root = prepared
     opened = PreparedCase.open(root, case.name)
-    expected, _ = expected_levels(case)[1]
+    expected, label = expected_levels(case)[1]
     copy = pickle.loads(pickle.dumps(opened))
     found: list[np.ndarray] = []
     readers = [
-        threading.Thread(
-            target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), expected.shape).result()[0])
-        )
+        threading.Thread(target=lambda handle=handle: found.append(handle.read(2, (0, 0, 0), label.shape).result()[0]))
         for handle in (opened, copy) * 4
     ]
     for thread in readers:
@@ -160,7 +163,7 @@ def test_reads_from_threads_and_after_pickling(prepared):
     for thread in readers:
         thread.join()
     assert len(found) == 8
-    for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), expected.shape).result()[0]]:
+    for image in [*found, pickle.loads(pickle.dumps(opened)).read(2, (0, 0, 0), label.shape).result()[0]]:
         np.testing.assert_array_equal(image, expected)
 
 
@@ -179,24 +182,29 @@ def test_foreground_lists_each_class(prepared):
 def test_second_run_skips(own):
     case, root = own
     before = times(Path(root))
-    assert not preparation.prepare_case(case, root, SETTINGS, LABELS)
-    assert not preparation.prepare_case(case, root, LevelGrids((4.0, 2.0)), LABELS)  # the same numbers
+    assert not preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
+    assert not preparation.prepare_case(case, root, LevelGrids((4.0, 2.0)), LabelSpec.plain(LABELS))  # the same numbers
     assert times(Path(root)) == before
 
 
-@pytest.mark.parametrize("change", ["image", "label", "factors", "spacing", "names"])
+@pytest.mark.parametrize("change", ["image", "label", "factors", "spacing", "names", "values", "annotated"])
 def test_a_change_prepares_again(own, tmp_path, change):
     case, root = own
-    settings, labels = SETTINGS, LABELS
+    settings, labels = SETTINGS, LabelSpec.plain(LABELS)
     if change in ("image", "label"):
         other = write_case(tmp_path, "other", seed=1)
-        os.replace(getattr(other, change), getattr(case, change))
+        old, new = ((each.images[0], each.label)[change == "label"] for each in (case, other))
+        os.replace(new, old)
     elif change == "factors":
         settings = LevelGrids((2, 1))
     elif change == "spacing":
         settings = LevelGrids((4, 2), "mm", (3.0, 1.5, 1.5))
+    elif change == "values":  # the file does not change, and what it means does
+        labels = LabelSpec.plain(("background", *LABELS[:0:-1]), (0, 1, 2, 3))
+    elif change == "annotated":
+        case = dataclasses.replace(case, annotated=LABELS[1:2])
     else:
-        labels = ("background", "vessel", *LABELS[2:])
+        labels = LabelSpec.plain(("background", "vessel", *LABELS[2:]))
     assert preparation.prepare_case(case, root, settings, labels)
     preparation.prepare_case(case, str(tmp_path / "clean"), settings, labels)
     assert contents(Path(root)) == contents(tmp_path / "clean")
@@ -209,7 +217,7 @@ def test_without_its_mark_a_case_is_prepared_again(own):
     (Path(root) / f"{case.name}.ome.zarr/level_1/stray").write_text("left by someone else", encoding="utf-8")
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete .*prepare the case again"):
         PreparedCase.open(root, case.name)
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
     assert contents(Path(root)) == clean
 
 
@@ -218,6 +226,7 @@ import os, signal, sys
 from pathlib import Path
 from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.store import writer
 from autocontext_jax.data.store.level_grids import LevelGrids
 
@@ -234,8 +243,8 @@ def open_then_die(*args, **keywords):
 if sys.argv[4] == "0":
     writer.ts.KvStore.KeyRange = die
 writer.ts.open = open_then_die
-case = Case(sys.argv[1], Path(sys.argv[2] + ".nii.gz"), Path(sys.argv[2] + "_label.nii.gz"))
-preparation.prepare_case(case, sys.argv[3], LevelGrids((4, 2)), {LABELS!r})
+case = Case(sys.argv[1], (Path(sys.argv[2] + ".nii.gz"),), Path(sys.argv[2] + "_label.nii.gz"))
+preparation.prepare_case(case, sys.argv[3], LevelGrids((4, 2)), LabelSpec.plain({LABELS!r}))
 """
 
 
@@ -251,7 +260,7 @@ def test_killed_while_writing_is_prepared_again(own, tmp_path, arrays):
         PreparedCase.open(root, case.name)
 
     write_case(tmp_path)  # the first content again: what the killed run left must not show
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
     assert contents(Path(root)) == clean
 
 
@@ -293,7 +302,7 @@ def test_a_description_that_is_not_what_was_written_is_refused_and_mended(own):
     mark.write_text(json.dumps(described), encoding="utf-8")
     with pytest.raises(UserError, match=r"case 1\.ome\.zarr is missing, incomplete or damaged: delete that folder"):
         PreparedCase.open(root, case.name)
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))
     PreparedCase.open(root, case.name)
 
     array = folder / "level_1" / "zarr.json"
@@ -313,9 +322,11 @@ def test_other_formats_and_no_store_are_named(own, monkeypatch):
     later = store_format.FORMAT + 1
     for module in (store_format, reader, preparation, writer):
         monkeypatch.setattr(module, "FORMAT", later)
-    with pytest.raises(UserError, match=r"case 1\.ome\.zarr has the format 3, expected 4: delete that folder"):
+    with pytest.raises(
+        UserError, match=rf"case 1\.ome\.zarr has the format {later - 1}, expected {later}: delete that folder"
+    ):
         PreparedCase.open(root, case.name)
-    assert preparation.prepare_case(case, root, SETTINGS, LABELS)  # and mends it
+    assert preparation.prepare_case(case, root, SETTINGS, LabelSpec.plain(LABELS))  # and mends it
 
 
 def test_finest_spacing_holds_for_every_scanner():
@@ -329,16 +340,19 @@ def test_bad_cases_are_collected_and_the_others_prepared(tmp_path):
     root = str(tmp_path / "store")
     small, good = write_case(tmp_path, "small", organs=False), write_case(tmp_path, "good")
     scans.write_scan(small.label, np.zeros((5, 5, 5), np.uint8), SPACING, ORIGIN)
-    unlabelled, lost = Case("unlabelled", good.image, None), Case("lost", tmp_path / "lost.nii.gz", good.label)
+    unlabelled, lost = (
+        Case("unlabelled", (good.images[0],), None),
+        Case("lost", (tmp_path / "lost.nii.gz",), good.label),
+    )
     done: list[str] = []
     cases = [small, unlabelled, good, lost]
-    bad = preparation.prepare_cases(cases, root, SETTINGS, LABELS, workers=2, progress=done.append)
+    bad = preparation.prepare_cases(cases, root, SETTINGS, LabelSpec.plain(LABELS), workers=2, progress=done.append)
     assert sorted(done) == ["good", "lost", "small", "unlabelled"]
     assert [case for case, _ in bad] == [small, unlabelled, lost]
     for (case, message), expected in zip(bad, ("5", "no label", "lost.nii.gz"), strict=True):
         assert message.startswith(f"case {case.name}: ")
         assert expected in message
-    assert not preparation.prepare_case(good, root, SETTINGS, LABELS)  # it is there
+    assert not preparation.prepare_case(good, root, SETTINGS, LabelSpec.plain(LABELS))  # it is there
     assert sorted(path.name for path in Path(root).iterdir()) == ["good.ome.zarr"]
 
 

@@ -50,8 +50,9 @@ def make_augment(
         numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on
           its place in the batch or on the device;
         spacing [B, 3] is the finest level's, mm;
-        images and labels hold for each trained level [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8;
-      and the result holds for each level [B, N, N, N] float32 HU and uint8.
+        images and labels hold for each trained level [B, C, N + 2 m_z, N + 2 m_y, N + 2 m_x] as it is stored and
+          [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] uint8;
+      and the result holds for each level [B, N, N, N, C] float32 and [B, N, N, N] uint8.
     """
     shape = patch_shape(patch_size, spatial_dims)
     scales = [
@@ -59,13 +60,10 @@ def make_augment(
     ]
     trained = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
 
-    def flipped(key):
-        return jax.random.bernoulli(jax.random.fold_in(key, 2))
-
     def draw_sample(key, spacing):
         if spatial is None:
             return (None,) * len(trained)
-        field = _draw_field(jax.random.split(key)[0], spatial, patch_size, len(margins), spatial_dims, flipped(key))
+        field = _draw_field(jax.random.split(key)[0], spatial, patch_size, len(margins), spatial_dims, _flipped(key))
         return tuple(
             [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in trained
         )
@@ -74,24 +72,21 @@ def make_augment(
         image_out, label_out = [], []
         for image, label, position, (_, margin) in zip(images, labels, positions, trained, strict=True):
             if position is None:
-                moved = tuple(_centre(array, shape, margin) for array in (image, label))
+                moved = jnp.moveaxis(_centre(image, shape, margin), 0, -1), _centre(label, shape, margin)
             else:
                 moved = _resample(image, label, position)
             image_out.append(moved[0].astype(jnp.float32))
             label_out.append(moved[1])
         if spatial is not None and spatial.flip_classes:
-            classes = jnp.asarray(spatial.flip_classes, jnp.uint8)
-            label_out = [jnp.where(flipped(key), classes[label], label) for label in label_out]
+            table = jnp.asarray(spatial.flip_numbers or spatial.flip_classes, jnp.uint8)
+            label_out = [jnp.where(_flipped(key), table[label], label) for label in label_out]
         return _change_intensity(jax.random.split(key)[1], image_out, intensity), tuple(label_out)
 
-    def sample_keys(key, numbers):
-        return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-
     def draw(key, numbers, spacing):
-        return jax.vmap(draw_sample)(sample_keys(key, numbers), spacing)
+        return jax.vmap(draw_sample)(_sample_keys(key, numbers), spacing)
 
     def move(key, numbers, *arrays):
-        return jax.vmap(move_sample)(sample_keys(key, numbers), *arrays)
+        return jax.vmap(move_sample)(_sample_keys(key, numbers), *arrays)
 
     options = compiler_options(jax.default_backend(), deterministic=deterministic)
     draw, move = (jax.jit(program, out_shardings=sharding, compiler_options=options) for program in (draw, move))
@@ -101,6 +96,38 @@ def make_augment(
         return move(key, numbers, draw(key, numbers, spacing), images, labels)
 
     return augment
+
+
+def make_flip_known(
+    flip_classes: tuple[int, ...], sharding: jax.sharding.Sharding | None = None
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """What the samples' cases annotate, after the left and right sides of some are exchanged by `make_augment`.
+
+    Args:
+      flip_classes: see `SpatialRanges`.
+      sharding: of the result's axis B over devices.
+
+    Returns:
+      A function (key, numbers, known) -> known, [B, K] bool each; key and numbers as in `make_augment`.
+    """
+    if flip_classes == tuple(range(len(flip_classes))):
+        return lambda key, numbers, known: known
+    table = np.array(flip_classes)
+
+    def flip(key, numbers, known):
+        flipped = jax.vmap(_flipped)(_sample_keys(key, numbers))
+        return jnp.where(flipped[:, None], known[:, table], known)
+
+    return jax.jit(flip, out_shardings=sharding)
+
+
+def _sample_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+
+
+def _flipped(key: jax.Array) -> jax.Array:
+    """Whether a sample's left and right are exchanged, if the ranges allow it."""
+    return jax.random.bernoulli(jax.random.fold_in(key, 2))
 
 
 def _draw_field(
@@ -175,14 +202,14 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
     """Reads a level's crop at `position`: the image linearly, the label at the nearest voxel.
 
     Args:
-      image: [D, H, W], int16; D may be 1.
+      image: [C, D, H, W], of any type; D may be 1.
       label: [D, H, W], uint8.
       position: three arrays [N, N, N] or [1, N, N], voxels of this level about the crop's centre.
 
     Returns:
-      image float32 and label uint8 in the shape of the positions.
+      image [..., C] float32 and label uint8, where ... is the shape of the positions.
     """
-    shape = image.shape
+    shape = label.shape
     base, fraction, nearest = [], [], []
     for along, size in zip(position, shape, strict=True):
         index = jnp.clip(along + (size - 1) / 2, 0, size - 1)
@@ -195,35 +222,45 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
     def flat(indices):
         return sum(index * stride for index, stride in zip(indices, strides, strict=True))
 
-    voxels, corner = image.ravel(), flat(base)
-
-    def corner_value(dz: int, dy: int, dx: int) -> jax.Array:
-        offset = dz * strides[0] + dy * strides[1] + dx
-        return voxels.at[corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
-
-    depths = range(min(2, shape[0]))
+    corner, depths = flat(base), range(min(2, shape[0]))
 
     def lerp(low, high, weight):
         return low + weight * (high - low)
 
-    rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in depths]
-    planes = [lerp(row[0], row[1], fraction[1]) for row in rows]
+    def interpolated(channel: jax.Array) -> jax.Array:
+        voxels = channel.ravel()
+
+        def corner_value(dz: int, dy: int, dx: int) -> jax.Array:
+            offset = dz * strides[0] + dy * strides[1] + dx
+            return voxels.at[corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
+
+        rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in depths]
+        planes = [lerp(row[0], row[1], fraction[1]) for row in rows]
+        return planes[0] if len(planes) == 1 else lerp(planes[0], planes[1], fraction[0])
+
     labels = label.ravel().at[flat(nearest)].get(mode="promise_in_bounds")
-    return (planes[0] if len(planes) == 1 else lerp(planes[0], planes[1], fraction[0])), labels
+    # A channel at a time: XLA would write all eight corners of several to memory before it interpolates between them.
+    return jnp.stack([interpolated(channel) for channel in image], axis=-1), labels
 
 
 def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:
-    return lax.slice(array, margin, tuple(m + size for m, size in zip(margin, shape, strict=True)))
+    """Without the margins: [..., N + 2 m_z, N + 2 m_y, N + 2 m_x] -> [..., N, N, N]."""
+    inside = (slice(m, m + size) for m, size in zip(margin, shape, strict=True))
+    return array[..., *inside]
 
 
 def _change_intensity(key: jax.Array, images: list[jax.Array], ranges: IntensityRanges) -> tuple[jax.Array, ...]:
-    """The same shift and contrast for all levels of a sample; noise of the same strength, but independent."""
+    """The same shift and contrast for all levels of a sample; noise of the same strength, but independent.
+
+    Each channel of the images, [N, N, N, C], has its own.
+    """
     if ranges == IntensityRanges():
         return tuple(images)
     scale_key, shift_key, strength_key, noise_key = jax.random.split(key, 4)
-    scale = 1 + ranges.scale * jax.random.uniform(scale_key, minval=-1, maxval=1)
-    shift = ranges.shift * jax.random.uniform(shift_key, minval=-1, maxval=1)
-    strength = ranges.noise * jax.random.uniform(strength_key)
+    channels = images[0].shape[-1:]
+    scale = 1 + ranges.scale * jax.random.uniform(scale_key, channels, minval=-1, maxval=1)
+    shift = ranges.shift * jax.random.uniform(shift_key, channels, minval=-1, maxval=1)
+    strength = ranges.noise * jax.random.uniform(strength_key, channels)
     return tuple(
         image * scale + shift + strength * jax.random.normal(level_key, image.shape)
         for level_key, image in zip(jax.random.split(noise_key, len(images)), images, strict=True)

@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
+from autocontext_jax.data.labels import IGNORE, LabelSpec
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.geometry import Triple
 
@@ -24,6 +24,7 @@ class SpatialRanges:
       probability: that a patch is moved at all.
       flip_classes: [K] the class that each class becomes when left and right are exchanged, which happens to half of
         the patches; () exchanges none.
+      flip_numbers: the same of the numbers in label maps; () where they are those of the classes.
     """
 
     rotation: float = 5.0
@@ -33,6 +34,7 @@ class SpatialRanges:
     scaling: float = 0.0
     probability: float = 1.0
     flip_classes: tuple[int, ...] = ()
+    flip_numbers: tuple[int, ...] = ()
 
     @property
     def elastic_limit(self) -> float:
@@ -55,9 +57,9 @@ class IntensityRanges:
     """How far the intensity augmentation may go; zeros leave the image as it is.
 
     Attributes:
-      noise: largest standard deviation of white noise, HU.
-      shift: largest shift of all intensities, HU.
-      scale: largest relative change of contrast about 0 HU.
+      noise: largest standard deviation of white noise, in units of what is stored: HU of CT, see `images.spec`.
+      shift: largest shift of all intensities, in the same units.
+      scale: largest relative change of contrast about 0.
     """
 
     noise: float = 0.0
@@ -78,10 +80,11 @@ class AugmentationConfig:
       probability: share of the patches that are moved. Moving interpolates, and so blurs a little, which scans never
         are when they are predicted.
       flip: whether left and right are exchanged in half of the patches.
-      flip_pairs: classes that exchange names with it, such as ("right_kidney=left_kidney",).
-      noise: largest standard deviation of white noise, HU.
-      intensity_shift: largest shift of all intensities, HU.
-      intensity_scale: largest relative change of contrast about 0 HU.
+      flip_pairs: classes that exchange names with it, such as ("right_kidney=left_kidney",); of regions those of one
+        value each.
+      noise: largest standard deviation of white noise, in units of what is stored: HU of CT, see `images.spec`.
+      intensity_shift: largest shift of all intensities, in the same units.
+      intensity_scale: largest relative change of contrast about 0.
     """
 
     rotation: float = 5.0
@@ -104,8 +107,9 @@ class AugmentationConfig:
         require(self.elastic_spacing >= 1, self, "elastic_spacing", "at least 1")
         require(0 <= self.probability <= 1, self, "probability", "a share in [0, 1]")
 
-    def spatial(self, classes: Sequence[str]) -> SpatialRanges | None:
-        """The spatial ranges for a data set's classes; None if nothing moves."""
+    def spatial(self, labels: LabelSpec) -> SpatialRanges | None:
+        """The spatial ranges for a data set's labels; None if nothing moves."""
+        flip_classes = self.flip_classes(labels)
         ranges = SpatialRanges(
             self.rotation,
             self.translation,
@@ -113,7 +117,8 @@ class AugmentationConfig:
             self.elastic_spacing,
             self.scaling,
             self.probability,
-            self.flip_classes(classes),
+            flip_classes,
+            _flip_numbers(labels, flip_classes),
         )
         return ranges if ranges.moves else None
 
@@ -121,18 +126,19 @@ class AugmentationConfig:
         """The intensity ranges."""
         return IntensityRanges(self.noise, self.intensity_shift, self.intensity_scale)
 
-    def flip_classes(self, classes: Sequence[str]) -> tuple[int, ...]:
-        """The class that each class becomes when left and right are exchanged; () if they never are.
+    def flip_classes(self, labels: LabelSpec) -> tuple[int, ...]:
+        """[K] the class that each class becomes when left and right are exchanged; () if they never are.
 
         Args:
-          classes: [K] names, background first.
+          labels: of the data set.
 
         Raises:
-          UserError: a pair with an unknown class, or with a class of another pair.
+          UserError: a pair with an unknown class, with a class of another pair, or with a region of several values; or
+            another region holds a part of a pair alone.
         """
         if not self.flip:
             return ()
-        names = list(classes)
+        names = list(labels.classes)
         numbers = list(range(len(names)))
         for pair in self.flip_pairs:
             right, _, left = pair.partition("=")
@@ -146,8 +152,37 @@ class AugmentationConfig:
                 raise UserError(
                     f"config key augmentation.flip_pairs holds {pair!r}; expected each class in one pair at most"
                 )
+            if several := [name for name in (right, left) if len(labels.members[names.index(name)]) > 1]:
+                raise UserError(
+                    f"config key augmentation.flip_pairs holds {pair!r}, and {several[0]} is a region of several "
+                    "values; expected classes of one value each"
+                )
             numbers[first], numbers[second] = second, first
+        table = _flip_numbers(labels, tuple(numbers))
+        for number, name in enumerate(names if labels.regions else ()):
+            after = sorted(table[member] for member in labels.members[number])
+            if after != sorted(labels.members[numbers[number]]):
+                raise UserError(
+                    f"config key augmentation.flip_pairs is {self.flip_pairs!r}, and {name} is a region with one side "
+                    "of a pair alone, which would show the other side when left and right are exchanged; expected "
+                    "regions of both sides: set augmentation.flip=False"
+                )
         return tuple(numbers)
+
+
+def _flip_numbers(labels: LabelSpec, flip_classes: tuple[int, ...]) -> tuple[int, ...]:
+    """The number that each number in label maps becomes when its class becomes that of `flip_classes`.
+
+    () where that is the same table: numbers of ordinary classes, all voxels labelled.
+    """
+    if not flip_classes or not (labels.regions or labels.ignore >= 0):
+        return ()
+    table = list(range(IGNORE + 1))  # beyond the data set's numbers, IGNORE stays what it is
+    for number, becomes in enumerate(flip_classes):
+        if number != becomes:
+            (old,), (new,) = labels.members[number], labels.members[becomes]
+            table[old] = new
+    return tuple(table)
 
 
 def crop_margins(

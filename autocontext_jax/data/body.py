@@ -5,6 +5,8 @@ import math
 import numpy as np
 from scipy import ndimage
 
+from autocontext_jax.data.labels import IGNORE
+
 # HU between air and everything of the body but the lungs, which lie inside its box anyway.
 THRESHOLD = -500
 # A region smaller than this share of the largest is noise. Hands and feet apart from the rest are larger.
@@ -57,8 +59,13 @@ def voxels_outside(image: np.ndarray, label: np.ndarray) -> int:
 
     Args:
       image: [D, H, W] int16, HU.
-      label: [D, H, W], 0 where nothing is labelled.
+      label: [D, H, W] of a stored label map; the background and `IGNORE` do not count.
     """
     box = body_box(image)
-    inside = 0 if box is None else np.count_nonzero(label[tuple(slice(*edges) for edges in box)])
-    return int(np.count_nonzero(label) - inside)
+
+    def outside(mask: np.ndarray) -> int:
+        inside = 0 if box is None else np.count_nonzero(mask[tuple(slice(*edges) for edges in box)])
+        return int(np.count_nonzero(mask) - inside)
+
+    lost = outside(label)
+    return lost - outside(label == IGNORE) if lost else 0

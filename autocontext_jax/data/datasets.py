@@ -7,11 +7,11 @@ import collections
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocontext_jax.data.labels import LabelSpec, parse_annotated, parse_labels
 from autocontext_jax.data.layouts import (
     Case,
     Root,
@@ -33,26 +33,40 @@ log = logging.getLogger(__name__)
 ABOUT = {
     "name", "dataset_name", "description", "reference", "citation", "licence", "license", "release", "relase",
     "tensorImageSize", "converted_by", "numTraining", "numTest", "labels", "modality", "training", "test",
-    "phantom",
+    "annotated", "phantom",
 }  # fmt: skip
 NNUNET = ABOUT | {"channel_names", "file_ending", "dataset", "regions_class_order", "overwrite_image_reader_writer"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A folder of cases.
+    """A folder of cases, or several, see `combination`.
 
     Attributes:
-      root: the folder that holds `dataset.json`.
-      labels: K names in the order of their values, "background" (0) first.
+      root: the folder that holds `dataset.json`; of several the one that holds them all.
+      labels: what the label files hold and what is learned of it.
+      channels: [C] names of the images' channels.
       training: every case with its label, by name.
       test: cases kept apart, by name; with labels where `labelsTs` has them.
+      folders: of the data sets, if they are several.
     """
 
     root: Path
-    labels: tuple[str, ...]
+    labels: LabelSpec
+    channels: tuple[str, ...]
     training: tuple[Case, ...]
     test: tuple[Case, ...]
+    folders: tuple[Path, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Every folder that holds a `dataset.json`."""
+        return self.folders or (self.root,)
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return ", ".join(map(str, self.sources))
 
 
 def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dataset:
@@ -65,9 +79,9 @@ def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dat
       outside_paths: whether `dataset.json` may name files outside the folder.
 
     Raises:
-      UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; labels are not 0..K-1 with
-        background at 0; there are several channels; an image lacks its label or a label its image; a case is named
-        twice; a path leads out of the folder; there is no case; there are not as many as the file says.
+      UserError: the folder or `dataset.json` is missing, is not JSON, or lacks a key; its labels cannot be, see
+        `parse_labels` and `parse_annotated`; there is no channel; an image lacks its label or a label its image; a case
+        is named twice; a path leads out of the folder; there is no case; there are not as many as the file says.
     """
     place = Root(Path(root), outside_paths)
     if not place.folder.is_dir():
@@ -87,18 +101,19 @@ def read_dataset(root: str | os.PathLike, *, outside_paths: bool = False) -> Dat
             f"{', '.join(description) or 'no key'}"
         )
     _check_cases(dataset)
-    return dataset
+    return _with_annotated(place.json, description, dataset)
 
 
 def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
     """nnU-Net v2: labels by name; cases lie side by side, or the key "dataset" names their files."""
-    _one_channel(root.json, "channel_names", description)
-    labels = _labels(root.json, get(str(root.json), description, "labels", dict))
+    channels = _channels(root.json, "channel_names", description)
+    by_name = get(str(root.json), description, "labels", dict)
+    labels = parse_labels(root.json, by_name, description.get("regions_class_order"))
     ending = get(str(root.json), description, "file_ending", str)
     check_ending(root, ending)
     _warn_of_keys(root, description, NNUNET)
     if "dataset" in description:
-        training = named_cases(root, get(str(root.json), description, "dataset", dict))
+        training = named_cases(root, get(str(root.json), description, "dataset", dict), channels)
         warn_of_unlisted(root, 'its key "dataset" does not name them', training, ("imagesTr", "labelsTr"))
         _warn_of_number(root, description, "numTraining", "dataset", training)
     else:
@@ -109,33 +124,33 @@ def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
                     f"{root.folder} has no folder {folder}: expected the training cases' {folder.removesuffix('Tr')} "
                     "there"
                 )
-        training = paired_cases(root, ending, "Tr")
+        training = paired_cases(root, ending, "Tr", channels)
         _check_number(root, description, "numTraining", "imagesTr", training)
         _warn_of_other_labels(root, description, training)
-    test = paired_cases(root, ending, "Ts")
+    test = paired_cases(root, ending, "Ts", channels)
     _check_number(root, description, "numTest", "imagesTs", test)
-    return Dataset(root.folder, labels, training, test)
+    return Dataset(root.folder, labels, channels, training, test)
 
 
 def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
     """MSD and nnU-Net v1: labels by value, cases in lists."""
-    _one_channel(root.json, "modality", description)
+    channels = _channels(root.json, "modality", description)
     by_value = get(str(root.json), description, "labels", dict)
     values: dict[str, str] = {}
     for value, name in by_value.items():
         if (other := values.setdefault(str(name), value)) != value:
             raise UserError(f'{root.json}: the labels {other} and {value} are both "{name}": expected each name once')
-    labels = _labels(root.json, values)
+    labels = parse_labels(root.json, values)
     _warn_of_keys(root, description, ABOUT)
-    training = listed_cases(root, "training", get(str(root.json), description, "training", list))
+    training = listed_cases(root, "training", get(str(root.json), description, "training", list), channels)
     _warn_of_number(root, description, "numTraining", "training", training)
     if "test" in description:
-        test = listed_cases(root, "test", get(str(root.json), description, "test", list), "labelsTs")
+        test = listed_cases(root, "test", get(str(root.json), description, "test", list), channels, "labelsTs")
         _warn_of_number(root, description, "numTest", "test", test)
     else:
         test = ()
     warn_of_unlisted(root, "no list of it names them", (*training, *test))
-    return Dataset(root.folder, labels, training, test)
+    return Dataset(root.folder, labels, channels, training, test)
 
 
 def _check_cases(dataset: Dataset) -> None:
@@ -154,15 +169,28 @@ def _check_cases(dataset: Dataset) -> None:
     for case in dataset.training:
         if case.label is None:
             raise UserError(
-                f'case {case.name}: "training" in {dataset.root / "dataset.json"} names no label of {case.image}: '
+                f'case {case.name}: "training" in {dataset.root / "dataset.json"} names no label of {case.images[0]}: '
                 'expected {"image": path, "label": path}, or the case taken out'
             )
     first: dict[Path, str] = {}
-    if shared := [case for case in cases if first.setdefault(case.image, case.name) != case.name]:
-        pairs = (f"{first[case.image]} and {case.name}" for case in shared)
+    if shared := [case for case in cases if first.setdefault(case.images[0], case.name) != case.name]:
+        pairs = (f"{first[case.images[0]]} and {case.name}" for case in shared)
         log.warning(
             "%s: different cases have the same image, and may be trained on and scored: %s", dataset.root, some(pairs)
         )
+
+
+def _with_annotated(path: Path, description: Mapping[str, Any], dataset: Dataset) -> Dataset:
+    """The data set with what single cases annotate."""
+    if "annotated" not in description:
+        return dataset
+    every = (*dataset.training, *dataset.test)
+    found = parse_annotated(path, description["annotated"], dataset.labels, [case.name for case in every])
+
+    def annotated(cases: Sequence[Case]) -> tuple[Case, ...]:
+        return tuple(dataclasses.replace(case, annotated=found.get(case.name)) for case in cases)
+
+    return dataclasses.replace(dataset, training=annotated(dataset.training), test=annotated(dataset.test))
 
 
 def _warn_of_keys(root: Root, description: Mapping[str, Any], known: set[str]) -> None:
@@ -210,35 +238,10 @@ def _warn_of_other_labels(root: Root, description: Mapping[str, Any], training: 
         )  # fmt: skip
 
 
-def _one_channel(path: Path, key: str, description: Mapping[str, Any]) -> None:
+def _channels(path: Path, key: str, description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the channels, in the order of their numbers."""
     channels = get(str(path), description, key, dict)
-    if len(channels) != 1:
-        found = ", ".join(map(str, channels.values())) or "none"
-        raise UserError(f'{path}: "{key}" has {len(channels)} channels ({found}): expected one, the CT')
-
-
-def _labels(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names in the order of their values, from name -> value; MSD writes the values as strings."""
-    names: dict[int, str] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            raise UserError(
-                f'{path}: label "{name}" is the region {value}: expected one value a label; regions overlap'
-            )
-        if name == "ignore":
-            raise UserError(f'{path}: label "ignore" ({value}) is not supported: expected every voxel labelled')
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
-            raise UserError(f'{path}: label "{name}" has the value {value!r}: expected a whole number from 0')
-        names[int(value)] = name
-    if sorted(names) == [0]:
-        raise UserError(f"{path}: the only label is {names[0]} 0: expected one or more beside the background")
-    if len(values) > 256:
-        raise UserError(f"{path} has {len(values)} labels: expected at most 256, background included")
-    if sorted(names) != list(range(len(values))) or not values:
-        found = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise UserError(f"{path}: labels are {found or 'none'}: expected the values 0, 1, 2, ... once each")
-    if names[0].lower() != "background":
-        raise UserError(f'{path}: label 0 is "{names[0]}": expected "background"')
-    return ("background", *(names[value] for value in range(1, len(names))))
+    if sorted(channels) != sorted(str(number) for number in range(len(channels))) or not channels:
+        found = ", ".join(f'"{number}": {shown(name)}' for number, name in channels.items()) or "empty"
+        raise UserError(f'{path}: "{key}" is {found}: expected channels with the numbers "0", "1", ..., as "0": "CT"')
+    return tuple(str(channels[str(number)]) for number in range(len(channels)))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocontext_jax.data.labels import FileLabels
 from autocontext_jax.errors import UserError, some
 from autocontext_jax.files import is_file
 from autocontext_jax.images.formats import FORMATS, scan_name, suffix_of
@@ -28,15 +29,19 @@ class Case:
 
     Attributes:
       name: of the case.
-      image: file of the scan.
+      images: files of the scan: one, or of several channels one for each.
       label: file of the label map; None if there is none.
-      checksum: of both files' content, where it is known; "" elsewhere.
+      checksum: of the files' content, where it is known; "" elsewhere.
+      annotated: names of the classes that its label map shows where they are; None for all. The others may be anywhere.
+      files: how its label map is read; None as `LabelSpec.files` of its data set says.
     """
 
     name: str
-    image: Path
+    images: tuple[Path, ...]
     label: Path | None
     checksum: str = ""
+    annotated: tuple[str, ...] | None = None
+    files: FileLabels | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +132,18 @@ def shown(value: Any) -> str:
     return _KINDS[type(value)] if isinstance(value, dict | list) else json.dumps(value)[:200]
 
 
-def paired_cases(root: Root, ending: str, side: str) -> tuple[Case, ...]:
+def paired_cases(root: Root, ending: str, side: str, channels: Sequence[str]) -> tuple[Case, ...]:
     """The cases of nnU-Net v2's folders: images<side>/<case>_0000<ending> with labels<side>/<case><ending>.
 
     Args:
       root: of the data set.
       ending: of every file.
       side: "Tr", where every case must have its label; or "Ts".
+      channels: their names: a case has one file for each (_0000, _0001, ...), or one that holds all.
 
     Raises:
       UserError: an image or a label lacks the other, has a name of another form or an ending of its own, or a case has
-        several channels.
+        other channels.
     """
     images, labels = root.folder / f"images{side}", root.folder / f"labels{side}"
     found: dict[str, dict[str, Path]] = {}
@@ -146,23 +152,31 @@ def paired_cases(root: Root, ending: str, side: str) -> tuple[Case, ...]:
         if not name or not re.fullmatch(r"\d{4}", channel):
             raise UserError(f"{path} is not named as nnU-Net's images: expected <case>_0000{ending}")
         found.setdefault(name, {})[channel] = path
-    for name, channels in sorted(found.items()):
-        if list(channels) != ["0000"]:
-            files = ", ".join(path.name for path in channels.values())
-            raise UserError(f"case {name}: its images in {images} are {files}: expected one channel, the CT (_0000)")
+    for name, files in sorted(found.items()):
+        _check_channels(name, list(files.values()), list(files), channels)
     truth = {path.name.removesuffix(ending): path for path in _with_ending(labels, ending)}
     if orphans := sorted(truth.keys() - found.keys()):
         raise UserError(
             f"case {orphans[0]}: {truth[orphans[0]]} has no image: expected {images / orphans[0]}_0000{ending}, or no "
             "label"
         )
-    cases = tuple(Case(name, found[name]["0000"], truth.get(name)) for name in sorted(found))
+    cases = tuple(Case(name, tuple(found[name].values()), truth.get(name)) for name in sorted(found))
     for case in cases:
         if case.label is None and side == "Tr":
             raise UserError(
-                f"case {case.name}: {case.image} has no label: expected {labels / case.name}{ending}, or no image"
+                f"case {case.name}: {case.images[0]} has no label: expected {labels / case.name}{ending}, or no image"
             )
     return cases
+
+
+def _check_channels(name: str, files: Sequence[Path], numbers: Sequence[str], channels: Sequence[str]) -> None:
+    """Refuses a case whose files are neither one for each channel nor one that holds all."""
+    every = [f"{number:04d}" for number in range(len(channels))]
+    if list(numbers) not in (every, every[:1]):
+        found = ", ".join(path.name for path in files)
+        several = f"{len(channels)} channels, {', '.join(channels)} (_0000 to _{every[-1]}), or all in one file (_0000)"
+        expected = f"one channel, {channels[0]} (_0000)" if len(channels) == 1 else several
+        raise UserError(f"case {name}: its images in {files[0].parent} are {found}: expected {expected}")
 
 
 def _with_ending(folder: Path, ending: str) -> list[Path]:
@@ -201,13 +215,13 @@ def visible(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def named_cases(root: Root, entries: Mapping[str, Any]) -> tuple[Case, ...]:
+def named_cases(root: Root, entries: Mapping[str, Any], channels: Sequence[str]) -> tuple[Case, ...]:
     """The training cases of nnU-Net v2's key "dataset": {case: {"images": [path], "label": path}}.
 
     As in nnU-Net, $NAME in a path stands for the environment variable, if there is one.
 
     Raises:
-      UserError: an entry has another form or several images; a file does not exist; see `Root.path`.
+      UserError: an entry has another form or other channels; a file does not exist; see `Root.path`.
     """
     cases = []
     for name, entry in entries.items():
@@ -217,21 +231,25 @@ def named_cases(root: Root, entries: Mapping[str, Any]) -> tuple[Case, ...]:
         if not isinstance(entry, dict):
             raise UserError(f'{root.json}, {place} is {shown(entry)}: expected {{"images": [path], "label": path}}')
         images = get(f"{root.json}, {place}", entry, "images", list)
-        if len(images) != 1 or not isinstance(images[0], str):
+        if len(images) not in (1, len(channels)) or not all(isinstance(image, str) for image in images):
             found = ", ".join(map(shown, images)) or "empty"
-            raise UserError(f'{root.json}, {place}: "images" is {found}: expected one path, that of the CT')
-        words = images[0], get(f"{root.json}, {place}", entry, "label", str)
-        image, label = (root.path(os.path.expandvars(path), place) for path in words)
-        for what, path, word in (("image", image, words[0]), ("label", label, words[1])):
+            paths = f"{len(channels)} paths or one" if len(channels) > 1 else "one path"
+            raise UserError(f'{root.json}, {place}: "images" is {found}: expected {paths}, for {", ".join(channels)}')
+        words = *images, get(f"{root.json}, {place}", entry, "label", str)
+        files = [root.path(os.path.expandvars(path), place) for path in words]
+        for path, word in zip(files, words, strict=True):
             if not is_file(path):
+                what = "label" if path is files[-1] else "image"
                 raise UserError(
                     f'{root.json}, {place}: its {what} "{word}" does not exist: add the file, or take the case out'
                 )
-        cases.append(Case(name, image, label))
+        cases.append(Case(name, tuple(files[:-1]), files[-1]))
     return tuple(sorted(cases, key=lambda case: case.name))
 
 
-def listed_cases(root: Root, key: str, entries: Sequence[Any], labels: str | None = None) -> tuple[Case, ...]:
+def listed_cases(
+    root: Root, key: str, entries: Sequence[Any], channels: Sequence[str], labels: str | None = None
+) -> tuple[Case, ...]:
     """The cases of one of MSD's lists: {"image": path, "label": path}, or a path.
 
     Where nnU-Net v1 has prepared the data set, the list names `case.nii.gz`, and the file is `case_0000.nii.gz`.
@@ -240,6 +258,7 @@ def listed_cases(root: Root, key: str, entries: Sequence[Any], labels: str | Non
       root: of the data set.
       key: of the list, for messages.
       entries: of the list.
+      channels: their names. A file of several channels is 4D.
       labels: folder where the labels of those lie that name none.
 
     Raises:
@@ -253,8 +272,8 @@ def listed_cases(root: Root, key: str, entries: Sequence[Any], labels: str | Non
         if listed.name.startswith("."):
             continue
         name = scan_name(listed)
-        image = _first_channel(listed)
-        if not is_file(image):
+        images = _files_of(listed, channels)
+        if not is_file(images[0]):
             raise UserError(f"case {name}: {listed} does not exist: add the image or take it out of dataset.json")
         label = None
         if "label" in parts:
@@ -264,22 +283,23 @@ def listed_cases(root: Root, key: str, entries: Sequence[Any], labels: str | Non
         elif labels:
             paths = (root.folder / labels / each for each in dict.fromkeys((listed.name, _without_channel(listed))))
             label = next((path for path in paths if is_file(path)), None)
-        cases.append(Case(name, image, label))
+        cases.append(Case(name, images, label))
     return tuple(sorted(cases, key=lambda case: case.name))
 
 
-def _first_channel(listed: Path) -> Path:
-    """The file of an image in a list; see `listed_cases`."""
+def _files_of(listed: Path, channels: Sequence[str]) -> tuple[Path, ...]:
+    """The files of an image in a list; see `listed_cases`."""
     name = scan_name(listed)
-    first, second = (listed.with_name(f"{name}_000{number}{listed.name[len(name) :]}") for number in (0, 1))
-    if is_file(listed) or not is_file(first):
-        return listed
-    if is_file(second):
-        raise UserError(
-            f"case {name}: its images in {listed.parent} are {first.name} and {second.name}: expected one channel, the "
-            "CT (_0000)"
-        )
-    return first
+    numbered = [
+        (f"{number:04d}", path)
+        for number in range(len(channels) + 1)
+        if is_file(path := listed.with_name(f"{name}_{number:04d}{listed.name[len(name) :]}"))
+    ]
+    if is_file(listed) or not numbered:
+        return (listed,)
+    numbers, files = zip(*numbered, strict=True)
+    _check_channels(name, files, numbers, channels)
+    return tuple(files)
 
 
 def _without_channel(listed: Path) -> str:
@@ -289,7 +309,7 @@ def _without_channel(listed: Path) -> str:
 
 def warn_of_unlisted(root: Root, why: str, cases: Iterable[Case], folders: Sequence[str] = FOLDERS) -> None:
     """Names what lies in the folders and belongs to no case, where `dataset.json` names the files."""
-    taken = {os.path.realpath(path) for case in cases for path in (case.image, case.label) if path is not None}
+    taken = {os.path.realpath(path) for case in cases for path in (*case.images, case.label) if path is not None}
     left = [path for name in folders for path in visible(root.folder / name) if os.path.realpath(path) not in taken]
     if left:
         log.warning(

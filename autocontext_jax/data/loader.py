@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from autocontext_jax.data.augment import Augment, make_augment
+from autocontext_jax.data.augment import Augment, make_augment, make_flip_known
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_centre
-from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import require
 from autocontext_jax.geometry import Triple, patch_shape, pyramid_starts
@@ -98,6 +97,7 @@ class Loader:
         )
         self._batch_size = config.batch_size
         self._sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+        self._flip_known = make_flip_known(spatial.flip_classes if spatial else (), self._sharding)
         self._names = [case.name for case in cases]
         self._sequence = case_batches(len(cases), config.batch_size, seed=seed)
         rows = local_rows(self._sharding, config.batch_size)
@@ -106,8 +106,12 @@ class Loader:
     def __iter__(self) -> Iterator:
         return self
 
-    def __next__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """(images, labels), each trained level's [B, N, N, N], coarsest first; float32 HU and uint8."""
+    def __next__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array | None]:
+        """(images, labels, known).
+
+        Images and labels are each trained level's, coarsest first: [B, N, N, N, C] float32 and [B, N, N, N] uint8.
+        `known` [B, K] bool says which classes each sample's case annotates; None if all cases annotate all.
+        """
         local = next(self._host)
 
         def place(array: np.ndarray) -> jax.Array:
@@ -115,7 +119,11 @@ class Loader:
             return jax.make_array_from_process_local_data(self._sharding, array, shape)
 
         batch = jax.tree.map(place, local)
-        return self._augment(self._key, batch["numbers"], batch["spacing"], batch["images"], batch["labels"])
+        numbers, known = batch["numbers"], batch.get("known")
+        if known is not None:
+            known = self._flip_known(self._key, numbers, known)
+        images, labels = self._augment(self._key, numbers, batch["spacing"], batch["images"], batch["labels"])
+        return images, labels, known
 
     def cases_of(self, number: int) -> list[str]:
         """Names of the cases in batch `number`, from 0, of the whole sequence."""
@@ -178,11 +186,13 @@ def host_batches(
     `margins` are those of each case. Each element is a dict of
       numbers: [b] uint32, the samples' places in the whole run's sequence;
       spacing: [b, 3] float32, the finest level's, mm;
-      images, labels: for each trained level [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] int16 HU and uint8, with m the largest
-        of all cases' margins.
+      images, labels: for each trained level [b, C, N + 2 m_z, N + 2 m_y, N + 2 m_x] as it is stored and
+        [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] uint8, with m the largest of all cases' margins;
+      known: [b, K] bool, the classes that each sample's case annotates; only if some of the cases do not annotate all.
     """
     mine = np.arange(config.batch_size, dtype=np.uint32)[rows or slice(None)]
     largest = largest_margins(margins)
+    partly = partly_annotated(cases)
 
     def draw(numbers: np.ndarray, rng: np.random.Generator) -> list[tuple[PreparedCase, Triple, Margins]]:
         # Every process draws for the whole batch, so that the sequence does not depend on how many there are.
@@ -205,7 +215,7 @@ def host_batches(
     def read(index: int, crops: list[tuple[PreparedCase, Triple, Margins]]) -> dict[str, Any]:
         return {
             "numbers": np.uint32(index * config.batch_size) + mine,
-            **read_batch(crops, config.patch_size, largest, spatial_dims),
+            **read_batch(crops, config.patch_size, largest, spatial_dims, known=partly),
         }
 
     # Seeds are given to each stage, so that adding a stage does not change the others.
@@ -214,22 +224,30 @@ def host_batches(
     return iter(sequence.map_with_index(read).to_iter_dataset(options))
 
 
+def partly_annotated(cases: Sequence[PreparedCase]) -> bool:
+    """Whether any of the cases leaves classes out, so that batches say which ones each sample's case annotates."""
+    return not all(all(case.known) for case in cases)
+
+
 def read_batch(
     crops: Sequence[tuple[PreparedCase, Triple, Margins]],
     patch_size: int,
     margins: Margins,
     spatial_dims: int = 3,
+    *,
+    known: bool = False,
 ) -> dict[str, Any]:
     """Crops of the pyramid patches around given centres; `host_batches` says of what shape.
 
     All reads are under way together: levels and samples wait for the disk once, not one after another. Of each case no
-    more is read than its own margins; beyond them the arrays hold air and background, which augmentation never reads.
+    more is read than its own margins; beyond them the arrays hold padding, which augmentation never reads.
 
     Args:
       crops: of each sample its case, the patch's centre as a voxel of the finest level, and the case's margins.
       patch_size: N.
       margins: of the arrays, at least each case's.
       spatial_dims: 3 or 2.
+      known: whether the batch says which classes each sample's case annotates, see `partly_annotated`.
     """
     trained = {level: margin for level, margin in enumerate(margins, start=1) if margin is not None}
     shape = patch_shape(patch_size, spatial_dims)
@@ -237,7 +255,10 @@ def read_batch(
         level: (len(crops), *(size + 2 * m for size, m in zip(shape, margin, strict=True)))
         for level, margin in trained.items()
     }
-    images = {level: np.empty(size, np.int16) for level, size in sizes.items()}
+    spec = crops[0][0].image
+    images = {
+        level: np.empty((number, len(spec.channels), *size), spec.dtype) for level, (number, *size) in sizes.items()
+    }
     labels = {level: np.empty(size, np.uint8) for level, size in sizes.items()}
     pending = []
     for sample, (case, centre, own) in enumerate(crops):
@@ -248,9 +269,9 @@ def read_batch(
             depth, height, width = (size + 2 * m for size, m in zip(shape, needed, strict=True))
             inside = tuple(slice(m - n, m + size + n) for m, n, size in zip(margin, needed, shape, strict=True))
             if needed != margin:
-                images[level][sample].fill(AIR)
+                images[level][sample][...] = spec.padding
                 labels[level][sample].fill(0)
-            into = images[level][sample][inside], labels[level][sample][inside]
+            into = images[level][sample][..., *inside], labels[level][sample][inside]
             pending.append(case.read(level, (z, y, x), (depth, height, width), into))
     for read in pending:
         read.result()
@@ -258,4 +279,5 @@ def read_batch(
         "spacing": np.array([case.spacing for case, _, _ in crops], np.float32),
         "images": tuple(images.values()),
         "labels": tuple(labels.values()),
+        **({"known": np.array([case.known for case, _, _ in crops])} if known else {}),
     }

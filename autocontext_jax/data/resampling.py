@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from autocontext_jax.data.labels import IGNORE
 from autocontext_jax.geometry import level_shape
 
 _SLAB = 16  # native slices in float32 at a time: bounds memory, still feeds the matrix products
@@ -42,29 +43,36 @@ def downsample_image(voxels: np.ndarray, factors: tuple[float, float, float]) ->
     """The image on a level's grid.
 
     Args:
-      voxels: [D, H, W] int16, HU.
+      voxels: [..., D, H, W], int16 or float32.
       factors: native voxels per voxel of the level along (z, y, x).
 
     Returns:
-      [D', H', W'] int16, HU: means over area, rounded half to even.
+      [..., D', H', W'] of the same type: means over area; of integers rounded half to even.
     """
     if all(factor == 1 for factor in factors):
         return voxels
-    level = np.empty(level_shape(voxels.shape, factors), np.int16)
-    for rows, slices, weights in _slabs(voxels.shape, factors):
-        level[rows] = np.rint(_mean(voxels[slices], weights))
+    *channels, depth, height, width = voxels.shape
+    native = (depth, height, width)
+    level = np.empty((*channels, *level_shape(native, factors)), voxels.dtype)
+    for rows, slices, weights in _slabs(native, factors):
+        for channel in np.ndindex(*channels):
+            mean = _mean(voxels[channel][slices], weights)
+            level[channel][rows] = np.rint(mean) if voxels.dtype == np.int16 else mean
     return level
 
 
-def downsample_label(labels: np.ndarray, factors: tuple[float, float, float], classes: int) -> np.ndarray:
-    """The label on a level's grid: in each voxel the class with the largest area.
+def downsample_label(
+    labels: np.ndarray, factors: tuple[float, float, float], numbers: int, *, ignore: bool = False
+) -> np.ndarray:
+    """The label on a level's grid: in each voxel the number with the largest area.
 
     A tie goes to the larger number, so that background never wins one: a vessel as wide as half a voxel stays.
 
     Args:
-      labels: [D, H, W] uint8, each below classes.
+      labels: [D, H, W] uint8, each below `numbers`, or `IGNORE`.
       factors: native voxels per voxel of the level along (z, y, x).
-      classes: K, background included.
+      numbers: V, how many there are, background included.
+      ignore: whether there may be voxels of `IGNORE`, which counts as one number more.
 
     Returns:
       [D', H', W'] uint8.
@@ -75,7 +83,7 @@ def downsample_label(labels: np.ndarray, factors: tuple[float, float, float], cl
     for rows, slices, weights in _slabs(labels.shape, factors):
         slab, winner = labels[slices], level[rows]
         areas = {}
-        for number in range(1, classes):
+        for number in (*range(1, numbers), *[IGNORE] * ignore):
             if (mask := slab == number).any():
                 areas[number] = _area(mask, weights)
         largest = 1 - sum(areas.values(), np.zeros(winner.shape, np.float32))  # background: what the others leave

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from autocontext_jax.data.datasets import Dataset
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.layouts import Case, read_description
 from autocontext_jax.errors import UserError, counted
 
@@ -44,18 +45,20 @@ class SplitCase:
 
     Attributes:
       side: `training`, `validation`, `test`, or `unused` where a file of folds leaves it out.
-      image: its scan.
+      images: the files of its scan.
       label: its label map; None if it had none.
+      annotated: the classes that it annotates; None for all.
     """
 
     side: str
-    image: FileRecord
+    images: tuple[FileRecord, ...]
     label: FileRecord | None
+    annotated: tuple[str, ...] | None = None
 
     @property
     def checksum(self) -> str:
-        """Of both files."""
-        return f"{self.image.checksum} {self.label.checksum if self.label else ''}".strip()
+        """Of all files."""
+        return " ".join(record.checksum for record in (*self.images, self.label) if record is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +66,17 @@ class Split:
     """Every case of a data set with its side.
 
     Attributes:
-      classes: [K] names, background first.
+      labels: of the data set.
       cases: by name.
     """
 
-    classes: tuple[str, ...]
+    labels: LabelSpec
     cases: Mapping[str, SplitCase]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """[K] names, background first."""
+        return self.labels.classes
 
     def of(self, side: str, dataset: Dataset) -> tuple[Case, ...]:
         """The cases of one side, by name, as the data set has them, with their checksums."""
@@ -82,7 +90,10 @@ class Split:
     def to_json(self) -> dict[str, Any]:
         """As `split.json` has it."""
         cases = {name: dataclasses.asdict(case) for name, case in sorted(self.cases.items())}
-        return {"format": FORMAT, "classes": list(self.classes), "cases": cases}
+        for case in cases.values():
+            annotated = case.pop("annotated")
+            case |= {} if annotated is None else {"annotated": list(annotated)}
+        return {"format": FORMAT, **self.labels.to_json(), "cases": cases}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Split":
@@ -93,10 +104,12 @@ class Split:
 
         cases = {}
         for name, values in content["cases"].items():
-            image = record(values["image"])
-            assert image is not None
-            cases[name] = SplitCase(values["side"], image, record(values["label"]))
-        return cls(tuple(content["classes"]), cases)
+            # The first files have scans of one file.
+            images = values["images"] if "images" in values else [values["image"]]
+            annotated = tuple(values["annotated"]) if "annotated" in values else None
+            records = tuple(FileRecord(**image) for image in images)
+            cases[name] = SplitCase(values["side"], records, record(values["label"]), annotated)
+        return cls(LabelSpec.from_json(content), cases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +119,14 @@ class Changes:
     Attributes:
       lost: what the split has and the data set has not: cases, or labels of test cases.
       new: names of cases that the split does not know.
-      changed: names of cases whose scan or label has another content now.
-      classes: the data set's classes where they differ, else None.
+      changed: names of cases whose scan or label has another content now, or which annotate other classes.
+      labels: those of the data set where they differ, else None.
     """
 
     lost: tuple[str, ...]
     new: tuple[str, ...]
     changed: tuple[str, ...]
-    classes: tuple[str, ...] | None
+    labels: LabelSpec | None
 
 
 def make_split(dataset: Dataset, sides: Mapping[str, str], known: Split | None = None) -> Split:
@@ -129,13 +142,17 @@ def make_split(dataset: Dataset, sides: Mapping[str, str], known: Split | None =
 
     def look(case: Case) -> SplitCase:
         old = before.get(case.name)
-        old_image, old_label = (old.image, old.label) if old else (None, None)
-        image = _record(dataset.root, case.image, old_image, case.name)
+        old_images = old.images if old and len(old.images) == len(case.images) else (None,) * len(case.images)
+        images = tuple(
+            _record(dataset.root, path, known, case.name) for path, known in zip(case.images, old_images, strict=True)
+        )
+        old_label = old.label if old else None
         label = None if case.label is None else _record(dataset.root, case.label, old_label, case.name)
-        return SplitCase(sides[case.name], image, label)
+        return SplitCase(sides[case.name], images, label, case.annotated)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
-        return Split(dataset.labels, dict(zip(cases, pool.map(look, cases.values()), strict=True)))
+        looked = dict(zip(cases, pool.map(look, cases.values()), strict=True))
+    return Split(dataset.labels, looked)
 
 
 def compare(split: Split, dataset: Dataset) -> tuple[Split, Changes]:
@@ -153,19 +170,24 @@ def compare(split: Split, dataset: Dataset) -> tuple[Split, Changes]:
     ]
     sides = {name: case.side for name, case in split.cases.items() if name in there}
     now = make_split(dataset, sides, known=split)
-    changed = [name for name, case in now.cases.items() if case.checksum != split.cases[name].checksum]
+    before = split.cases
+    changed = [
+        name
+        for name, case in now.cases.items()
+        if (case.checksum, case.annotated) != (before[name].checksum, before[name].annotated)
+    ]
     new = sorted(name for name in there if name not in split.cases)
-    classes = dataset.labels if dataset.labels != split.classes else None
-    return now, Changes(tuple(lost), tuple(new), tuple(changed), classes)
+    labels = None if dataset.labels == split.labels else dataset.labels
+    return now, Changes(tuple(lost), tuple(new), tuple(changed), labels)
 
 
 def content_checksum(case: Case) -> str:
-    """Of both files of a case, as `SplitCase.checksum` gives it.
+    """Of the files of a case, as `SplitCase.checksum` gives it.
 
     Raises:
       UserError: a file cannot be read.
     """
-    return " ".join(_hash(path, case.name) for path in (case.image, case.label) if path is not None)
+    return " ".join(_hash(path, case.name) for path in (*case.images, case.label) if path is not None)
 
 
 def draw_validation(cases: Iterable[Case], *, fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:

@@ -22,24 +22,27 @@ PALETTE = np.array(
 )  # fmt: skip
 
 
+SOFT_TISSUE = (-160.0, 240.0)  # HU shown as black and as white
+
+
 def class_color(value: int) -> tuple[int, int, int]:
     """(red, green, blue), 0 to 255, of a class in all pictures, from its number: 1, 2, ..."""
     red, green, blue = (int(part) for part in PALETTE[(value - 1) % len(PALETTE)])
     return red, green, blue
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, *, window: tuple[float, float] = (-160.0, 240.0)) -> np.ndarray:
+def overlay(image: np.ndarray, mask: np.ndarray, *, window: tuple[float, float] | None = None) -> np.ndarray:
     """A slice in grey values under its mask: outlines in opaque colour, areas in faint colour.
 
     Args:
-      image: [H, W], HU.
+      image: [H, W].
       mask: [H, W], integers; 0 is background.
-      window: the HU shown as black and as white.
+      window: the values shown as black and as white; by default those of soft tissue in HU.
 
     Returns:
       [H, W, 3] uint8.
     """
-    low, high = window
+    low, high = window or SOFT_TISSUE
     grey = np.clip((image.astype(np.float32) - low) / (high - low), 0, 1)[..., None] * np.full(3, 255, np.float32)
     colour = PALETTE[(mask.astype(int) - 1) % len(PALETTE)]
     padded = np.pad(mask, 1, mode="edge")
@@ -51,6 +54,12 @@ def overlay(image: np.ndarray, mask: np.ndarray, *, window: tuple[float, float] 
     )
     strength = np.where(mask == 0, 0.0, np.where(inner, 0.3, 1.0))[..., None]
     return np.round(grey * (1 - strength) + colour * strength).astype(np.uint8)
+
+
+def contrast(image: np.ndarray) -> tuple[float, float]:
+    """The values of an image, of any shape, that are shown as black and as white where they are no HU."""
+    low, high = np.percentile(image, (0.5, 99.5)).tolist()
+    return low, max(high, low + 1e-6)
 
 
 def side_by_side(pictures: Sequence[np.ndarray], *, gap: int = 2) -> np.ndarray:
@@ -76,24 +85,27 @@ def figure(
     spacing: tuple[float, float, float],
     *,
     title: str = "",
+    hu: bool = True,
 ) -> None:
     """Writes a PNG: a row for each plane (axial, coronal, sagittal), a column for each mask, a legend of the classes.
 
-    The slices pass through the centre of the first mask's foreground, in radiological orientation. The air around the
-    body is cropped.
+    The slices pass through the centre of the first mask's foreground, in radiological orientation. Of CT, the air
+    around the body is cropped.
 
     Args:
       path: of the PNG.
-      image: [D, H, W], HU, in canonical orientation.
+      image: [D, H, W], in canonical orientation.
       masks: {title of the column: [D, H, W], integers}.
       classes: names without the background; value k is `classes[k - 1]`.
       spacing: mm, (z, y, x).
       title: of the figure.
+      hu: whether the image is CT in HU; otherwise its own values set the contrast.
     """
+    window = SOFT_TISSUE if hu else contrast(image)
     truth = next(iter(masks.values()))
     foreground = np.nonzero(truth) if truth.any() else np.nonzero(np.ones_like(truth))
     centre = [int(np.median(along)) for along in foreground]
-    body = _body(image)
+    body = _body(image) if hu else tuple(slice(0, size) for size in image.shape)
     centre = [min(max(0, at - span.start), span.stop - span.start - 1) for at, span in zip(centre, body, strict=True)]
     image, masks = image[body], {name: mask[body] for name, mask in masks.items()}
     depth, height, width = (size * mm for size, mm in zip(image.shape, spacing, strict=True))
@@ -105,7 +117,8 @@ def figure(
         for axis, plane in enumerate(("axial", "coronal", "sagittal")):
             image_slice, mask_slice = (np.take(volume, centre[axis], axis=axis) for volume in (image, mask))
             # Canonical z grows towards the head, the rows of a picture grow downwards.
-            picture = overlay(image_slice, mask_slice) if axis == 0 else overlay(image_slice, mask_slice)[::-1]
+            picture = overlay(image_slice, mask_slice, window=window)
+            picture = picture if axis == 0 else picture[::-1]
             tall, wide = [mm for i, mm in enumerate(spacing) if i != axis]
             axes[axis, column].imshow(picture, aspect=tall / wide, interpolation="nearest")
             axes[axis, column].set(xticks=[], yticks=[], title=name if axis == 0 else "")

@@ -83,16 +83,16 @@ def _orientation(matrix: np.ndarray) -> str:
     return "".join(letters)
 
 
-def check_kind(path: Path, size: Sequence[int], components: int) -> None:
-    """Refuses images that are not 3D with one value a voxel.
+def check_kind(path: Path, size: Sequence[int], components: int, *, expected: int | None = 1) -> None:
+    """Refuses images that are not 3D, or have another number of values a voxel; None expects any number.
 
     Raises:
       UserError: it is not.
     """
-    if len(size) != 3 or components != 1:
+    if len(size) != 3 or expected not in (None, components):
         raise UserError(
             f"{path} is a {len(size)}D image of {' × '.join(map(str, size))} with {components} value(s) a voxel: "
-            "expected a 3D image with one; export a single volume"
+            f"expected a 3D image with {'one' if expected == 1 else expected}; export a single volume"
         )
 
 
@@ -125,7 +125,7 @@ def check_packing(path: Path, expected: int, held: int) -> None:
         )
 
 
-def not_finite(path: Path, count: int) -> UserError:
+def not_finite(path: Path | str, count: int) -> UserError:
     """The refusal of a file with voxels that are not finite."""
     return UserError(f"{path} holds {count} voxels that are not finite: expected numbers everywhere; export it again")
 

@@ -20,7 +20,8 @@ class Source:
     """Where one scan is.
 
     Attributes:
-      path: its file or DICOM folder.
+      path: its file or DICOM folder; of several channels the first one's.
+      others: the files of further channels.
       series: the series instance UID, in a folder with several series.
       name: of its mask, without suffix: the scan's path below the folder that was searched.
     """
@@ -28,13 +29,22 @@ class Source:
     path: Path
     series: str | None
     name: Path
+    others: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All its files, or its DICOM folder."""
+        return (self.path, *self.others)
 
     def __str__(self) -> str:
         return str(self.path) if self.series is None else f"{self.path} ({self.name.name})"
 
 
-def find_scans(place: str | os.PathLike, *, series: str | None = None) -> list[Source]:
+def find_scans(place: str | os.PathLike, *, series: str | None = None, channels: int = 1) -> list[Source]:
     """The scans at a path, sorted: a file, or all in a folder and the folders in it.
+
+    Of several channels, files that are named as nnU-Net's are one scan: `case_0000.nii.gz`, `case_0001.nii.gz`, ... In
+    the place of a folder the first of them can be given.
 
     What is no scan is named in a warning. Names that begin with a dot are left out: what is hidden is another
     program's, or a file half written.
@@ -42,6 +52,7 @@ def find_scans(place: str | os.PathLike, *, series: str | None = None) -> list[S
     Args:
       place: of the file or folder.
       series: the number, the description or the series instance UID of the one DICOM series to be found.
+      channels: how many a scan has.
 
     Raises:
       UserError: there is nothing at the path, or no scan; no series, or several, are as named.
@@ -68,6 +79,8 @@ def find_scans(place: str | os.PathLike, *, series: str | None = None) -> list[S
             "or its own folder"
         )
     if found:
+        if channels > 1:
+            return _grouped(found, channels)
         _name_channels(found)
         _name_split(found)
         return found
@@ -166,6 +179,21 @@ def _names(entries: list[dict[str, Any]]) -> list[str]:
     return [
         name if names.count(name) == 1 else f"{name}_{names[: at + 1].count(name)}" for at, name in enumerate(names)
     ]
+
+
+def _grouped(found: list[Source], channels: int) -> list[Source]:
+    """The scans, each with the files of its other channels, where they are named as nnU-Net's."""
+    grouped: dict[Path, Source] = {}
+    for source in found:
+        name = scan_name(source.path)
+        if source.series is not None or not re.fullmatch(r".+_\d{4}", name):
+            grouped[source.path] = source
+            continue
+        ending, base = source.path.name[len(name) :], name[:-5]
+        first, *others = (source.path.with_name(f"{base}_{number:04d}{ending}") for number in range(channels))
+        there = tuple(path for path in others if is_file(path))
+        grouped.setdefault(first, Source(first, None, source.name.with_name(base), there))
+    return list(grouped.values())
 
 
 def _name_channels(found: list[Source]) -> None:

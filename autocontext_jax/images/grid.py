@@ -112,10 +112,10 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A CT scan in canonical orientation.
+    """A scan in canonical orientation.
 
     Attributes:
-      voxels: [D, H, W] int16, HU, C-contiguous.
+      voxels: [C, D, H, W], C-contiguous: int16 HU of CT alone, else float32, see `spec`.
       spacing: mm, (z, y, x).
       origin: mm, patient (z, y, x) of the centre of voxel (0, 0, 0).
       direction: 3×3 by rows; row = patient axis z, y, x; column = unit vector of D, H, W. Identity unless oblique.

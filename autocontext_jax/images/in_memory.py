@@ -16,19 +16,21 @@ def image_of_array(array: np.ndarray, spacing: Sequence[float], direction: Seque
     """An array as an image.
 
     Args:
-      array: [D, H, W], numbers.
+      array: [D, H, W], or of several channels [C, D, H, W]; numbers.
       spacing: mm along the array's axes.
       direction: [3, 3]; column j is the unit vector of the array's axis j, its rows are the patient's axes (z, y, x),
         which point to superior, posterior and left. None means the identity.
 
     Raises:
-      UserError: the array is not 3D, or its values are no numbers; the spacing is not three numbers above 0; the
+      UserError: the array is not 3D or 4D, or its values are no numbers; the spacing is not three numbers above 0; the
         direction is not 3×3.
     """
     array = np.asarray(array)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.ndim != 3 or not array.size:
-        raise UserError(f"the array has the shape {array.shape}; expected a scan, [D, H, W]")
+    if array.ndim not in (3, 4) or not array.size:
+        raise UserError(
+            f"the array has the shape {array.shape}; expected a scan, [D, H, W], or of several channels [C, D, H, W]"
+        )
     if array.dtype == bool or array.dtype.kind not in "iuf":
         raise UserError(f"the array is of the type {array.dtype}; expected integers or floats")
     if array.dtype.kind == "f" and array.dtype.itemsize not in (4, 8):  # ITK has no other floats
@@ -38,7 +40,8 @@ def image_of_array(array: np.ndarray, spacing: Sequence[float], direction: Seque
         raise UserError(f"the spacing of the array is {spacing}; expected (z, y, x) in mm, above 0")
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         raise UserError(f"the direction of the array is {direction}; expected 3 rows of 3 numbers")
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array))
+    voxels = np.ascontiguousarray(np.moveaxis(array, 0, -1) if array.ndim == 4 else array)
+    image = sitk.GetImageFromArray(voxels, isVector=array.ndim == 4)
     image.SetSpacing(mm[::-1].tolist())
     try:
         image.SetDirection(matrix[::-1, ::-1].ravel().tolist())

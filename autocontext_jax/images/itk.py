@@ -1,4 +1,4 @@
-"""MetaImage and NRRD files, and images in memory, through SimpleITK."""
+"""MetaImage, NRRD, PNG and TIFF files, and images in memory, through SimpleITK."""
 
 import contextlib
 import logging
@@ -15,17 +15,19 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images.checks import check_kind, check_packing, check_size, make_grid
+from autocontext_jax.images.formats import PICTURES, suffix_of
 from autocontext_jax.images.grid import Grid
 
 log = logging.getLogger(__name__)
 
 
-def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
+def read_itk(path: Path, *, header_only: bool = False, several: bool = False) -> tuple[np.ndarray | None, Grid]:
     """The voxels of a file as it stores them, [k, j, i], and its grid. ITK can crash on a damaged file.
 
     Args:
-      path: of a MetaImage or NRRD file.
+      path: of a MetaImage, NRRD, PNG or TIFF file.
       header_only: the voxels are not read.
+      several: whether a colour picture is allowed: its voxels are [C, 1, j, i].
 
     Raises:
       UserError: it is no 3D image of numbers; its voxels are in a file outside its folder; it promises too much.
@@ -42,10 +44,12 @@ def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | Non
         ) from None
     held = bytes_held(path)
     reader = sitk.ImageFileReader()
-    reader.SetImageIO("NrrdImageIO" if path.name.lower().endswith(".nrrd") else "MetaImageIO")
+    reader.SetImageIO(_READERS[suffix_of(path)])
     reader.SetFileName(str(path))
     with _explained(path):
         reader.ReadImageInformation()
+    if suffix_of(path) in PICTURES:
+        return _read_picture(path, reader, header_only=header_only, several=several)
     size = reader.GetSize()
     while len(size) > 3 and size[-1] == 1:
         size = size[:-1]
@@ -67,6 +71,36 @@ def read_itk(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | Non
         return None, grid_of(path, image)
     voxels = sitk.GetArrayFromImage(image)  # a view would not keep the image's memory
     return voxels.reshape(voxels.shape[:3]), grid_of(path, image)
+
+
+_READERS = {
+    ".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nrrd": "NrrdImageIO", ".png": "PNGImageIO", ".tif": "TIFFImageIO",
+    ".tiff": "TIFFImageIO",
+}  # fmt: skip
+
+
+def _read_picture(
+    path: Path, reader: sitk.ImageFileReader, *, header_only: bool, several: bool
+) -> tuple[np.ndarray | None, Grid]:
+    """A slice of voxels of 1 mm, rows to the patient's back, columns to the left: the file says nothing of it."""
+    width, height, *planes = reader.GetSize()
+    if any(count != 1 for count in planes):
+        raise UserError(
+            f"{path} holds {math.prod(planes)} pictures: expected one slice; write each to a file of its own"
+        )
+    size = (width, height, 1)
+    check_kind(path, size, reader.GetNumberOfComponents(), expected=None if several else 1)
+    check_size(path, (*size, reader.GetNumberOfComponents()))
+    grid = make_grid(path, size, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), np.eye(3).ravel().tolist())
+    if header_only:
+        return None, grid
+    with _explained(path):
+        voxels = sitk.GetArrayFromImage(reader.Execute())
+    voxels = voxels.reshape(height, width, -1)
+    if voxels.dtype.kind not in "iuf":
+        raise UserError(f"{path} holds voxels of the type {voxels.dtype}: expected integers or floats")
+    channels = np.moveaxis(voxels, -1, 0)[:, None]
+    return channels if len(channels) > 1 else channels[0], grid
 
 
 def _check_placement(path: Path) -> None:
@@ -119,7 +153,7 @@ def _explained(path: Path) -> Iterator[None]:
             raise MemoryError from None
         if "bzip2 encoding not available" in str(error):
             raise UserError(f"{path} is packed with bzip2, which ITK does not read: export it with gzip") from None
-        if not path.name.lower().endswith(".nrrd"):
+        if suffix_of(path) in (".mha", ".mhd"):
             with path.open("rb") as file:
                 longest = max(len(line) for line in file.read(1 << 20).split(b"ElementDataFile")[0].split(b"\n"))
             if longest > _LONGEST:
@@ -140,12 +174,13 @@ def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
 
 
 def bytes_held(path: Path) -> int:
-    """Bytes of a MetaImage or NRRD file, and of those beside it that hold its voxels.
+    """Bytes of a file, and of those beside a MetaImage or NRRD header that hold its voxels.
 
     Raises:
       UserError: one of these does not exist, or lies outside the header's folder.
     """
-    return path.stat().st_size + sum(part.stat().st_size for part in _parts(path))
+    others = [] if suffix_of(path) in PICTURES else _parts(path)
+    return path.stat().st_size + sum(part.stat().st_size for part in others)
 
 
 _MOST_HEADER = 1 << 26  # bytes of a header that are looked at

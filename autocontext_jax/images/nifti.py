@@ -29,12 +29,13 @@ _APART = 0.05
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI's patient axes point to right, anterior, superior
 
 
-def read_nifti(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | None, Grid]:
+def read_nifti(path: Path, *, header_only: bool = False, several: bool = False) -> tuple[np.ndarray | None, Grid]:
     """The voxels of a file as it stores them, [k, j, i], and its grid.
 
     Args:
       path: of the file. Whether it is packed is seen from its content, not from its name.
       header_only: the voxels are not read.
+      several: whether a 4D file is allowed: its last axis counts channels, and the voxels are [C, k, j, i].
 
     Returns:
       The voxels, integers or floats in this machine's byte order, scaled as the header says; and the grid.
@@ -46,11 +47,12 @@ def read_nifti(path: Path, *, header_only: bool = False) -> tuple[np.ndarray | N
     """
     with _unpacked(path) as file:
         header = _read_header(path, file)
-        size = _size(path, header)
+        size, channels = _size(path, header, several)
         grid = _grid(path, header, size)
         if header_only:
             return None, grid
-        return _read_voxels(path, file, header, size), grid
+        voxels = _read_voxels(path, file, header, (*size, channels))
+        return voxels if channels > 1 else voxels[0], grid
 
 
 def write_nifti(path: Path, stored: np.ndarray, grid: Grid, affine: np.ndarray | None = None) -> None:
@@ -127,8 +129,8 @@ def _read_header(path: Path, file: IO[bytes]) -> Any:
     return (nib.Nifti2Header if length == 540 else nib.Nifti1Header)(head, check=False)
 
 
-def _size(path: Path, header: Any) -> tuple[int, int, int]:
-    """Voxels along i, j, k; refuses what is no 3D image of one number a voxel. Axes of length 1 at the end are none."""
+def _size(path: Path, header: Any, several: bool) -> tuple[tuple[int, int, int], int]:
+    """Voxels along i, j, k, and channels; refuses other images. Axes of length 1 at the end are none."""
     axes = int(header["dim"][0])
     size: list[int] = header["dim"][1 : 1 + axes].tolist() if 1 <= axes <= 7 else []
     if not size or min(size) < 1:
@@ -138,16 +140,19 @@ def _size(path: Path, header: Any) -> tuple[int, int, int]:
         )
     while len(size) > 3 and size[-1] == 1:
         size = size[:-1]
-    components = _RGB.get(int(header["datatype"]), 1)
-    if len(size) == 5 and size[3] == 1:  # how NIfTI stores vectors
-        size, components = size[:3], components * size[4]
+    components, channels = _RGB.get(int(header["datatype"]), 1), 1
+    if several and len(size) == 4:
+        size, channels = size[:3], size[3]
+    elif len(size) == 5 and size[3] == 1:  # how NIfTI stores vectors
+        size, vector = size[:3], size[4]
+        components, channels = (components, vector) if several else (components * vector, 1)
     check_kind(path, size, components)
-    check_size(path, size)
+    check_size(path, (*size, channels) if channels > 1 else size)
     i, j, k = size
-    return i, j, k
+    return (i, j, k), channels
 
 
-def _read_voxels(path: Path, file: IO[bytes], header: Any, size: tuple[int, int, int]) -> np.ndarray:
+def _read_voxels(path: Path, file: IO[bytes], header: Any, size: tuple[int, ...]) -> np.ndarray:
     try:
         dtype = header.get_data_dtype()
     except (nib.spatialimages.HeaderDataError, KeyError):

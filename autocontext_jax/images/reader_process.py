@@ -327,10 +327,10 @@ def _end_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
-def _itk(path: Path, *, header_only: bool) -> dict[str, Any]:
+def _itk(path: Path, *, header_only: bool, several: bool) -> dict[str, Any]:
     from autocontext_jax.images.itk import read_itk
 
-    voxels, grid = read_itk(path, header_only=header_only)
+    voxels, grid = read_itk(path, header_only=header_only, several=several)
     return {"grid": grid} | ({} if voxels is None else {"voxels": voxels})
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ import numpy as np
 import SimpleITK as sitk
 
 from autocontext_jax import runtime
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, counted
 from autocontext_jax.files import exists, is_file
 from autocontext_jax.images import reader_process
-from autocontext_jax.images.checks import as_user_error, check_kind, check_size, make_grid, not_finite, numbers
+from autocontext_jax.images.checks import as_user_error, check_kind, check_size, make_grid
+from autocontext_jax.images.checks import numbers as listed
 from autocontext_jax.images.finding import series_of
-from autocontext_jax.images.formats import NIFTI, scan_name, suffix_of
+from autocontext_jax.images.formats import NIFTI, PICTURES, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
 from autocontext_jax.images.in_memory import as_image, sheared_affine
+from autocontext_jax.images.intensity import stored_voxels
 from autocontext_jax.images.itk import bytes_held, grid_of
 from autocontext_jax.images.nifti import read_nifti, write_nifti
+from autocontext_jax.images.spec import CT, ImageSpec
 
 log = logging.getLogger(__name__)
 
@@ -38,48 +41,86 @@ TOLERANCES = {"size": 0.0, "spacing": 1e-3, "origin": 1e-2, "direction": 1e-3}
 ROUNDING = 1e-3  # by which a label may be off a whole number
 
 
-def read_grid(path: str | os.PathLike, *, series: str | None = None) -> Grid:
-    """A scan's grid from its headers alone.
+def read_grid(paths: str | os.PathLike | Sequence[str | os.PathLike], *, series: str | None = None) -> Grid:
+    """A scan's grid from the headers of its first file alone.
 
     Raises:
       UserError: as `read_scan`, but for what only the voxels can show.
     """
-    _, grid = _read(Path(path), series, header_only=True)
+    _, grid = _read(as_paths(paths)[0], series, header_only=True, several=True)
     return grid
 
 
-def read_scan(path: str | os.PathLike, *, series: str | None = None) -> Scan:
-    """Reads a CT scan: a file of one of `FORMATS`, a DICOM file with many frames, or a series of a DICOM folder.
+def read_scan(
+    paths: str | os.PathLike | Sequence[str | os.PathLike], spec: ImageSpec = CT, *, series: str | None = None
+) -> Scan:
+    """Reads a scan: a file of one of `FORMATS`, a DICOM file with many frames, or a series of a DICOM folder.
 
-    Values are HU. Fractions are rounded; values outside int16 are clipped to it, and a warning says how many.
+    Of CT, values are HU: fractions are rounded; values outside int16 are clipped to it, and a warning says how many.
 
     Args:
-      path: of the file or folder.
+      paths: of the file or folder; of several channels one for each, on the same grid, or one that holds all.
+      spec: of the channels.
       series: which one of a DICOM folder with several: its number, its description or its series instance UID.
 
     Raises:
-      UserError: the path is missing, empty, truncated, damaged or of another format; the image is not 3D or has several
-        values a voxel; a voxel is not finite; the axes are not at right angles; a DICOM folder holds no series, or
-        several and none is named; slices are missing, double, or contradict each other.
+      UserError: the path is missing, empty, truncated, damaged or of another format; the image is not 3D or has another
+        number of channels; their grids differ; a voxel is not finite; the axes are not at right angles; a DICOM folder
+        holds no series, or several and none is named; slices are missing, double, or contradict each other.
     """
-    path = Path(path)
-    stored, grid = _read(path, series)
-    return _scan_of(path, stored, grid)
+    files = as_paths(paths)
+    grid, channels = read_channels(files, len(spec.channels), series=series)
+    if len(channels) != len(spec.channels):
+        raise UserError(
+            f"{_named(files)} holds {counted(len(channels), 'channel')}; expected {len(spec.channels)}: {spec.names}"
+        )
+    return _scan_of(_named(files), channels, grid, spec)
 
 
-def scan_of_image(image: sitk.Image) -> Scan:
-    """A scan that is in memory; as `read_scan`.
+def read_channels(files: Sequence[Path], expected: int, *, series: str | None = None) -> tuple[Grid, list[np.ndarray]]:
+    """The grid of a scan, and its channels as the files hold them, each canonical [D, H, W]; see `read_scan`.
+
+    Args:
+      files: of the scan.
+      expected: number of channels; a file with several is refused where it is 1.
+      series: as in `read_scan`.
+    """
+    grid, channels = None, []
+    for path in files:
+        stored, own = _read(path, series, several=expected > 1)
+        if grid is not None and (other := _difference(own, grid)):
+            what, found, first = other
+            raise UserError(
+                f"{path}: its {what} (z, y, x) is {found}, that of {files[0]} is {first}: the channels of a scan must "
+                "lie on one grid; resample them or correct a header"
+            )
+        grid = grid or own
+        channels += [own.to_canonical(channel) for channel in (stored if stored.ndim == 4 else [stored])]
+    assert grid is not None, "a scan has files"
+    return grid, channels
+
+
+def as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[Path, ...]:
+    """The files of a scan: of several channels there can be several."""
+    return (Path(paths),) if isinstance(paths, str | os.PathLike) else tuple(map(Path, paths))
+
+
+def scan_of_image(image: sitk.Image, spec: ImageSpec = CT) -> Scan:
+    """A scan that is in memory; as `read_scan`. Of several channels each voxel has several values.
 
     Raises:
       UserError: as `read_scan`, of the image.
     """
     name = Path("the given image")
-    check_kind(name, image.GetSize(), image.GetNumberOfComponentsPerPixel())
+    count = len(spec.channels)
+    check_kind(name, image.GetSize(), image.GetNumberOfComponentsPerPixel(), expected=count)
     kind = image.GetPixelIDTypeAsString()
     if "complex" in kind or "label" in kind:
         raise UserError(f"{name} holds voxels of the kind {kind}: expected integers or floats")
     check_size(name, image.GetSize())
-    return _scan_of(name, sitk.GetArrayFromImage(image), grid_of(name, image))
+    voxels, grid = sitk.GetArrayFromImage(image), grid_of(name, image)
+    stored = [voxels] if voxels.ndim == 3 else [voxels[..., channel] for channel in range(count)]
+    return _scan_of(str(name), [grid.to_canonical(channel) for channel in stored], grid, spec)
 
 
 def array_of_image(image: sitk.Image) -> np.ndarray:
@@ -87,53 +128,91 @@ def array_of_image(image: sitk.Image) -> np.ndarray:
     return sitk.GetArrayFromImage(image)
 
 
-def _scan_of(path: Path, stored: np.ndarray, grid: Grid) -> Scan:
-    voxels = _as_int16(path, grid.to_canonical(stored))
+def _scan_of(name: str, channels: Sequence[np.ndarray], grid: Grid, spec: ImageSpec) -> Scan:
+    voxels = stored_voxels(name, channels, spec)
     return Scan(voxels, grid.canonical_spacing, grid.canonical_origin, grid.canonical_direction, grid)
 
 
-def read_label(path: str | os.PathLike, *, labels: Collection[int], like: Grid, case: str) -> np.ndarray:
+def _named(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
+
+
+def _difference(found: Grid, expected: Grid) -> tuple[str, str, str] | None:
+    """What of a grid differs from another, beyond `TOLERANCES`, and both values; None if nothing does."""
+    for what, tolerance in TOLERANCES.items():
+        own, other = (getattr(grid, f"canonical_{what}") for grid in (found, expected))
+        if not np.allclose(own, other, rtol=0.0, atol=tolerance):
+            return what, listed(own), listed(other)
+    return None
+
+
+def read_label(
+    path: str | os.PathLike, *, values: Sequence[int], numbers: Sequence[int] | None = None, like: Grid, case: str
+) -> np.ndarray:
     """Reads a label map and checks it against its image.
 
     Args:
       path: as in `read_scan`; the file's axes may be stored in another order than the image's.
-      labels: the values allowed, in [0, 255], background included.
+      values: at most 256, ascending: those that the file may hold, background included.
+      numbers: what each of them becomes, below 256; None for its place among the values.
       like: the image's grid.
       case: its name, for the messages.
 
     Returns:
-      [D, H, W] uint8, canonical, C-contiguous.
+      [D, H, W] uint8, canonical, C-contiguous: the number of each voxel's value.
 
     Raises:
-      UserError: as `read_scan`; the grid is not the image's; a value is not one of `labels`.
+      UserError: as `read_scan`; the grid is not the image's; the file holds another value.
     """
     path = Path(path)
     found_voxels, grid = _read(path, None)
-    for what, tolerance in TOLERANCES.items():
-        found, expected = getattr(grid, f"canonical_{what}"), getattr(like, f"canonical_{what}")
-        if not np.allclose(found, expected, rtol=0.0, atol=tolerance):
-            raise UserError(
-                f"case {case}: the label's {what} (z, y, x) is {numbers(found)}, the image's is {numbers(expected)}: "
-                f"{path} must lie on its image's grid; resample it with nearest neighbours or correct its header"
-            )
+    if difference := _difference(grid, like):
+        what, found, expected = difference
+        raise UserError(
+            f"case {case}: the label's {what} (z, y, x) is {found}, the image's is {expected}: {path} must lie on its "
+            "image's grid; resample it with nearest neighbours or correct its header"
+        )
 
-    stored = grid.to_canonical(found_voxels)
+    stored, allowed = grid.to_canonical(found_voxels), np.asarray(values)
     voxels = np.empty(stored.shape, np.uint8)
+    table = np.arange(len(values), dtype=np.uint8) if numbers is None else np.asarray(numbers, np.uint8)
+    as_stored = list(values) == table.tolist()
     strangers: collections.Counter[float] = collections.Counter()
     for plane, target in zip(stored, voxels, strict=True):  # a plane at a time: np.unique copies and sorts
-        values, counts = np.unique(plane, return_counts=True)
-        whole = np.rint(values)
-        strange = ~np.isin(whole, list(labels)) | (np.abs(values - whole) > ROUNDING)
-        strangers.update(dict(zip(values[strange].tolist(), counts[strange].tolist(), strict=True)))
+        present, counts = np.unique(plane, return_counts=True)
+        whole = np.rint(present)
+        strange = ~np.isin(whole, allowed) | (np.abs(present - whole) > ROUNDING)
+        strangers.update(dict(zip(present[strange].tolist(), counts[strange].tolist(), strict=True)))
         if not strangers:  # otherwise the cast could overflow, and the array is not needed any more
-            np.copyto(target, plane if plane.dtype.kind != "f" else np.rint(plane), casting="unsafe")
+            rounded = plane if plane.dtype.kind != "f" else np.rint(plane)
+            np.copyto(target, rounded if as_stored else table[np.searchsorted(allowed, rounded)], casting="unsafe")
     if strangers:
-        found = ", ".join(f"{value:.6g} ({count} voxels)" for value, count in strangers.most_common(8))
+        found = ", ".join(f"{_exact(value)} ({count} voxels)" for value, count in strangers.most_common(8))
         raise UserError(
             f"case {case}: {path} holds the label values {found}{', …' * (len(strangers) > 8)}; expected only "
-            f"{', '.join(map(str, sorted(labels)))}: correct the mask or name its labels in dataset.json"
+            f"{', '.join(map(str, values))}: correct the mask or name its labels in dataset.json"
         )
     return voxels
+
+
+def _exact(value: float) -> str:
+    """A label's value, whole however large."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+
+
+def label_values(classes: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """A label map as files hold it: the inverse of what `read_label` does.
+
+    Args:
+      classes: [D, H, W] uint8, each voxel's class.
+      values: [K] of each class in a file, not negative.
+
+    Returns:
+      [D, H, W] of the smallest of uint8, uint16 and uint32 that holds the values.
+    """
+    if list(values) == list(range(len(values))):
+        return classes
+    return np.asarray(values).astype(np.min_scalar_type(max(values)))[classes]
 
 
 def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
@@ -141,7 +220,7 @@ def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
 
     Args:
       path: any of `FORMATS` but .mhd, which needs two files.
-      voxels: [D, H, W] uint8, canonical; its shape is `grid.canonical_size`.
+      voxels: [D, H, W] uint8, uint16 or uint32, canonical; its shape is `grid.canonical_size`.
       grid: the scan's.
 
     Raises:
@@ -150,6 +229,14 @@ def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
     path = Path(path)
     if voxels.shape != grid.canonical_size:
         raise ValueError(f"an array of shape {voxels.shape} for a grid of {grid.canonical_size}")
+    if suffix_of(path) in PICTURES:
+        picture = as_image(voxels, dataclasses.replace(grid, stack=None))
+        if picture.GetDepth() != 1:
+            raise UserError(
+                f"{path} cannot hold a mask of {picture.GetDepth()} slices: expected a name that ends in .nii.gz, "
+                ".nii, .mha or .nrrd"
+            )
+        return _write(path, lambda partial: sitk.WriteImage(picture[:, :, 0], str(partial), useCompression=True))
     if suffix_of(path) not in NIFTI:
         image = as_image(voxels, dataclasses.replace(grid, stack=None))
         return _write(path, lambda partial: sitk.WriteImage(image, str(partial), useCompression=True))
@@ -181,7 +268,7 @@ def write_scan(
 
 
 def looks_like_ct(voxels: np.ndarray) -> bool:
-    """Whether intensities can be HU: the lowest is at most -200 (air or lung) and they span 200 or more.
+    """Whether a channel's values can be HU: the lowest is at most -200 (air or lung) and they span 200 or more.
 
     MRI, scans scaled to [0, 1] and scanner values stored without their offset of -1024 all fail it. A CT cut out so
     tightly that it holds no air fails too: warn, do not refuse.
@@ -190,8 +277,11 @@ def looks_like_ct(voxels: np.ndarray) -> bool:
     return low <= -200 and high - low >= 200
 
 
-def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple[Any, Grid]:
-    """The voxels of a file or a series as they are stored, [k, j, i], or None, and their grid."""
+def _read(path: Path, series: str | None, *, header_only: bool = False, several: bool = False) -> tuple[Any, Grid]:
+    """The voxels of a file or a series as they are stored, [k, j, i], or None, and their grid.
+
+    With `several` a file may hold more than one channel: [C, k, j, i].
+    """
     suffix = "" if exists(path) and path.is_dir() else suffix_of(path)
     if not suffix:
         # What `find_scans` found is an identifier already.
@@ -208,27 +298,9 @@ def _read(path: Path, series: str | None, *, header_only: bool = False) -> tuple
         raise UserError(f"{path} is empty (0 bytes): copy or export it again")
     if suffix in NIFTI:
         with as_user_error(path, reader_process.UNREADABLE):
-            return read_nifti(path, header_only=header_only)
-    found = reader_process.call("itk", path, held=bytes_held(path), header_only=header_only)
+            return read_nifti(path, header_only=header_only, several=several)
+    found = reader_process.call("itk", path, held=bytes_held(path), header_only=header_only, several=several)
     return found.get("voxels"), found["grid"]
-
-
-def _as_int16(path: Path, stored: np.ndarray) -> np.ndarray:
-    """A C-contiguous int16 array of an integer or float one, clipped; a plane at a time, as floats are large."""
-    if stored.dtype == np.int16:
-        return np.ascontiguousarray(stored)
-    voxels = np.empty(stored.shape, np.int16)
-    limits, clipped = np.iinfo(np.int16), 0
-    for plane, target in zip(stored, voxels, strict=True):
-        if not np.isfinite(plane).all():
-            raise not_finite(path, int(np.count_nonzero(~np.isfinite(stored))))
-        rounded = np.rint(plane) if plane.dtype.kind == "f" else plane
-        inside = rounded.clip(limits.min, limits.max)
-        clipped += int(np.count_nonzero(inside != rounded))
-        np.copyto(target, inside, casting="unsafe")
-    if clipped:
-        log.warning("%s has %d voxels outside %d to %d HU: they are clipped", path, clipped, limits.min, limits.max)
-    return voxels
 
 
 def check_writable_format(path: Path) -> None:
@@ -238,7 +310,10 @@ def check_writable_format(path: Path) -> None:
       UserError: the name's ending.
     """
     if suffix_of(path) in ("", ".mhd"):
-        raise UserError(f"{path} cannot be written: expected a name that ends in .nii.gz, .nii, .mha or .nrrd")
+        raise UserError(
+            f"{path} cannot be written: expected a name that ends in .nii.gz, .nii, .mha or .nrrd, or of one slice "
+            ".png or .tif"
+        )
     if suffix_of(path) in NIFTI:
         for other in NIFTI:
             beside = path.with_name(scan_name(path) + other)

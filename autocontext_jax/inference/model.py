@@ -16,6 +16,7 @@ from autocontext_jax.files import full_path
 from autocontext_jax.images import scans
 from autocontext_jax.images.checks import numbers
 from autocontext_jax.images.in_memory import Image, as_image, image_of_array
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model_card import model_card
 from autocontext_jax.inference.model_file import (
     SUFFIX,
@@ -52,7 +53,7 @@ class Model:
             pyramid,
             config,
             align=description.network.divisor,
-            mirror_classes=tiling.flip_classes if tiling.flip else (),
+            mirror_classes=_mirrored(description) if tiling.flip else (),
         )
 
     @property
@@ -71,21 +72,24 @@ class Model:
         output: str | Path | None = None,
         progress: bool = True,
     ) -> Any:
-        """The mask of a CT scan, on the scan's own grid.
+        """The mask of a scan, on the scan's own grid.
 
         Args:
-          scan: a path of a scan file or of a folder with a DICOM series; a `SimpleITK.Image`; or an array [D, H, W].
-            Values are HU.
+          scan: a path of a scan file or of a folder with a DICOM series; a `SimpleITK.Image`; or an array [D, H, W]. Of
+            several channels: a sequence of paths, one for each channel, or the path of a 4D file; an image with several
+            values a voxel; or an array [C, D, H, W]. Values are HU of CT, and as files hold them of other channels.
           spacing: of an array: mm along its axes, (z, y, x).
           direction: of an array: [3, 3], column j is the unit vector of the array's axis j, rows are the patient's axes
             (z, y, x), which point to superior, posterior and left. None means that the array's axes point there.
-          probabilities: whether the softmax maps are returned too. They take 4 bytes for each voxel and class.
+          probabilities: whether the maps of the classes are returned too, of regions those without the background. They
+            take 4 bytes for each voxel and class.
           series: of a DICOM folder with several series: the number, description or identifier of one.
           output: file that the mask is written to: .nii.gz, .nii, .mha or .nrrd.
           progress: whether a bar on standard error shows the tiles that are done.
 
         Returns:
-          The mask, uint8 with the values of `classes`: of an array an array [D, H, W], otherwise a `SimpleITK.Image`.
+          The mask with the values of `classes`, uint8, or a longer type if one is larger than 255: of an array an
+          array [D, H, W], otherwise a `SimpleITK.Image`. Of regions it has in each voxel the last that holds it.
           Of DICOM slices that a tilted gantry has shifted, or whose distances differ, it has one plane for each slice,
           see `as_image`.
           With `probabilities` a pair of the mask and the maps, float32: an array [D, H, W, K], or a `SimpleITK.Image`
@@ -97,7 +101,7 @@ class Model:
         target = None if output is None else full_path(output)
         if target is not None:
             scans.check_writable_format(target)
-            if isinstance(scan, str | Path) and full_path(scan).resolve() == target.resolve():
+            if any(path.resolve() == target.resolve() for path in _paths(scan)):
                 raise UserError(f"output {output} would overwrite the scan; expected another file")
         with tqdm(desc="predict", unit="tile", disable=not progress, leave=False) as bar:
 
@@ -105,7 +109,7 @@ class Model:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            given = _read(scan, spacing, direction, series)
+            given = _read(scan, spacing, direction, series, self.description.image)
             self.check(given, "the scan")
             factors = self.description.levels.level_factors(given.spacing)
             if probabilities:
@@ -117,7 +121,7 @@ class Model:
                 images = [as_image(mask, given.grid)]
         if target is not None:
             scans.write_mask(target, mask, given.grid)
-        made = images if isinstance(scan, str | Path | Image) else list(map(scans.array_of_image, images))
+        made = images if _paths(scan) or isinstance(scan, Image) else list(map(scans.array_of_image, images))
         return tuple(made) if probabilities else made[0]
 
     def predict_many(self, items: Iterable[Any], **options: Any) -> Iterator[Any]:
@@ -137,9 +141,10 @@ class Model:
 
     def check(self, scan: scans.Scan, name: str) -> None:
         """Warns of a scan that is unlike those that the model was trained on; `name` is what the message calls it."""
-        if not scans.looks_like_ct(scan.voxels):
-            low, high = int(scan.voxels.min()), int(scan.voxels.max())
-            log.warning("%s does not look like CT in HU: its values are %d to %d", name, low, high)
+        for channel in self.description.image.ct:
+            values = scan.voxels[channel]
+            if not scans.looks_like_ct(values):
+                log.warning("%s does not look like CT in HU: its values are %d to %d", name, values.min(), values.max())
         if self.description.levels.unit == "voxels" and self.description.trained_spacing:
             smallest, largest = self.description.trained_spacing
             limits = zip(smallest, scan.spacing, largest, strict=True)
@@ -151,7 +156,7 @@ class Model:
                 )  # fmt: skip
 
     def mask(self, scan: scans.Scan, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
-        """The finest level's mask of a scan, [D, H, W] uint8, canonical, with the values of `classes`."""
+        """The finest level's mask of a scan, [D, H, W], canonical, with the values of `classes`."""
         factors = self.description.levels.level_factors(scan.spacing)
         return self._valued(self._predictor.masks(scan.voxels, factors, progress=progress)[len(factors)])
 
@@ -174,8 +179,7 @@ class Model:
 
     def _valued(self, mask: np.ndarray) -> np.ndarray:
         """The values of classes in the place of their numbers."""
-        values = np.array(list(self.classes.values()), np.uint8)
-        return mask if (values == np.arange(len(values))).all() else values[mask]
+        return scans.label_values(mask, list(self.classes.values()))
 
 
 def load_file(path: Path, networks: Mapping[str, Any], options: Mapping[str, Any]) -> Model:
@@ -240,16 +244,34 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     return dataclasses.replace(description, tiling=new), config
 
 
-def _read(scan: Any, spacing: Any, direction: Any, series: str | None) -> scans.Scan:
-    if series is not None and not isinstance(scan, str | Path):
-        raise UserError("series is given, but the scan is in memory; expected it with the path of a DICOM folder alone")
-    if isinstance(scan, str | Path | Image):
+def _mirrored(description: Description) -> tuple[int, ...]:
+    """The output of the network that each of its outputs becomes in the mirror image."""
+    flipped = description.tiling.flip_classes
+    return tuple(number - 1 for number in flipped[1:]) if description.regions else flipped
+
+
+def _paths(scan: Any) -> list[Path]:
+    """The files of a scan that is given by its path or paths; none of one in memory."""
+    if isinstance(scan, str | Path):
+        return [full_path(scan)]
+    several = isinstance(scan, list | tuple) and scan and all(isinstance(path, str | Path) for path in scan)
+    return [full_path(path) for path in scan] if several else []
+
+
+def _read(scan: Any, spacing: Any, direction: Any, series: str | None, image: ImageSpec) -> scans.Scan:
+    paths = _paths(scan)
+    if series is not None and len(paths) != 1:
+        raise UserError(
+            "series is given, but the scan is not the path of one folder; expected it with the path of a DICOM folder "
+            "alone"
+        )
+    if paths or isinstance(scan, Image):
         if spacing is not None or direction is not None:
             raise UserError("spacing or direction is given, but the scan has its own; expected them with arrays alone")
-        return scans.scan_of_image(scan) if isinstance(scan, Image) else scans.read_scan(full_path(scan), series=series)
+        return scans.read_scan(paths, image, series=series) if paths else scans.scan_of_image(scan, image)
     if spacing is None:
         raise UserError("an array is given without its spacing; expected spacing=(z, y, x) in mm")
-    return scans.scan_of_image(image_of_array(scan, spacing, direction))
+    return scans.scan_of_image(image_of_array(scan, spacing, direction), image)
 
 
 def _leaves(state: Any) -> list[tuple[tuple[Any, ...], Any]]:

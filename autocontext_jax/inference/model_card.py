@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model_file import Description
 
 USE = """```python
@@ -24,7 +25,6 @@ use it."""
 
 def model_card(description: Description) -> str:
     """The card of a model."""
-    low, high = description.pyramid.window
     levels = description.levels
     grids = (
         f"{' × '.join(f'{mm:g}' for mm in levels.finest_spacing)} mm (z, y, x) at the finest level, whatever the scan's"
@@ -36,8 +36,7 @@ def model_card(description: Description) -> str:
         f"A pyramid of {len(levels.factors)} {description.network.name} networks with auto-context "
         "(Roth et al., MICCAI 2018), trained with autocontext_jax.",
         "## Use\n\n" + USE.format(name=description.name),
-        "## Input\n\nA CT scan in HU, one value a voxel. Intensities are clipped to "
-        f"[{low:g}, {high:g}] HU. Resolution: {grids}.",
+        f"## Input\n\n{_channels(description.image)}\n\nResolution: {grids}.",
         "## Classes\n\n" + _classes(description),
         "## Training\n\n" + _listed(description.training),
         "## Evaluation\n\n" + (_evaluation(description.evaluation) or "It was not evaluated."),
@@ -47,8 +46,25 @@ def model_card(description: Description) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _channels(image: ImageSpec) -> str:
+    if [channel.normalization for channel in image.channels] == ["CT"]:
+        low, high = image.channels[0].window
+        return f"A CT scan in HU, one value a voxel. Intensities are clipped to [{low:g}, {high:g}] HU."
+    rows = ["| channel | name | normalization |", "| ---: | --- | --- |"]
+    for number, channel in enumerate(image.channels):
+        window = f", clipped to [{channel.window[0]:g}, {channel.window[1]:g}] HU" if channel.is_ct else ""
+        rows.append(f"| {number} | {channel.name} | {channel.normalization}{window} |")
+    return "\n".join(rows)
+
+
 def _classes(description: Description) -> str:
     rows = ["| value | class | color | code |", "| ---: | --- | --- | --- |"]
+    if description.regions:
+        rows = [
+            "The classes are regions, which may overlap: a mask has in each voxel the value of the last that holds it.",
+            "",
+            *rows,
+        ]
     for entry in description.classes:
         color = "#" + "".join(f"{part:02x}" for part in entry.color) if entry.color else ""
         rows.append(f"| {entry.value} | {entry.name} | {color} | {entry.code} |")

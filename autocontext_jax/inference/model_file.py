@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.files import exists, write_whole, writing
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
@@ -45,15 +46,17 @@ class ClassDescription:
       value: of its voxels in a mask.
       color: (red, green, blue), 0 to 255, for display; () for none.
       code: of the class in a terminology, "SCHEME:VALUE:MEANING" such as "SCT:10200004:Liver"; "" for none.
+      members: of a region the values of the labels that it is made up of; () for the background and ordinary classes.
     """
 
     name: str
     value: int
     color: tuple[int, ...] = ()
     code: str = ""
+    members: tuple[int, ...] = ()
 
     def __post_init__(self):
-        require(0 <= self.value <= 255, self, "value", "a number from 0 to 255")
+        require(0 <= self.value < 2**31, self, "value", "a number from 0 to 2147483647")
         good = len(self.color) in (0, 3) and all(0 <= part <= 255 for part in self.color)
         require(good, self, "color", "three numbers from 0 to 255, or none")
 
@@ -98,9 +101,12 @@ class Description:
     Attributes:
       name: of the model.
       license: under which the weights may be used; "" if nobody said.
-      classes: [K], background first; the number of a class in the network's output is its place here.
+      classes: [K], background first; the number of a class in the network's output is its place here. If they are
+        regions, which may overlap, the network has no output for the background, and `value` is what a mask shows of
+        the last region that holds a voxel.
       network: of every level.
-      pyramid: how the levels are connected, and which intensities they see.
+      pyramid: how the levels are connected.
+      image: the channels, and how they are normalised.
       levels: the model's levels, coarsest first.
       trained_spacing: the smallest and the largest spacing of the training scans along each axis, mm, (z, y, x); () if
         they are not known.
@@ -114,6 +120,7 @@ class Description:
     classes: tuple[ClassDescription, ...]
     network: NetworkDescription
     pyramid: PyramidConfig
+    image: ImageSpec
     levels: LevelGrids
     trained_spacing: tuple[tuple[float, float, float], ...]
     tiling: Tiling
@@ -125,6 +132,10 @@ class Description:
         values = [entry.value for entry in self.classes]
         require(len(set(values)) == len(values) and values[0] == 0, self, "classes",
                 "classes of different values, the first of which is 0")  # fmt: skip
+        require(self.image.learned, self, "image", "channels of CT with a window")
+        described = [bool(entry.members) for entry in self.classes]
+        require(not described[0] and len(set(described[1:])) == 1, self, "classes",
+                "members of all classes but the background, or of none")  # fmt: skip
         require(len(self.trained_spacing) in (0, 2), self, "trained_spacing", "the smallest and the largest, or none")
         require(self.levels.unit == "voxels" or bool(self.levels.finest_spacing), self, "levels", "a finest_spacing")
         flipped = self.tiling.flip_classes
@@ -132,12 +143,19 @@ class Description:
                 "a permutation of the classes as flip_classes, or none")  # fmt: skip
 
     @property
+    def regions(self) -> bool:
+        """Whether the classes are regions."""
+        return bool(self.classes[1].members)
+
+    @property
     def full_pyramid(self) -> PyramidConfig:
         """The pyramid's configuration with the fields that other parts of the description determine."""
         return dataclasses.replace(
             self.pyramid,
             levels=len(self.levels.factors),
-            classes=len(self.classes),
+            classes=len(self.classes) - self.regions,
+            activation="sigmoid" if self.regions else "softmax",
+            image=self.image,
             spatial_dims=self.levels.spatial_dims,
         )
 
@@ -208,6 +226,17 @@ def _described(path: Path, content: dict[str, Any]) -> Description:
             tiling.pop(name, None)
         tiling.setdefault("margin", PredictorConfig.margin)
         tiling.setdefault("crop_to_body", False)
+    if isinstance(model, dict) and isinstance(pyramid := model.get("pyramid"), dict) and "window" in pyramid:
+        window = pyramid.pop("window")  # the first files have CT and a fixed window
+        if isinstance(window, list) and len(window) == 2 and all(isinstance(edge, int | float) for edge in window):
+            low, high = window
+            channel = {"name": "CT", "normalization": "CT", "window": window}
+            channel |= {"mean": (low + high) / 2, "std": (high - low) / 2}
+            model.setdefault("image", {"channels": [channel], "cut_out": False})
+    classes = model.get("classes") if isinstance(model, dict) else None
+    for entry in classes if isinstance(classes, list) else ():
+        if isinstance(entry, dict):
+            entry.setdefault("members", ())  # files from before there were regions have none
     return from_dict(Description, model, place=f"{path}: {DESCRIPTION}: key", prefix="model.")
 
 

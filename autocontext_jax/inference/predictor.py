@@ -46,7 +46,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autocontext_jax.data.body import THRESHOLD
 from autocontext_jax.data.resampling import downsample_image
-from autocontext_jax.data.store.level_grids import AIR
 from autocontext_jax.geometry import Triple
 from autocontext_jax.inference.boxes import SMALLEST
 from autocontext_jax.inference.context import MAP_DTYPE, Chunks, ContextWindow
@@ -96,6 +95,7 @@ class Predictor:
         self._spatial_dims: int = model.config.spatial_dims
         self._levels: int = model.config.levels
         self._classes: int = model.config.classes
+        self._image = model.config.image
         self._activation: str = model.config.activation
         self._align = max(2, align)
         self.tiles = ScanTiles(
@@ -127,7 +127,7 @@ class Predictor:
         """Predicts one scan.
 
         Args:
-          voxels: [D, H, W] int16, HU, in canonical orientation.
+          voxels: [C, D, H, W] as stored, see `images.spec`, in canonical orientation.
           factors: for each level, coarsest first, voxels of the scan per voxel of the level along (z, y, x).
           levels: the levels to return masks of, 1 = coarsest; None or () means the finest.
           progress: called after each row with the number of tiles queued so far and the total number of tiles.
@@ -142,7 +142,7 @@ class Predictor:
         levels = levels or (self._levels,)
         writers = self._predict(voxels, factors, levels, progress)
         if writers is None:
-            return {level: np.zeros(voxels.shape, np.uint8) for level in levels}
+            return {level: np.zeros(voxels.shape[1:], np.uint8) for level in levels}
         return {level: writer.mask() for level, writer in writers.items()}
 
     def mask_and_maps(
@@ -159,10 +159,11 @@ class Predictor:
         """
         writers = self._predict(voxels, factors, (self._levels,), progress, keep_maps=True)
         if writers is None:
-            maps = np.zeros((*voxels.shape, self._classes), np.float32)
+            native = voxels.shape[1:]
+            maps = np.zeros((*native, self._classes), np.float32)
             if self._activation == "softmax":
                 maps[..., 0] = 1
-            return np.zeros(voxels.shape, np.uint8), maps
+            return np.zeros(native, np.uint8), maps
         return writers[self._levels].mask(), writers[self._levels].maps()
 
     def compilations(self) -> int:
@@ -182,15 +183,17 @@ class Predictor:
         """Each requested level's writer after all chunks; None if the scan holds nothing but air."""
         images = [downsample_image(voxels, factor) for factor in factors[: max(requested)]]
         classes = self._classes if keep_maps else 0
+        native, ct = shape_of(voxels[0]), self._image.ct
+        coarsest = images[0][ct[0]] if ct else None
         while True:
-            planned = self.tiles.plan(shape_of(voxels), factors, images[0])
+            planned = self.tiles.plan(native, factors, coarsest)
             if planned is None:
                 log.warning("the scan holds no body: nothing in it is above %d HU, its mask is background", THRESHOLD)
                 return None
             tiles, box = planned
             writers = {
                 level: MaskWriter(
-                    shape_of(voxels), box, shape_of(images[level - 1]), factors[level - 1], tiles[level - 1],
+                    native, box, shape_of(images[level - 1][0]), factors[level - 1], tiles[level - 1],
                     classes=classes, activation=self._activation,
                 )
                 for level in requested
@@ -239,8 +242,8 @@ class Predictor:
         tile = (edge if self._spatial_dims == 3 else SLICES, edge, edge)
         with self._on_devices():
             return bytes_a_voxel(
-                self._programs[-1], self._state, tile, devices=self._together, context=self._levels > 1,
-                classes=self._classes, spatial_dims=self._spatial_dims,
+                self._programs[-1], self._state, tile, image=self._image, devices=self._together,
+                context=self._levels > 1, classes=self._classes, spatial_dims=self._spatial_dims,
             )  # fmt: skip
 
     def _chunks(
@@ -257,7 +260,7 @@ class Predictor:
 
         Args:
           level: 1 = coarsest.
-          image: [D, H, W] int16, HU, the scan on the level's grid.
+          image: [C, D, H, W], the scan on the level's grid.
           axes: the tiles of the level.
           context: maps of the coarser level; None at level 1.
           advance: called after each row with its number of tiles.
@@ -312,7 +315,7 @@ class Predictor:
           maps: of the coarser level, see `context`; None at level 1.
           row_offset: first voxel [3] of the context of the row's first tile in them.
         """
-        images = [crop(image, tile.start, size, AIR) for tile in tiles]
+        images = [crop(image, tile.start, size, self._image.padding) for tile in tiles]
         # Devices for which no tile is left repeat the last one.
         places = [*range(len(tiles)), *[len(tiles) - 1] * (self._together - len(tiles))]
         stacked = images[0][None] if len(places) == 1 else np.stack([images[place] for place in places])

@@ -59,20 +59,20 @@ class ScanTiles:
         self._too_large = math.inf  # voxels of the smallest tile that did not fit
 
     def plan(
-        self, native: Triple, factors: Sequence[tuple[float, float, float]], coarsest: np.ndarray
+        self, native: Triple, factors: Sequence[tuple[float, float, float]], coarsest: np.ndarray | None
     ) -> tuple[tuple[LevelTiles, ...], tuple[Interval, ...]] | None:
         """The tiles of every level, coarsest first, and the voxels [low, high) of the scan along each axis to predict.
 
         Args:
           native: (D, H, W) of the scan.
           factors: for each level, coarsest first, voxels of the scan per voxel of the level along (z, y, x).
-          coarsest: [D', H', W'] int16, HU, the scan on the coarsest level's grid.
+          coarsest: [D', H', W'] HU, the scan on the coarsest level's grid; None if it is no CT, and all of it is tiled.
 
         Returns:
           None if the scan holds nothing but air.
         """
         box: tuple[Interval, ...] = tuple((0, size) for size in native)
-        if self._config.crop_to_body:
+        if self._config.crop_to_body and coarsest is not None:
             found = body_box(coarsest)
             if found is None:
                 return None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autocontext_jax.geometry import Triple
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.context import MAP_DTYPE, context_size
 from autocontext_jax.inference.tiling import map_chunk
 from autocontext_jax.runtime import free_memory
@@ -21,7 +22,15 @@ def free_bytes() -> float:
 
 
 def bytes_a_voxel(
-    program: Any, state: Any, tile: Triple, *, devices: int = 1, context: bool, classes: int, spatial_dims: int
+    program: Any,
+    state: Any,
+    tile: Triple,
+    *,
+    image: ImageSpec,
+    devices: int = 1,
+    context: bool,
+    classes: int,
+    spatial_dims: int,
 ) -> float:
     """Bytes that the predictor's program takes for each voxel of a tile, which hardly depends on the tile's size.
 
@@ -29,12 +38,15 @@ def bytes_a_voxel(
       program: of `tile_programs.make_tile_program`; it is compiled for this tile, and not run.
       state: of the model, which is not counted.
       tile: voxels along z, y, x.
+      image: the channels.
       devices: how many tiles the program takes, one for each device.
       context: whether the level has a coarser one.
       classes: K.
       spatial_dims: 3 or 2.
     """
-    arguments = tile_arguments(tile, devices=devices, context=context, classes=classes, spatial_dims=spatial_dims)
+    arguments = tile_arguments(
+        tile, image=image, devices=devices, context=context, classes=classes, spatial_dims=spatial_dims
+    )
     needed = program.lower(state, *arguments).compile().memory_analysis()
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     taken = needed.temp_size_in_bytes + needed.argument_size_in_bytes + needed.output_size_in_bytes - own
@@ -42,15 +54,15 @@ def bytes_a_voxel(
 
 
 def tile_arguments(
-    tile: Triple, *, devices: int = 1, context: bool, classes: int, spatial_dims: int
+    tile: Triple, *, image: ImageSpec, devices: int = 1, context: bool, classes: int, spatial_dims: int
 ) -> tuple[Any, ...]:
     """Shapes and types of what a program of `tile_programs.make_tile_program` takes after the state."""
-    image = jax.ShapeDtypeStruct((devices, *tile), jnp.int16)
+    images = jax.ShapeDtypeStruct((devices, len(image.channels), *tile), image.dtype)
     weights = tuple(jax.ShapeDtypeStruct((devices, size), jnp.float32) for size in tile)
     if not context:
-        return image, None, weights, None
+        return images, None, weights, None
     maps = (jax.ShapeDtypeStruct((*context_size(tile, spatial_dims), classes), MAP_DTYPE),)
-    return image, maps, weights, jax.ShapeDtypeStruct((devices, 3), jnp.int32)
+    return images, maps, weights, jax.ShapeDtypeStruct((devices, 3), jnp.int32)
 
 
 def row_bytes(size: int, stride: int, canvas: tuple[int, int], classes: int) -> int:

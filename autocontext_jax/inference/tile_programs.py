@@ -30,7 +30,7 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
     Returns:
       A function of these arguments, which gives the maps times the weights, [n, z, y, x, K] in MAP_DTYPE:
         state: of the model.
-        images: [n, z, y, x] int16, HU.
+        images: [n, C, z, y, x], as they are stored.
         maps: consecutive chunks of the coarser level that contain the tiles' context; None at level 1.
         weights: of each tile along each axis, ([n, z], [n, y], [n, x]).
         offsets: [n, 3], first voxel of each tile's context in `maps`; None at level 1.
@@ -43,16 +43,17 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
         weight = z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]
         context = None
         if maps is not None:
-            size = context_size(shape_of(images[0]), model.config.spatial_dims)
+            size = context_size(shape_of(images[0, 0]), model.config.spatial_dims)
             context = jax.vmap(lambda offset: cut_window(maps, offset, size))(offsets)
         activation = model.config.activation
         if not mirror.size:
-            return weighted_maps(model.level(level, images, context), weight, activation).astype(MAP_DTYPE)
+            logits = model.level(level, jnp.moveaxis(images, 1, -1), context)
+            return weighted_maps(logits, weight, activation).astype(MAP_DTYPE)
         # Each tile and its mirror image follow each other in the batch, so that one device has both.
         images = _pairs(images, images[..., ::-1])
         if context is not None:
             context = _pairs(context, context[..., ::-1, mirror])
-        logits = model.level(level, images, context)
+        logits = model.level(level, jnp.moveaxis(images, 1, -1), context)
         plain, mirrored = logits[::2], logits[1::2, :, :, ::-1, mirror]
         both = [weighted_maps(seen, weight / 2, activation) for seen in (plain, mirrored)]
         return (both[0] + both[1]).astype(MAP_DTYPE)

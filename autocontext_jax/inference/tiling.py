@@ -221,18 +221,19 @@ def native_lookup(native: int, factor: float, level: int) -> tuple[np.ndarray, n
     return low, (position - low).astype(np.float32)
 
 
-def crop(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], fill: int) -> np.ndarray:
+def crop(volume: np.ndarray, start: tuple[int, ...], size: tuple[int, ...], fill: np.ndarray | int) -> np.ndarray:
     """Copies a region out of a volume.
 
     Args:
-      volume: any number of axes.
-      start: first voxel of the region; may be negative.
-      size: shape of the region.
-      fill: value where the region extends beyond the volume.
+      volume: [..., D, H, W].
+      start: first voxel of the region, (z, y, x); may be negative.
+      size: of the region, (z, y, x).
+      fill: values where the region extends beyond the volume, a number or [..., 1, 1, 1].
     """
-    out = np.full(size, fill, volume.dtype)
-    source = tuple(slice(max(0, s), max(0, s + n)) for s, n in zip(start, size, strict=True))
-    inside = volume[source]
-    target = tuple(slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, inside.shape, strict=True))
-    out[target] = inside
+    out = np.empty((*volume.shape[:-3], *size), volume.dtype)
+    out[...] = fill
+    z, y, x = (slice(max(0, s), max(0, s + n)) for s, n in zip(start, size, strict=True))
+    inside = volume[..., z, y, x]
+    z, y, x = (slice(max(0, -s), max(0, -s) + n) for s, n in zip(start, inside.shape[-3:], strict=True))
+    out[..., z, y, x] = inside
     return out

@@ -26,13 +26,13 @@ CHANGEABLE = (
 INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_paths", "data.workers")
 # Keys that came since the format, with what runs before them did.
 ADDED = {
-    "data.outside_paths": False, "predict.margin": PredictorConfig.margin, "predict.memory": 0.0,
-    "predict.crop_to_body": False,
+    "data.outside_paths": False, "data.normalization": (), "predict.margin": PredictorConfig.margin,
+    "predict.memory": 0.0, "predict.crop_to_body": False,
 }  # fmt: skip
 # Keys that are gone: tiles were cubes that overlapped by a share of them.
 REMOVED = ("predict.overlap", "predict.plane", "predict.space")
 # Keys that prediction and evaluation depend on: a config file that contradicts the run in one of them is refused.
-MODEL = ("levels.", "model.", "pyramid.")
+MODEL = ("levels.", "model.", "pyramid.", "data.normalization", "data.window")
 
 
 def default_config() -> ConfigDict:
@@ -73,6 +73,9 @@ def read_config(workdir: Path) -> RunConfig | None:
         section, name = key.split(".")
         if isinstance(saved, dict) and isinstance(saved.get(section), dict):
             saved[section].setdefault(name, value)
+    if isinstance(saved, dict) and isinstance(saved.get("pyramid"), dict) and isinstance(saved.get("data"), dict):
+        window = saved["pyramid"].pop("window", ())  # its first place
+        saved["data"].setdefault("window", window)
     for key in REMOVED:
         section, name = key.split(".")
         if isinstance(saved, dict) and isinstance(saved.get(section), dict):

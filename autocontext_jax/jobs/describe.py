@@ -34,9 +34,17 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
         raise UserError(
             f"config key export.codes names the class {unknown[0]!r}; expected one of {', '.join(split.classes)}"
         )
+    labels = split.labels
+    regions = ((), *labels.regions) if labels.regions else ((),) * len(labels.classes)
     classes = tuple(
-        ClassDescription(name, value, class_color(value) if value else (), codes.get(name, ""))
-        for value, name in enumerate(split.classes)
+        ClassDescription(
+            name,
+            value,
+            class_color(number) if number else (),
+            codes.get(name, ""),
+            tuple(labels.values[member] for member in members),
+        )
+        for number, (name, value, members) in enumerate(zip(labels.classes, labels.mask_values, regions, strict=True))
     )
     # Only the levels that the model has; its finest level need not be the run's.
     factors = tuple(config.levels.factors[level - 1] for level in config.model_levels())
@@ -52,6 +60,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
         classes=classes,
         network=NetworkDescription(**network, name=config.model.backbone.rpartition(":")[2]),
         pyramid=config.pyramid,
+        image=learned.image,
         levels=levels,
         trained_spacing=(learned.smallest, learned.largest),
         tiling=Tiling(
@@ -59,7 +68,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
             config.predict.margin,
             config.predict.crop_to_body,
             config.predict.flip,
-            config.augmentation.flip_classes(split.classes),
+            config.augmentation.flip_classes(labels),
         ),
         training=_training(config, split, step),
         evaluation=_evaluation(workdir, step),

@@ -17,11 +17,14 @@ from tqdm import tqdm
 
 from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.label_maps import read_label_map
 from autocontext_jax.data.split import Split, content_checksum
 from autocontext_jax.errors import UserError, counted
-from autocontext_jax.evaluation import metrics, pictures, report
+from autocontext_jax.evaluation import pictures, report
+from autocontext_jax.evaluation.label_mapping import LabelMapping, label_mapping
 from autocontext_jax.files import writing
 from autocontext_jax.images import scans
+from autocontext_jax.images.formats import PICTURES, mask_suffix
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.restore import chosen_step, restore_model
@@ -32,7 +35,7 @@ from autocontext_jax.sections import as_dict
 
 log = logging.getLogger(__name__)
 
-Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its label
+Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its stored label map
 
 
 def evaluate(config: RunConfig, workdir: Path, extensions: Extensions = NO_EXTENSIONS) -> bool:
@@ -57,15 +60,18 @@ def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Ex
     """`evaluate` of a run's own cases: its labelled test cases; without any, its validation cases."""
     cases, cases_are = data.scored(best=config.predict.checkpoint == "best")
     if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:
-        log.warning("%s: test cases without a label are not scored: %s", data.dataset.root, ", ".join(unlabelled))
+        log.warning("%s: test cases without a label are not scored: %s", data.dataset.place, ", ".join(unlabelled))
     if not cases:
         raise UserError(
-            f"data set {data.dataset.root} has no labelled test case and no validation case; expected at least one "
+            f"data set {data.dataset.place} has no labelled test case and no validation case; expected at least one "
             "scan that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
-    numbers = np.arange(len(data.classes), dtype=np.uint8)
+    own = LabelMapping.same(data.labels)
     with _alone(workdir):
-        return _score(config, workdir, data.split, extensions, cases, workdir, numbers=numbers, cases_are=cases_are)
+        return _score(
+            config, workdir, data.split, extensions, cases, workdir, labels=own, channels=data.dataset.channels,
+            cases_are=cases_are,
+        )  # fmt: skip
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
@@ -80,25 +86,28 @@ def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
 def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """Scores all labelled cases of `evaluate.root`, into a folder of its name in the run folder."""
 
-    def read() -> tuple[Dataset, Split, np.ndarray]:
+    def read() -> tuple[Dataset, Split, LabelMapping]:
         split = known_split(workdir)
         dataset = read_dataset(Path(config.evaluate.root).expanduser(), outside_paths=config.data.outside_paths)
-        return dataset, split, label_mapping(dataset, split.classes, config.evaluate.label_mapping)
+        return dataset, split, label_mapping(dataset.labels, split.labels, config.evaluate.label_mapping, dataset.place)
 
-    dataset, split, numbers = processes.agree(read)
+    dataset, split, labels = processes.agree(read)
     cases = [case for case in (*dataset.training, *dataset.test) if case.label is not None]
     if not cases:
-        raise UserError(f"data set {dataset.root} has no case with a label: expected labels in labelsTs or labelsTr")
+        raise UserError(f"data set {dataset.place} has no case with a label: expected labels in labelsTs or labelsTr")
     if len(cases) < len(dataset.training) + len(dataset.test):
         unlabelled = [case.name for case in dataset.test if case.label is None]
-        log.warning("%s: test cases without a label are not scored: %s", dataset.root, ", ".join(unlabelled))
+        log.warning("%s: test cases without a label are not scored: %s", dataset.place, ", ".join(unlabelled))
 
     def cases_are(number: int) -> str:
         return f"{counted(number, 'labelled case')} of {dataset.root.resolve().name}"
 
     folder = evaluation_folder(config, workdir)
     with _alone(workdir):
-        return _score(config, workdir, split, extensions, cases, folder, numbers=numbers, cases_are=cases_are)
+        return _score(
+            config, workdir, split, extensions, cases, folder, labels=labels, channels=dataset.channels,
+            cases_are=cases_are,
+        )  # fmt: skip
 
 
 def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
@@ -122,7 +131,9 @@ def _alone(workdir: Path) -> Iterator[None]:
 def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, as JSON."""
     predict = {key: value for key, value in as_dict(config.predict).items() if key != "memory"}
-    evaluated = {case.name: case.checksum or content_checksum(case) for case in cases}
+    evaluated = {
+        case.name: " ".join([case.checksum or content_checksum(case), *(case.annotated or ())]) for case in cases
+    }
     settings = {"step": step, "predict": predict, "tolerance": config.evaluate.tolerance, "cases": evaluated}
     settings["metrics"] = config.evaluate.metrics
     return json.loads(json.dumps(settings))
@@ -136,7 +147,8 @@ def _score(
     cases: Sequence[Case],
     folder: Path,
     *,
-    numbers: np.ndarray,
+    labels: LabelMapping,
+    channels: Sequence[str],
     cases_are: Callable[[int], str],
 ) -> bool:
     """`evaluate` for these cases, into `folder`.
@@ -148,21 +160,25 @@ def _score(
       extensions: the network and metrics from outside the package.
       cases: labelled.
       folder: where all is written.
-      numbers: see `label_mapping`.
+      labels: of the cases.
+      channels: of the cases.
       cases_are: from the number of scored cases, what `report.evaluation` takes.
     """
     model, step = restore_model(config, workdir, split, extensions)
-    classes, extra = split.classes, extensions.extra_metrics(config)
-    annotated = [classes[number] for number in sorted(set(numbers.tolist()) - {0})]
+    trained_on = tuple(channel.name for channel in model.description.image.channels)
+    if channels != trained_on:
+        log.warning(
+            "the data set has the channels %s, and the model was trained on %s: they are taken in this order",
+            ", ".join(channels), ", ".join(trained_on),
+        )  # fmt: skip
+    classes, extra, image = split.classes, extensions.extra_metrics(config), model.description.image
     levels = config.model_levels()
     tolerance = config.evaluate.tolerance
     processes.first_does(lambda: _make_room(folder, levels))
 
     def read(case: Case) -> Labelled:
-        assert case.label is not None
-        scan = scans.read_scan(case.image)
-        label = scans.read_label(case.label, labels=range(len(numbers)), like=scan.grid, case=case.name)
-        return scan, numbers[label]
+        scan = scans.read_scan(case.images, image)
+        return scan, read_label_map(case, labels.theirs, scan.grid)
 
     def masks_of(case: Case, labelled: Labelled) -> tuple[Labelled, dict[int, np.ndarray]]:
         scan, _ = labelled
@@ -173,15 +189,18 @@ def _score(
         (scan, truth), masks = made
         for level, mask in masks.items():
             place = folder / "predictions" / ("" if level == levels[-1] else f"level_{level}")
-            scans.write_mask(place / f"{case.name}.nii.gz", mask, scan.grid)
-        columns = {"truth": truth, **{f"level {level}": mask for level, mask in masks.items()}}
+            valued = scans.label_values(mask, split.labels.mask_values)
+            scans.write_mask(place / f"{case.name}{mask_suffix(case.images[0])}", valued, scan.grid)
+        columns = {"truth": labels.shown(truth), **{f"level {level}": mask for level, mask in masks.items()}}
         path = folder / "pictures" / f"{case.name}.png"
-        pictures.figure(path, scan.voxels, columns, classes[1:], scan.spacing, title=case.name)
-        scored = {}
-        for level, mask in masks.items():
-            every = metrics.scores(mask, truth, classes[1:], scan.spacing, tolerance=tolerance, extra=extra)
-            scored[f"level_{level}"] = {name: every[name] for name in annotated}
-        return scored
+        shown = image.ct[0] if image.ct else 0
+        pictures.figure(
+            path, scan.voxels[shown], columns, classes[1:], scan.spacing, title=case.name, hu=bool(image.ct)
+        )
+        return {
+            f"level_{level}": labels.scores(mask, truth, case, scan.spacing, tolerance=tolerance, extra=extra)
+            for level, mask in masks.items()
+        }
 
     results, bad = {}, []
     share = processes.mine(cases)
@@ -204,7 +223,7 @@ def _score(
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
         result = report.evaluation(
-            results, annotated, cases_are=cases_are(len(results)), tolerance=tolerance, pairs=pairs,
+            results, labels.annotated, cases_are=cases_are(len(results)), tolerance=tolerance, pairs=pairs,
             extra_metrics=list(extra),
         )  # fmt: skip
         report.write(result | {"settings": _settings(config, step, cases)}, folder)
@@ -226,43 +245,11 @@ def _make_room(folder: Path, levels: Sequence[int]) -> None:
         for pattern in (
             "table.md",
             "table.csv",
-            "predictions/*.nii.gz",
-            "predictions/level_*/*.nii.gz",
+            *(f"predictions/*{suffix}" for suffix in (".nii.gz", *PICTURES)),
+            *(f"predictions/level_*/*{suffix}" for suffix in (".nii.gz", *PICTURES)),
             "pictures/*.png",
         ):
             for path in folder.glob(pattern):
                 path.unlink()
         for name in ("pictures", "predictions", *(f"predictions/level_{level}" for level in levels[:-1])):
             (folder / name).mkdir(parents=True, exist_ok=True)
-
-
-def label_mapping(dataset: Dataset, classes: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """The checkpoint's value of each of a data set's labels.
-
-    Args:
-      dataset: with names of its own.
-      classes: [K] the checkpoint's names, background first.
-      names: "theirs=ours" for each class that the data set calls otherwise.
-
-    Returns:
-      [its number of labels] uint8: 0 where the checkpoint does not know the class.
-
-    Raises:
-      UserError: an unknown name, or no class in common.
-    """
-    ours = {name: name for name in dataset.labels[1:] if name in classes}
-    for pair in names:
-        theirs, _, own = pair.partition("=")
-        if theirs not in dataset.labels[1:] or own not in classes[1:]:
-            raise UserError(
-                f"config key evaluate.label_mapping holds {pair!r}; expected THEIRS=OURS with one of "
-                f"{dataset.labels[1:]} of {dataset.root} and one of {tuple(classes[1:])} of the checkpoint"
-            )
-        ours[theirs] = own
-    if not ours:
-        raise UserError(
-            f"data set {dataset.root} has the classes {dataset.labels[1:]}, the checkpoint knows {tuple(classes[1:])}: "
-            "name those that are the same, --config.evaluate.label_mapping=\"('theirs=ours',)\""
-        )
-    known = {name: number for number, name in enumerate(classes)}
-    return np.array([known.get(ours.get(name, ""), 0) for name in dataset.labels], np.uint8)

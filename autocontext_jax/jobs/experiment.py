@@ -39,12 +39,15 @@ def experiment(config: RunConfig, workdir: Path, extensions: Extensions) -> bool
     scored, cases_are = data.scored(best=config.predict.checkpoint == "best")
     if not scored:
         raise UserError(
-            f"data set {data.dataset.root} has no scan that was not trained on; expected some to compare on"
+            f"data set {data.dataset.place} has no scan that was not trained on; expected some to compare on"
         )
     good, cases = True, {}
     for mode in config.experiment:
         log.info("mode %s", mode)
-        run, folder = _run(config, mode, str(data.dataset.root.resolve()), data.store), workdir / mode
+        run, folder = (
+            _run(config, mode, ",".join(str(folder.resolve()) for folder in data.dataset.sources), data.store),
+            workdir / mode,
+        )
 
         def begin(folder: Path = folder) -> None:
             with writing(folder):

@@ -13,7 +13,8 @@ from autocontext_jax import processes
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.images.finding import Source, find_scans
-from autocontext_jax.images.formats import suffix_of
+from autocontext_jax.images.formats import mask_suffix, suffix_of
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs.scan_pipeline import in_stages
 
@@ -22,11 +23,18 @@ log = logging.getLogger(__name__)
 Job = tuple[Source, Path]  # a scan and where its mask goes
 
 
-def predict(load: Callable[[], Model], source: Path, target: Path, series: str | None = None) -> bool:
+def predict(
+    load: Callable[[], Model],
+    image_spec: Callable[[], ImageSpec],
+    source: Path,
+    target: Path,
+    series: str | None = None,
+) -> bool:
     """Writes the finest level's mask of one scan, a DICOM series or each scan of a folder.
 
     Args:
       load: gives the model, once it is known that the masks can be written.
+      image_spec: gives the model's channels, which are known before it is loaded.
       source: a scan or a folder.
       target: for one scan a file to write, or a folder; for a folder of scans a folder, where each mask is named as its
         scan, and lies in folders as the scan does. Missing folders are made.
@@ -38,7 +46,10 @@ def predict(load: Callable[[], Model], source: Path, target: Path, series: str |
     Raises:
       UserError: as `scans` and `load` say.
     """
-    inputs = find_scans(source, series=series)
+    if suffix_of(target):
+        scans.check_writable_format(target)
+    image = image_spec()
+    inputs = find_scans(source, series=series, channels=len(image.channels))
     many = source.is_dir() and [scan.path for scan in inputs] != [source]
     outputs = [_output(scan, target, many) for scan in inputs]
     for path in outputs:
@@ -48,7 +59,7 @@ def predict(load: Callable[[], Model], source: Path, target: Path, series: str |
         raise UserError(
             f"{source} has several scans whose mask would be {twice[0]}; expected different names: rename one"
         )
-    overwritten = set(outputs) & {scan.path.resolve() for scan in inputs}
+    overwritten = set(outputs) & {path.resolve() for scan in inputs for path in scan.files}
     if overwritten:
         raise UserError(f"--output {target} would overwrite the input {overwritten.pop()}: choose another folder")
 
@@ -57,7 +68,7 @@ def predict(load: Callable[[], Model], source: Path, target: Path, series: str |
 
     def read(job: Job) -> scans.Scan:
         found, _ = job
-        return scans.read_scan(found.path, series=found.series)
+        return scans.read_scan(found.files, image, series=found.series)
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
         found, _ = job
@@ -93,7 +104,7 @@ def predict(load: Callable[[], Model], source: Path, target: Path, series: str |
 
 
 def _output(scan: Source, target: Path, many: bool) -> Path:
-    """Where a scan's mask goes: the target itself if it names a scan file, else a NIfTI file in it."""
+    """Where a scan's mask goes: the target itself if it names a scan file, else a file in it."""
     if not many and suffix_of(target):
         return target.resolve()
-    return (target / scan.name.with_name(f"{scan.name.name}.nii.gz")).resolve()
+    return (target / scan.name.with_name(scan.name.name + mask_suffix(scan.path))).resolve()

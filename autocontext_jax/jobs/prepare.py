@@ -1,5 +1,6 @@
 """--mode prepare: from a folder of labelled scans to the prepared data set."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from autocontext_jax import processes, runtime
 from autocontext_jax.data import preparation
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import RunData, open_data
+from autocontext_jax.jobs.run_folder import RunData, open_data, read_fingerprint, write_learned
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
 
         bad = processes.agree(
             lambda: preparation.prepare_cases(
-                cases, data.store, levels, data.classes, workers=workers, progress=progress
+                cases, data.store, levels, data.labels, data.image, workers=workers, progress=progress
             )
         )
     messages = [message for found in processes.gather([message for _, message in bad]) for message in found]
@@ -43,7 +44,12 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
             log.error("%s", message)
         count = len(data.training) + len(data.validation)
         raise UserError(f"{messages[-1]} ({len(messages)} of {count} cases cannot be prepared)")
-    processes.first_does(
-        lambda: preparation.check_classes(data.training, data.store, data.classes, str(data.dataset.root))
-    )
-    return data
+    processes.first_does(lambda: preparation.check_classes(data.training, data.store, data.labels, data.dataset.place))
+    if data.image.learned:
+        return data
+
+    def learn() -> None:
+        write_learned(workdir, data, preparation.learned_image(data.training, data.store, data.image))
+
+    processes.first_does(learn)
+    return dataclasses.replace(data, fingerprint=read_fingerprint(config, workdir))

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from autocontext_jax.data.label_maps import read_label_map
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import page, pictures, surface_meshes
 from autocontext_jax.evaluation.report import beside_published
 from autocontext_jax.images import scans
+from autocontext_jax.images.formats import mask_suffix
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData, read_data
 from autocontext_jax.training.phases import MODES
@@ -84,17 +86,19 @@ def _best_median_worst(result: dict[str, Any]) -> dict[str, str]:
 
 def _surfaces(run: Path, name: str, data: RunData) -> dict[str, dict[str, surface_meshes.Surface]]:
     """Of the truth and of every level's mask."""
-    dataset = data.dataset
+    dataset, labels = data.dataset, data.labels
     (case,) = [case for case in (*dataset.training, *dataset.test) if case.name == name]
-    assert case.label is not None
-    grid = scans.read_grid(case.image)
-    files = {"truth": case.label}
+    grid, mask = scans.read_grid(case.images), f"{name}{mask_suffix(case.images[0])}"
+    files = {}
     for folder in sorted((run / "predictions").glob("level_*")):
-        files[folder.name.replace("_", " ")] = folder / f"{name}.nii.gz"
-    files["finest level"] = run / "predictions" / f"{name}.nii.gz"
-    return {
-        column: surface_meshes.class_surfaces(
-            scans.read_label(path, labels=range(256), like=grid, case=name), dataset.labels[1:], grid.canonical_spacing
-        )
-        for column, path in files.items()
-    }
+        files[folder.name.replace("_", " ")] = folder / mask
+    files["finest level"] = run / "predictions" / mask
+
+    def surfaces(mask: np.ndarray) -> dict[str, surface_meshes.Surface]:
+        return surface_meshes.class_surfaces(mask, labels.classes[1:], grid.canonical_spacing)
+
+    columns = {"truth": surfaces(labels.drawn[read_label_map(case, labels, grid)])}
+    written = {"values": labels.masks.values, "numbers": labels.masks.numbers}
+    for column, path in files.items():
+        columns[column] = surfaces(scans.read_label(path, **written, like=grid, case=name))
+    return columns

@@ -10,8 +10,10 @@ import jax
 from flax import nnx
 
 from autocontext_jax import processes
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import Split
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs.describe import describe
 from autocontext_jax.jobs.extensions import Extensions
@@ -25,14 +27,19 @@ from autocontext_jax.training.state import inference_model
 log = logging.getLogger(__name__)
 
 
-def make_model(config: RunConfig, classes: int, network: Any) -> Pyramid:
-    """The pyramid with fresh parameters drawn from `config.seed`; `classes` is K, `network` its networks' class."""
+def make_model(config: RunConfig, labels: LabelSpec, image: ImageSpec, network: Any) -> Pyramid:
+    """The pyramid with fresh parameters drawn from `config.seed`; `network` is its networks' class."""
     spatial_dims = config.levels.spatial_dims
     return make_pyramid(
         network,
         dataclasses.replace(config.model, spatial_dims=spatial_dims),
         dataclasses.replace(
-            config.pyramid, levels=len(config.model_levels()), classes=classes, spatial_dims=spatial_dims
+            config.pyramid,
+            levels=len(config.model_levels()),
+            classes=labels.outputs,
+            image=image,
+            spatial_dims=spatial_dims,
+            activation="sigmoid" if labels.regions else "softmax",
         ),
         seed=config.seed,
     )
@@ -75,8 +82,8 @@ def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> 
 
 
 def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
-    network = extensions.network(config)
-    pyramid = nnx.eval_shape(lambda: make_model(config, len(split.classes), network))
+    network, learned = extensions.network(config), read_fingerprint(config, workdir)
+    pyramid = nnx.eval_shape(lambda: make_model(config, split.labels, learned.image, network))
     graph, *like = nnx.split(pyramid, nnx.Param, ...)
     # Restored to every device, whatever mesh it was trained on; each process then works on its own first one.
     everywhere = replicated(make_mesh(jax.device_count() if jax.process_count() > 1 else 1))
@@ -84,7 +91,7 @@ def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: E
     step, weights = _restore_weights(config, workdir, like)
     weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
-    description = describe(config, workdir, split, read_fingerprint(workdir), step)
+    description = describe(config, workdir, split, learned, step)
     return Model(description, inference_model(graph, *weights), config.predict), step
 
 

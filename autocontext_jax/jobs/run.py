@@ -11,7 +11,9 @@ from typing import Any
 
 from autocontext_jax import processes
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model import Model, load_file
+from autocontext_jax.inference.model_file import read_description
 from autocontext_jax.jobs.config_files import for_inference, read_config
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked
@@ -98,6 +100,15 @@ def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
     return restore_model(config, workdir, split, extensions)[0]
 
 
+def _image(paths: Paths) -> ImageSpec:
+    """The channels of a model, which is not loaded yet."""
+    if paths.model is not None:
+        return read_description(paths.model).image
+    from autocontext_jax.jobs.run_folder import read_fingerprint
+
+    return read_fingerprint(_saved(paths.workdir), paths.workdir).image
+
+
 def _from_file(path: Path, config: RunConfig, extensions: Extensions, options: dict[str, Any]) -> Model:
     own, given = (flat_keys(as_dict(each)) for each in (config_of_model(path), config))
     if other := [key for key in own if given[key] != own[key] and not key.startswith("predict.")]:
@@ -109,7 +120,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().absolute())
 
-    data = dataclasses.replace(config.data, root=absolute(config.data.root), prepared=absolute(config.data.prepared))
+    root = ",".join(absolute(str(folder)) for folder in config.data.folders)
+    data = dataclasses.replace(config.data, root=root, prepared=absolute(config.data.prepared))
     return dataclasses.replace(config, data=data)
 
 
@@ -141,7 +153,13 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
     """The modes that only use a run."""
     if mode == "predict":
         assert paths.target is not None
-        return predict(lambda: load(config, paths, extensions), paths.source, paths.target, paths.series)
+        return predict(
+            lambda: load(config, paths, extensions),
+            lambda: processes.agree(lambda: _image(paths)),
+            paths.source,
+            paths.target,
+            paths.series,
+        )
     workdir = paths.workdir
     config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":

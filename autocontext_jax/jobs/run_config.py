@@ -1,6 +1,7 @@
 """The typed configuration of a run: a tree of frozen sections, each of which validates itself where it is defined."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig
@@ -8,6 +9,8 @@ from autocontext_jax.data.loader import LoaderConfig
 from autocontext_jax.data.phantom.dataset import PhantomConfig
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
+from autocontext_jax.files import exists
+from autocontext_jax.images.spec import NORMALIZATIONS
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig
@@ -23,7 +26,10 @@ class DataConfig:
     """Where the data lie and which cases are for what.
 
     Attributes:
-      root: the data set's folder, in the layout of nnU-Net v2 or of the Medical Segmentation Decathlon.
+      root: the data set's folder, in the layout of nnU-Net v2 or of the Medical Segmentation Decathlon; or the folders
+        of several with commas between them, "A,B", each with its own `dataset.json`. Together they have the classes of
+        all, by name. What a data set does not name is unknown in its cases, not background. Cases of one name are
+        told apart as FOLDER_case. (A folder that exists and has a comma in its name is one folder.)
       outside_paths: whether `dataset.json` may name files outside that folder; otherwise one line refuses it.
       prepared: where prepared cases go; "" is `prepared/` in the run folder. Runs of equal `levels` can share one.
       validation_fraction: share of the training cases held out for validation.
@@ -31,6 +37,10 @@ class DataConfig:
       fold: number of the fold in it, from 0.
       new_cases: what becomes of cases that were added to the data set after the run began: `ignore` names them and
         leaves them out; `train` takes them into training. They never join the validation or test cases.
+      normalization: of each channel, where its name in dataset.json does not choose well: `CT`, `zscore`,
+        `rescale_to_0_1`, `rgb_to_0_1` or `noNorm`, see `images.spec.Channel`; () leaves it to the names.
+      window: (low, high) in HU, to which CT is clipped and which become -1 and 1, as in the paper; () clips it to the
+        0.5 and 99.5 percentiles of what is labelled in the training scans and takes mean and deviation from there.
       workers: scans prepared at the same time; 0 is one for each processor that this process may use.
       cache_mib: memory for decompressed chunks of the prepared cases, in MiB.
     """
@@ -42,6 +52,8 @@ class DataConfig:
     splits: str = ""
     fold: int = 0
     new_cases: str = "ignore"
+    normalization: tuple[str, ...] = ()
+    window: tuple[float, ...] = ()
     workers: int = 0
     cache_mib: int = 1024
 
@@ -49,7 +61,21 @@ class DataConfig:
         require(0 < self.validation_fraction < 1, self, "validation_fraction", "a fraction in (0, 1)")
         for name in ("fold", "workers", "cache_mib"):
             require(getattr(self, name) >= 0, self, name, "0 or more")
+        wrong = set(self.normalization) - set(NORMALIZATIONS)
+        require(not wrong, self, "normalization", f"some of {', '.join(NORMALIZATIONS)}, one for each channel")
+        good = not self.window or (len(self.window) == 2 and self.window[0] < self.window[1])
+        require(good, self, "window", "(low, high) in HU with low < high, or ()")
         require(self.new_cases in ("ignore", "train"), self, "new_cases", "one of ignore, train")
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The data sets that `root` names; () if it is empty."""
+        if not self.root:
+            return ()
+        whole = Path(self.root).expanduser()
+        if "," not in self.root or exists(whole):
+            return (whole,)
+        return tuple(Path(part.strip()).expanduser() for part in self.root.split(",") if part.strip())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autocontext_jax import processes
-from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.combination import read_datasets
+from autocontext_jax.data.datasets import Case, Dataset
 from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
 from autocontext_jax.data.fingerprint import Fingerprint, fingerprint
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.split import (
     FORMAT,
@@ -26,6 +28,7 @@ from autocontext_jax.data.split import (
 )
 from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.files import read_json, write_json, writing
+from autocontext_jax.images.spec import CT, ImageSpec, ct_image, image_spec, is_of
 from autocontext_jax.jobs.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,16 @@ class RunData:
     split: Split
     fingerprint: Fingerprint
     store: str
+
+    @property
+    def image(self) -> ImageSpec:
+        """The channels, and how they are normalised."""
+        return self.fingerprint.image
+
+    @property
+    def labels(self) -> LabelSpec:
+        """What label maps hold and what is learned of it."""
+        return self.split.labels
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -98,14 +111,13 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
         split = _first_split(config, dataset) if known is None else _checked(config, dataset, known, workdir)
         if split != known:
             write_json(workdir / "split.json", split.to_json())
-        if not (workdir / "fingerprint.json").exists():
-            write_json(workdir / "fingerprint.json", fingerprint(split.of("training", dataset)).to_json())
+        _take_fingerprint(config, workdir, dataset, split)
 
     processes.first_does(prepare)
     split = read_split(workdir)
     assert split is not None
     dataset = read.pop() if read else _read_dataset(config, workdir)
-    return RunData(dataset, split, read_fingerprint(workdir), _store(config, workdir))
+    return RunData(dataset, split, read_fingerprint(config, workdir), _store(config, workdir))
 
 
 def read_data(config: RunConfig, workdir: Path) -> RunData:
@@ -117,7 +129,7 @@ def read_data(config: RunConfig, workdir: Path) -> RunData:
     known = known_split(workdir)
     dataset = _read_dataset(config, workdir)
     split = _checked(config, dataset, known, workdir)
-    return RunData(dataset, split, read_fingerprint(workdir), _store(config, workdir))
+    return RunData(dataset, split, read_fingerprint(config, workdir), _store(config, workdir))
 
 
 def read_split(workdir: Path) -> Split | None:
@@ -130,7 +142,7 @@ def read_split(workdir: Path) -> Split | None:
     return Split.from_json(read_json(path, FORMAT)) if path.exists() else None
 
 
-def read_fingerprint(workdir: Path) -> Fingerprint:
+def read_fingerprint(config: RunConfig, workdir: Path) -> Fingerprint:
     """The fingerprint of a run's training scans.
 
     Raises:
@@ -139,7 +151,36 @@ def read_fingerprint(workdir: Path) -> Fingerprint:
     path = workdir / "fingerprint.json"
     if not path.exists():
         raise UserError(f"run folder {workdir} has no fingerprint.json: train there first (--mode train)")
-    return Fingerprint.from_json(read_json(path, fingerprint_format))
+    # Runs without an image in it had CT and a fixed window.
+    default = ct_image(config.data.window) if config.data.window else CT
+    return Fingerprint.from_json(read_json(path, fingerprint_format), place=str(path), default=default)
+
+
+def write_learned(workdir: Path, data: RunData, image: ImageSpec) -> None:
+    """Completes the fingerprint by what was learned of the channels."""
+    if image != data.image:
+        learned = dataclasses.replace(data.fingerprint, image=image)
+        write_json(workdir / "fingerprint.json", learned.to_json())
+
+
+def _take_fingerprint(config: RunConfig, workdir: Path, dataset: Dataset, split: Split) -> None:
+    """Writes the fingerprint, unless the run has one of these channels.
+
+    Raises:
+      UserError: the data set's channels have changed.
+    """
+    declared = image_spec(dataset.channels, config.data.normalization, config.data.window)
+    if (workdir / "fingerprint.json").exists():
+        known = read_fingerprint(config, workdir).image
+        names = [tuple(channel.name for channel in image.channels) for image in (declared, known)]
+        if names[0] != names[1]:
+            raise UserError(
+                f"data set {dataset.root} has the channels {names[0]}; expected {names[1]}, with which the run began: "
+                "set dataset.json back, or start in another --workdir"
+            )
+        if is_of(known, declared) or (workdir / "checkpoints").exists():  # training refuses another configuration
+            return
+    write_json(workdir / "fingerprint.json", fingerprint(split.of("training", dataset), declared).to_json())
 
 
 def known_split(workdir: Path) -> Split:
@@ -159,10 +200,15 @@ def _store(config: RunConfig, workdir: Path) -> str:
 
 
 def _read_dataset(config: RunConfig, workdir: Path, *, generate: bool = False) -> Dataset:
-    root = Path(config.data.root).expanduser() if config.data.root else workdir / "phantoms"
+    folders = config.data.folders or (workdir / "phantoms",)
     if config.phantom.training and generate:
+        if len(folders) > 1:
+            raise UserError(
+                f"config key data.root names {len(folders)} folders, and phantom.training is "
+                f"{config.phantom.training}; expected one folder for phantoms, or --config.phantom.training=0"
+            )
         write_dataset(
-            root,
+            folders[0],
             training=config.phantom.training,
             test=config.phantom.test,
             size=config.phantom.size,
@@ -172,15 +218,15 @@ def _read_dataset(config: RunConfig, workdir: Path, *, generate: bool = False) -
         )
     elif not config.data.root and not config.phantom.training:
         raise UserError("config key data.root is empty; expected the folder of the data set: --config.data.root=FOLDER")
-    return read_dataset(root, outside_paths=config.data.outside_paths)
+    return read_datasets(folders, outside_paths=config.data.outside_paths)
 
 
 def _first_split(config: RunConfig, dataset: Dataset) -> Split:
     if not dataset.training:
         raise UserError(
-            f"data set {dataset.root} has no training case, only test cases: expected images in imagesTr and their "
+            f"data set {dataset.place} has no training case, only test cases: expected images in imagesTr and their "
             "labels in labelsTr to train on; a trained run scores it by --mode evaluate "
-            f"--config.evaluate.root={dataset.root}"
+            f"--config.evaluate.root={dataset.sources[0]}"
         )
     if config.data.splits:
         training, validation = read_fold(dataset.training, Path(config.data.splits), config.data.fold)
@@ -205,21 +251,21 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
         told = "; ".join(f"{side}: {some(names)}" for side, names in sides.items() if names)
         log.warning(
             "%s: %s changed since the run began (%s): prepared again where they are trained on; what was trained so "
-            "far has seen the old ones", dataset.root, counted(len(changes.changed), "case"), told,
+            "far has seen the old ones", dataset.place, counted(len(changes.changed), "case"), told,
         )  # fmt: skip
     if not changes.new:
         return now
     trainable = {case.name for case in dataset.training}
     taken = [name for name in changes.new if name in trainable] if config.data.new_cases == "train" else []
     if taken:
-        log.warning("%s: %s taken into training: %s", dataset.root, counted(len(taken), "new case"), some(taken))
+        log.warning("%s: %s taken into training: %s", dataset.place, counted(len(taken), "new case"), some(taken))
         every = {name: case.side for name, case in now.cases.items()} | dict.fromkeys(taken, "training")
         now = make_split(dataset, every, known=now)
     if left := [name for name in changes.new if name not in taken]:
         remedy = ". --config.data.new_cases=train takes new training cases into training"
         log.warning(
             "%s: %s since the run began, neither trained on nor scored: %s%s",
-            dataset.root, counted(len(left), "case was added", "cases were added"), some(left),
+            dataset.place, counted(len(left), "case was added", "cases were added"), some(left),
             remedy if trainable & set(left) else "",
         )  # fmt: skip
     return now
@@ -228,13 +274,13 @@ def _checked(config: RunConfig, dataset: Dataset, known: Split, workdir: Path) -
 def _refuse(changes: Changes, known: Split, dataset: Dataset, workdir: Path) -> None:
     if changes.lost:
         raise UserError(
-            f"data set {dataset.root} lacks {some(changes.lost)}, which {workdir / 'split.json'} names: bring "
+            f"data set {dataset.place} lacks {some(changes.lost)}, which {workdir / 'split.json'} names: bring "
             f"{'it' if len(changes.lost) == 1 else 'them'} back, name the folder that has "
             f"{'it' if len(changes.lost) == 1 else 'them'} (--config.data.root=FOLDER), or start in another --workdir; "
             "--mode evaluate scores another data set by --config.evaluate.root=FOLDER"
         )
-    if changes.classes:
+    if changes.labels:
         raise UserError(
-            f"data set {dataset.root} has the classes {changes.classes}; expected {known.classes}, with which the run "
-            f"began: set dataset.json back, or start in another --workdir"
+            f"data set {dataset.place} has the labels {changes.labels.shown()}; expected {known.labels.shown()}, with "
+            "which the run began: set dataset.json back, or start in another --workdir"
         )

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from autocontext_jax import processes
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
@@ -39,6 +40,7 @@ from autocontext_jax.training.state import (
     make_train_step,
     make_validation_step,
 )
+from autocontext_jax.training.targets import Targets
 from autocontext_jax.training.validation import validate, validation_batches
 
 log = logging.getLogger(__name__)
@@ -115,7 +117,7 @@ def _train_phase(
         config.loader,
         seed=config.seed,
         sharding=sharding,
-        spatial=config.augmentation.spatial(data.classes),
+        spatial=config.augmentation.spatial(data.labels),
         intensity=config.augmentation.intensity(),
         spatial_dims=config.levels.spatial_dims,
         levels=phase.levels,
@@ -135,17 +137,17 @@ def _train_phase(
 
     # ---- model, optimiser, steps
     network, extra_losses = extensions.network(config), extensions.extra_losses(config)
-    classes = len(data.classes)
+    targets = Targets(data.labels.regions, ignore=data.labels.ignore >= 0)
     levels = config.model_levels()
     learning = [levels.index(level) + 1 for level in phase.learning]  # counted in this model
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     loss = config.phase_loss(phase)
-    model = nnx.eval_shape(lambda: make_model(config, classes, network))
+    model = nnx.eval_shape(lambda: make_model(config, data.labels, data.image, network))
     graph, shapes = create_state(model, optimizer, learning)
     frozen_graph = freeze_batch_stats(graph, shapes.params, shapes.batch_stats)
 
     def create() -> TrainState:
-        return create_state(make_model(config, classes, network), optimizer, learning)[1]
+        return create_state(make_model(config, data.labels, data.image, network), optimizer, learning)[1]
 
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)
@@ -158,6 +160,7 @@ def _train_phase(
             learning,
             (placement, everywhere),
             extra_losses=extra_losses,
+            targets=targets,
             seed=config.seed,
             deterministic=deterministic,
         )
@@ -165,7 +168,7 @@ def _train_phase(
     )
     frozen_after = end - round(config.train.frozen_batch_stats * config.train.steps)
     validation_step = make_validation_step(
-        graph, loss, everywhere, extra_losses=extra_losses, deterministic=deterministic
+        graph, loss, everywhere, extra_losses=extra_losses, targets=targets, deterministic=deterministic
     )
 
     # ---- restore
@@ -211,9 +214,9 @@ def _train_phase(
 
     try:
         for step in range(first + 1, end + 1):
-            images, labels = next(loader)
+            batch = Batch(*next(loader))
             take_step = frozen_step if step > frozen_after else train_step
-            state, metrics = take_step(state, Batch(images, labels))
+            state, metrics = take_step(state, batch)
             in_flight.append((step, metrics))
             stopping = stop.requested(step)  # read once: a signal between here and the break must not skip the save
             scheduled = step == end or step % config.train.checkpoint_every == 0
@@ -230,7 +233,7 @@ def _train_phase(
                         validation_step, state, held_out, sharding, phase.levels, data.classes[1:]
                     )
                     if metrics_log is not None:
-                        metrics_log.image(step, "validation", validation_picture(held_out[0], slices))
+                        metrics_log.image(step, "validation", validation_picture(held_out[0], slices, data.labels))
                 steps.flush(validated)
                 # None before the last phase: the finest level is what the best is chosen by.
                 finest = validated.get(f"validation_dice_level_{levels[-1]}")
@@ -269,13 +272,14 @@ def training_mesh(config: RunConfig) -> Mesh:
     return mesh
 
 
-def validation_picture(batch: dict[str, Any], slices: Sequence[np.ndarray]) -> np.ndarray:
+def validation_picture(batch: dict[str, Any], slices: Sequence[np.ndarray], labels: LabelSpec) -> np.ndarray:
     """The first held-out patch's middle slice at each level: image, truth, prediction; [H, W, 3] uint8."""
     rows = []
-    for image, truth, predicted in zip(batch["images"], batch["labels"], slices, strict=True):
-        middle = image.shape[1] // 2
-        masks = (np.zeros_like(predicted), truth[0, middle], predicted)
-        rows.append(pictures.side_by_side([pictures.overlay(image[0, middle], mask) for mask in masks]))
+    for images, truth, predicted in zip(batch["images"], batch["labels"], slices, strict=True):
+        middle = truth.shape[1] // 2
+        image, window = images[0, 0], None if images.dtype == np.int16 else pictures.contrast(images[0, 0])
+        masks = (np.zeros_like(predicted), labels.drawn[truth[0, middle]], predicted)
+        rows.append(pictures.side_by_side([pictures.overlay(image[middle], mask, window=window) for mask in masks]))
     return np.concatenate(rows)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.errors import require
+from autocontext_jax.images.spec import CT, ImageSpec
 from autocontext_jax.models.activations import ACTIVATIONS, activate
 from autocontext_jax.models.resizing import upsample_by_two
 from autocontext_jax.sections import DERIVED
@@ -26,7 +27,7 @@ class PyramidConfig:
       context: what the next level sees of this level's prediction: its `softmax` maps, `onehot` maps, or `none`. With
         regions it sees their sigmoid maps in the place of softmax maps, and as onehot maps 1 where they exceed 0.5.
       stop_gradient: whether the gradient stops between levels, so that a level's loss trains that level alone.
-      window: HU that are mapped to -1 and 1; intensities outside are clipped.
+      image: the channels of an image, and how they are normalised.
       spatial_dims: number of spatial dimensions: 3, or 2 for images that are processed slice by slice. In 2D the size D
         below is any number of slices, the same at every level.
       activation: from logits to maps: `softmax` over classes, or one `sigmoid` a region.
@@ -36,15 +37,13 @@ class PyramidConfig:
     classes: int = dataclasses.field(default=2, metadata=DERIVED)
     context: str = "softmax"
     stop_gradient: bool = False
-    window: tuple[float, float] = (-500.0, 500.0)
+    image: ImageSpec = dataclasses.field(default=CT, metadata=DERIVED)
     spatial_dims: int = dataclasses.field(default=3, metadata=DERIVED)
     activation: str = dataclasses.field(default="softmax", metadata=DERIVED)
 
     def __post_init__(self):
         require(self.context in CONTEXTS, self, "context", f"one of {', '.join(CONTEXTS)}")
         require(self.activation in ACTIVATIONS, self, "activation", f"one of {', '.join(ACTIVATIONS)}")
-        low, high = self.window
-        require(low < high, self, "window", "(low, high) in HU with low < high")
 
 
 class Pyramid(nnx.Module):
@@ -61,9 +60,10 @@ class Pyramid(nnx.Module):
 
     def __init__(self, config: PyramidConfig, network: Callable[[int, nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
         self.config = config
+        channels = len(config.image.channels)
         context_channels = 0 if config.context == "none" else config.classes
         self.networks = nnx.List(
-            [network(1 if level == 0 else 1 + context_channels, rngs) for level in range(config.levels)]
+            [network(channels + (context_channels if level else 0), rngs) for level in range(config.levels)]
         )
         for stream in _random_streams(self):
             stream.shape = stream.key.shape
@@ -85,7 +85,7 @@ class Pyramid(nnx.Module):
         """Logits of every level of a batch of pyramid patches, differentiable end to end.
 
         Args:
-          images: for each level, coarsest first, [B, N, N, N] in HU.
+          images: for each level, coarsest first, [B, N, N, N, C], as `images.spec` says that they are stored.
 
         Returns:
           For each level logits [B, N, N, N, K], float32.
@@ -101,15 +101,17 @@ class Pyramid(nnx.Module):
 
         Args:
           level: 1 = coarsest.
-          image: [B, D, H, W] in HU.
+          image: [B, D, H, W, C], as it is stored.
           maps: the coarser level's maps over the same region with a halo of one coarse voxel,
             [B, D/2 + 2, H/2 + 2, W/2 + 2, K], in 2D [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
 
         Returns:
           [B, D, H, W, K], float32.
         """
-        low, high = self.config.window
-        x = jnp.clip((image.astype(jnp.float32) - low) * (2 / (high - low)) - 1, -1, 1)[..., None]
+        x = image.astype(jnp.float32)
+        if self.config.image.ct:
+            low, gain, offset, bottom, top = self.config.image.scaling()
+            x = jnp.clip((x - low) * gain + offset, bottom, top)
         if level > 1 and self.config.context != "none":
             assert maps is not None, "levels after the first need the maps of the level before"
             if self.config.context == "onehot":

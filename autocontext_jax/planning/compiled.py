@@ -58,7 +58,7 @@ class TrainingStep:
         mesh = Mesh(devices.reshape(-1, self.space), ("data", "space"), axis_types=(AxisType.Auto,) * 2)
         shape = (self.batch_size * mesh.shape["data"], *(self.patch_size,) * 3)
         levels = model.config.levels
-        image: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+        image: Any = jax.ShapeDtypeStruct((*shape, len(model.config.image.channels)), jnp.float32)
         label: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
         batch = Batch((image,) * levels, (label,) * levels)
         whole = replicated(mesh)
@@ -94,7 +94,9 @@ class TilePrediction:
         levels, classes, spatial_dims = model.config.levels, model.config.classes, model.config.spatial_dims
         level = self.level or levels
         tile = (self.tile,) * 3
-        arguments = tile_arguments(tile, context=level > 1, classes=classes, spatial_dims=spatial_dims)
+        arguments = tile_arguments(
+            tile, image=model.config.image, context=level > 1, classes=classes, spatial_dims=spatial_dims
+        )
         device = SingleDeviceSharding(devices[0])
         tiles = ScanTiles(
             PredictorConfig(tile=self.tile), levels=levels, classes=classes, spatial_dims=spatial_dims, align=8,

@@ -55,7 +55,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def sample_sharding(batch: NamedSharding) -> NamedSharding:
-    """Of what each sample of a batch has besides its patches, [B, ...]; `batch` is that of patches."""
+    """Of what a sample has without a depth, [B, ...], from that of its patches."""
     return NamedSharding(batch.mesh, PartitionSpec(*batch.spec[:1]))
 
 

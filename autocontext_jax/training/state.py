@@ -37,7 +37,7 @@ class Batch:
     """A batch of pyramid patches on the device.
 
     Attributes:
-      images: for each level, coarsest first, [B, N, N, N] in HU, float32.
+      images: for each level, coarsest first, [B, N, N, N, C] float32, as stored, see `images.spec`.
       labels: for each level [B, N, N, N], uint8.
       known: [B, K] bool, the classes that each sample's case annotates, see `targets`; None if all annotate everything.
     """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from autocontext_jax.data.loader import Margins, read_batch
+from autocontext_jax.data.loader import Margins, partly_annotated, read_batch
 from autocontext_jax.data.sampling import draw_anywhere, draw_entry
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.training.dice import class_dice, mean_dice
@@ -54,7 +54,8 @@ def validation_batches(
             centre = case.foreground_voxel(draw_entry(case.foreground_offsets, rng, sampling="classes"))
         crops.append((case, centre, margins))
     batches = [crops[start : start + batch_size] for start in range(0, len(crops), batch_size)]
-    return [read_batch(some, patch_size, margins, spatial_dims) for some in batches]
+    partly = partly_annotated(cases)
+    return [read_batch(some, patch_size, margins, spatial_dims, known=partly) for some in batches]
 
 
 def validate(
@@ -81,7 +82,8 @@ def validate(
     """
     results = []
     for batch in batches:
-        images, labels = (tuple(place(array, sharding) for array in batch[key]) for key in ("images", "labels"))
+        images = tuple(place(np.moveaxis(array, 1, -1).astype(np.float32), sharding) for array in batch["images"])
+        labels = tuple(place(array, sharding) for array in batch["labels"])
         known = batch.get("known")
         if known is not None:
             known = place(known, sample_sharding(sharding))

@@ -18,6 +18,7 @@ from flax import nnx
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import draw_validation, make_split, read_fold, sides_of
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
@@ -74,7 +75,7 @@ def read_scans(folder: Path, suffix: str) -> None:
     """All that is done with a scan's file: its grid, its voxels, and the label map on it."""
     scans.read_grid(folder / f"image{suffix}")
     scan = scans.read_scan(folder / f"image{suffix}")
-    scans.read_label(folder / f"label{suffix}", labels=range(3), like=scan.grid, case="a")
+    scans.read_label(folder / f"label{suffix}", values=range(3), like=scan.grid, case="a")
     scans.read_scan(folder / f"float{suffix}")
 
 
@@ -132,7 +133,7 @@ def write_splits(folder: Path) -> None:
 
 def read_splits(folder: Path) -> None:
     """Both folds."""
-    cases = [Case(name, Path(name), None) for name in "abc"]
+    cases = [Case(name, (Path(name),), None) for name in "abc"]
     for fold in range(2):
         read_fold(cases, folder / "splits_final.json", fold)
 
@@ -141,10 +142,10 @@ def write_store(folder: Path) -> None:
     """A prepared case of two levels."""
     size = (2 * SIZE[0], 2 * SIZE[1], 2 * SIZE[2])
     rng = np.random.default_rng(0)
-    case = Case("a", folder / "image.nii", folder / "label.nii")
-    scans.write_scan(case.image, rng.integers(-1000, 1000, size, np.int16), (2.5, 0.8, 0.7))
+    case = Case("a", (folder / "image.nii",), folder / "label.nii")
+    scans.write_scan(case.images[0], rng.integers(-1000, 1000, size, np.int16), (2.5, 0.8, 0.7))
     scans.write_scan(folder / "label.nii", rng.integers(0, 3, size, np.uint8), (2.5, 0.8, 0.7))
-    preparation.prepare_case(case, str(folder), LevelGrids((2, 1)), LABELS)
+    preparation.prepare_case(case, str(folder), LevelGrids((2, 1)), LabelSpec.plain(LABELS))
 
 
 def read_store(folder: Path) -> None:
@@ -206,6 +207,7 @@ def write_model_file(folder: Path) -> None:
     """The smallest model of the package, and beside it its parts, packed only when they are read."""
     import jax
 
+    from autocontext_jax.images.spec import CT
     from autocontext_jax.inference.model import Model
     from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
     from autocontext_jax.inference.tiling import PredictorConfig
@@ -219,6 +221,7 @@ def write_model_file(folder: Path) -> None:
         classes=tuple(ClassDescription(name, value) for value, name in enumerate(LABELS)),
         network=NetworkDescription(base_channels=1, depth=1),
         pyramid=PyramidConfig(),
+        image=CT,
         levels=LevelGrids((2.0, 1.0)),
         trained_spacing=((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
         tiling=Tiling(8, 4, crop_to_body=True, flip=False),
@@ -261,8 +264,8 @@ def write_split_json(folder: Path) -> None:
     cases = []
     for name in "abcd":
         (folder / name).write_text(name, encoding="utf-8")
-        cases.append(Case(name, folder / name, folder / name))
-    dataset = Dataset(folder, LABELS, tuple(cases[:3]), (cases[3],))
+        cases.append(Case(name, (folder / name,), folder / name))
+    dataset = Dataset(folder, LabelSpec.plain(LABELS), ("CT",), tuple(cases[:3]), (cases[3],))
     split = make_split(dataset, sides_of(dataset, cases[:2], cases[2:3]))
     write_json(folder / "split.json", split.to_json())
 
@@ -301,7 +304,7 @@ def read_overrides(folder: Path) -> None:
     assert len(factors) == len(config.levels.factors)
     for phase in config.phases():
         config.phase_loss(phase)
-    config.augmentation.spatial(LABELS)
+    config.augmentation.spatial(LabelSpec.plain(LABELS))
     json.dumps(as_dict(config))
 
 

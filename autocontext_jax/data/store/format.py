@@ -2,9 +2,10 @@
 
     <root>/<case>.ome.zarr/
       zarr.json                 the levels, and ours under "autocontext_jax"; written last: it marks a complete case
-      level_2, level_1, ...     [D, H, W] int16 HU, finest level first
-      labels/classes/level_2 ... [D, H, W] uint8
-      foreground                [voxels of class 1 to K - 1] uint32: flat indices into the finest level, by class
+      level_2, level_1, ...     [C, D, H, W] finest level first: int16 HU of CT alone, else float32, see `images.spec`
+      labels/classes/level_2 ... [D, H, W] uint8: numbers, see `data/labels.py`
+      foreground                [voxels of number 1 to V - 1] uint32: flat indices into the finest level, by number
+      intensities               [channels of CT * 65536] uint32: how many labelled voxels have each HU
 
 The root is a local folder or the URL of any of TensorStore's key-value stores (gs://, s3://). Every chunk carries a
 checksum and none is left out: damage and loss are errors, never data. Free of jax, as worker processes import it.
@@ -22,11 +23,11 @@ import tensorstore as ts
 
 from autocontext_jax.errors import UserError
 
-FORMAT = 3  # of the store: raise it when what is written changes, and every case is prepared again
+FORMAT = 4  # of the store: raise it when what is written changes, and every case is prepared again
 
 OURS = "autocontext_jax"  # our attributes' key
 CHUNK, SHARD = 32, 256  # edges in voxels: what is decompressed, what is one file
-INDEX_CHUNK, INDEX_SHARD = 4096, 2**20  # the same of the foreground
+INDEX_CHUNK, INDEX_SHARD = 4096, 2**20  # the same of the foreground and the intensities
 REMEDY = "delete that folder and prepare the case again"
 
 

@@ -7,8 +7,6 @@ from autocontext_jax.errors import require
 
 Triple = tuple[float, float, float]
 
-AIR = -1024  # HU outside a scan
-
 
 @dataclasses.dataclass(frozen=True)
 class LevelGrids:

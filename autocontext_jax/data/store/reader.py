@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from autocontext_jax.data.histograms import VALUES
 from autocontext_jax.data.store.format import (
     CHUNK,
     FORMAT,
@@ -22,8 +23,9 @@ from autocontext_jax.data.store.format import (
     read_attributes,
     storage_errors,
 )
-from autocontext_jax.data.store.level_grids import AIR, Triple, times
+from autocontext_jax.data.store.level_grids import Triple, times
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.spec import Channel, ImageSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Crop:
 
     Attributes:
       case: whose.
-      arrays: image int16 HU and label uint8, [D, H, W] each; where the scan does not reach, air and background.
+      arrays: image [C, D, H, W] and label [D, H, W] uint8; where the scan does not reach, padding and background.
       reads: futures of what fills the rest of them; none if the crop misses the scan.
     """
 
@@ -59,11 +61,13 @@ class PreparedCase:
     Attributes:
       root: folder or URL of the store.
       name: the case's.
-      labels: [K] names, background first.
+      labels: [K] names of the classes, background first.
       spacing: mm of the finest level, (z, y, x).
       factors: [S] native voxels per voxel along (z, y, x), coarsest level first.
       shapes: [S] voxels (z, y, x), coarsest level first.
-      foreground_offsets: [K]; entries [k - 1] to [k] of the foreground are the voxels of class k; none if all are 0.
+      image: of the channels, as far as it is known which values are stored; not the window of CT.
+      foreground_offsets: [V]; entries [n - 1] to [n] of the foreground are the voxels of number n; none if all are 0.
+      known: [K] whether the case annotates each class.
       cache_bytes: most memory for decompressed chunks, shared by all cases of this process that have the same number
         here: what is read often stays, whichever case it is of.
     """
@@ -74,7 +78,9 @@ class PreparedCase:
     spacing: Triple
     factors: tuple[Triple, ...]
     shapes: tuple[tuple[int, int, int], ...]
+    image: ImageSpec
     foreground_offsets: tuple[int, ...]
+    known: tuple[bool, ...]
     cache_bytes: int = 0
 
     @classmethod
@@ -91,18 +97,21 @@ class PreparedCase:
             raise UserError(f"{case_path(root, name)} has the format {ours.get('format')}, expected {FORMAT}: {REMEDY}")
         try:
             labels, offsets = tuple(ours["labels"]), tuple(map(operator.index, ours["foreground_offsets"]))
+            known = tuple(map(bool, ours["known"]))
             factors = tuple(_three(float, row) for row in ours["factors"])
             shapes = tuple(_three(operator.index, row) for row in ours["shapes"])
             spacing = times(_three(float, ours["native"]["spacing"]), factors[-1])
+            image = ImageSpec(tuple(Channel("", scheme) for scheme in ours["channels"]))
             whole = all(isinstance(label, str) for label in labels) and len(shapes) == len(factors)
             whole &= all(0 < size < 2**32 for shape in shapes for size in shape)
-            whole &= len(offsets) == len(labels) and [0, *offsets] == sorted([0, *offsets])
+            whole &= len(offsets) == operator.index(ours["numbers"]) and [0, *offsets] == sorted([0, *offsets])
+            whole &= len(known) == len(labels)
             whole &= bool(np.isfinite(spacing).all()) and all(0 < f < 1e9 for row in (spacing, *factors) for f in row)
         except (KeyError, IndexError, TypeError, ValueError, OverflowError):
             whole = False
         if not whole:
             raise UserError(f"{case_path(root, name)} has a description that is not what was written: {REMEDY}")
-        return cls(root, name, labels, spacing, factors, shapes, offsets, cache_bytes)
+        return cls(root, name, labels, spacing, factors, shapes, image, offsets, known, cache_bytes)
 
     def read(
         self,
@@ -117,18 +126,23 @@ class PreparedCase:
           level: 1 = coarsest.
           start: the level's voxel at the crop's corner, (z, y, x); may be negative or beyond the scan.
           size: voxels, (z, y, x).
-          into: image int16 and label uint8 of `size` to read into, such as views of a batch; new ones if not given.
+          into: image [C, *size] and label uint8 of `size` to read into, such as views of a batch; new ones if not
+            given.
         """
-        crops = into or (np.empty(size, np.int16), np.empty(size, np.uint8))
-        for crop, outside in zip(crops, (AIR, 0), strict=True):
-            crop.fill(outside)
+        spec = self.image
+        crops = into or (np.empty((len(spec.channels), *size), spec.dtype), np.empty(size, np.uint8))
+        for crop, outside in zip(crops, (spec.padding, 0), strict=True):
+            crop[...] = outside
         shape = self.shapes[level - 1]
         first = np.clip(start, 0, shape)
         last = np.clip(np.add(start, size), 0, shape)
         if (last <= first).any():
             return Crop(self, crops, ())
-        inside = tuple(slice(*edges) for edges in (np.stack([first, last], 1) - np.array(start)[:, None]).tolist())
-        box = tuple(slice(*edges) for edges in np.stack([first, last], 1).tolist())
+        inside: Any = (
+            ...,
+            *(slice(*edges) for edges in (np.stack([first, last], 1) - np.array(start)[:, None]).tolist()),
+        )
+        box = (..., *(slice(*edges) for edges in np.stack([first, last], 1).tolist()))
         arrays = self._arrays[f"level_{level}/"], self._arrays[f"labels/classes/level_{level}/"]
         # Chunks are decoded straight into their places: no copy, and no memory that is new to the process each time.
         reads = (ts.array(crop[inside]).write(array[box]) for crop, array in zip(crops, arrays, strict=True))
@@ -146,10 +160,15 @@ class PreparedCase:
             z, y, x = np.unravel_index(int(flat), self.shapes[-1])  # a ValueError if it lies outside
         return int(z), int(y), int(x)
 
+    def intensities(self) -> np.ndarray:
+        """What `histograms.histograms` counted, [channels of CT, 65536]."""
+        with storage_errors(self.root, self.name, "read"):
+            return self._arrays["intensities/"].read().result().reshape(len(self.image.ct), -1)
+
     @functools.cached_property
     def _arrays(self) -> dict[str, Any]:
         levels = [f"level_{level}/" for level in range(1, len(self.shapes) + 1)]
-        names = ["foreground/", *levels, *(f"labels/classes/{level}" for level in levels)]
+        names = ["foreground/", "intensities/", *levels, *(f"labels/classes/{level}" for level in levels)]
         with storage_errors(self.root, self.name, "read"):
             url = case_url(self.root, self.name)
             described = ts.KvStore.open(url).result()
@@ -160,9 +179,13 @@ class PreparedCase:
                 for name in names
             ]
             arrays = {name: array.result() for name, array in zip(names, opening, strict=True)}
-            expected: dict[str, tuple[tuple[int, ...], str]] = {"foreground/": (self.foreground_offsets[-1:], "uint32")}
+            expected: dict[str, tuple[tuple[int, ...], str]] = {
+                "foreground/": (self.foreground_offsets[-1:], "uint32"),
+                "intensities/": ((len(self.image.ct) * VALUES,), "uint32"),
+            }
+            channels, dtype = len(self.image.channels), self.image.dtype.name
             for level, shape in zip(levels, self.shapes, strict=True):
-                expected |= {level: (shape, "int16"), f"labels/classes/{level}": (shape, "uint8")}
+                expected |= {level: ((channels, *shape), dtype), f"labels/classes/{level}": (shape, "uint8")}
             for name, (size, dtype) in expected.items():  # what an array says of itself carries no checksum
                 found = arrays[name]
                 if (found.shape, found.dtype.name) != (size, dtype):
@@ -170,7 +193,7 @@ class PreparedCase:
                 # A piece is decoded at once: it takes its memory whatever the file holds.
                 layout = found.chunk_layout
                 piece, file = ([n or 0 for n in part.shape or ()] for part in (layout.read_chunk, layout.write_chunk))
-                if math.prod(piece) > CHUNK**3 or math.prod(file) > SHARD**3:
+                if math.prod(piece) > channels * CHUNK**3 or math.prod(file) > channels * SHARD**3:
                     raise ValueError(f"{name}zarr.json has pieces of {piece} in files of {file}, more than are written")
             return arrays
 
