@@ -148,7 +148,7 @@ def native_masks(*place: jax.Array, reach: int, activation: str = "softmax") -> 
 def native_maps(*place: jax.Array, reach: int, activation: str = "softmax") -> jax.Array:
     """Maps interpolated linearly to voxels of the scan, [GROUP, height, width, K] float32; see `_plane_by_plane`.
 
-    Tiles are added in half precision, by which each value differs by up to a thousandth. Softmax maps are divided by
+    Tiles are added in half precision, by which each value differs by up to two thousandths. Softmax maps are divided by
     their sum, which is then 1. Regions have no such sum, and each map's error is its own: none is common to divide by.
     They are limited to 1.
     """
