@@ -7,6 +7,7 @@ import numpy as np
 from autocontext_jax.data.labels import IGNORE
 
 FIRST_VALUE, VALUES = -(2**15), 2**16  # of a histogram: those of int16
+SLAB = 32  # planes that are counted together: bounds memory, and each count goes through all values
 # Percentiles of the labelled voxels to which CT is clipped, as in nnU-Net.
 CLIPPED = (0.5, 99.5)
 
@@ -22,15 +23,16 @@ def histograms(channels: Sequence[np.ndarray], label: np.ndarray) -> np.ndarray:
       [C, VALUES] uint32, from FIRST_VALUE.
     """
     counts = np.zeros((len(channels), VALUES), np.uint32)
-    for z, plane in enumerate(label):
-        labelled = (plane != 0) & (plane != IGNORE)
+    for start in range(0, len(label), SLAB):
+        slab = label[start : start + SLAB]
+        labelled = (slab != 0) & (slab != IGNORE)
         if not labelled.any():
             continue
         for channel, of_channel in zip(channels, counts, strict=True):
-            found = channel[z][labelled]
+            found = channel[start : start + SLAB][labelled]
             if found.dtype != np.int16:
                 found = np.rint(found.clip(FIRST_VALUE, FIRST_VALUE + VALUES - 1))
-            of_channel += np.bincount(found.astype(np.int64) - FIRST_VALUE, minlength=VALUES).astype(np.uint32)
+            of_channel += np.bincount(found.astype(np.int32) - FIRST_VALUE, minlength=VALUES).astype(np.uint32)
     return counts
 
 
