@@ -1,67 +1,136 @@
 """Grids, patches and tiles: where every voxel of every level lies.
 
-A level is counted from 1 = coarsest to S = finest; each level halves the voxel of the one before. Along one axis,
-voxel i of a level with downsample factor f covers native voxels [f i, f (i + 1)), so its centre lies at native
-coordinate f (i + 1/2) - 1/2. Tuples run (z, y, x). Everything here is plain Python and numpy.
+A level is counted from 1 = coarsest to S = finest; each level halves the voxel of the one before, along all axes or, of
+scans with thick slices, along some (`halved_axes`). Along one axis, voxel i of a level with downsample factor f covers
+native voxels [f i, f (i + 1)), so its centre lies at native coordinate f (i + 1/2) - 1/2. Tuples run (z, y, x).
+Everything here is plain Python.
 
-The spatial_dims is that of the networks: 3, or 2 for images that are seen slice by slice. A patch in 2D is one voxel
-thick, and its levels halve along y and x alone.
+Spacings may be in any unit. An axis along which the networks do not look, z in 2D, has an infinite spacing: it is never
+halved, and kernels are flat along it.
 """
 
+import dataclasses
 import math
 
 Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+CUBES: Spacing = (1.0, 1.0, 1.0)  # voxels that are as long along each axis
+SLICES: Spacing = (math.inf, 1.0, 1.0)  # slices that are seen one by one
 
 
-def level_shape(native_shape: Triple, factors: tuple[float, float, float]) -> Triple:
+def level_shape(native_shape: Triple, factors: Spacing) -> Triple:
     """Voxels of a level's grid over a scan of `native_shape`; a last partial voxel counts."""
     # The tolerance keeps 100 / (2.5 / 0.5) from becoming 21 voxels through rounding.
     z, y, x = (max(1, math.ceil(size / factor - 1e-6)) for size, factor in zip(native_shape, factors, strict=True))
     return z, y, x
 
 
-def patch_shape(edge: int, spatial_dims: int) -> Triple:
-    """Voxels of a patch: (N, N, N), or (1, N, N) in 2D."""
-    return (edge if spatial_dims == 3 else 1), edge, edge
+def halved_axes(spacing: Spacing) -> Triple:
+    """By how much the next coarser grid divides the voxels along each axis: 2, or 1 along an axis that is too coarse.
+
+    An axis is halved if its spacing is less than twice that of the finest axis, as in nnU-Net (Isensee et al., 2021).
+    Where slices are thick, coarser grids so come nearer to cubes.
+    """
+    # Headers hold float32: twice the finest spacing is not less than twice.
+    z, y, x = (2 if along < (2 - 1e-4) * min(spacing) else 1 for along in spacing)
+    return z, y, x
 
 
-def halving(spatial_dims: int) -> Triple:
-    """Voxels of the next finer level per voxel of a level along each axis: (2, 2, 2), or (1, 2, 2) in 2D."""
-    return (2 if spatial_dims == 3 else 1), 2, 2
+def halvings(spacing: Spacing, count: int) -> tuple[Triple, ...]:
+    """`halved_axes` of a grid with this spacing, then of the grid that it becomes, and so on: `count` of them."""
+    steps = []
+    for _ in range(count):
+        steps.append(halved_axes(spacing))
+        spacing = times(spacing, steps[-1])
+    return tuple(steps)
 
 
-def pyramid_starts(centre: Triple, edge: int, levels: int, spatial_dims: int = 3) -> tuple[Triple, ...]:
-    """First voxel of each level's patch, coarsest first, of the pyramid patch around a voxel of the finest level.
+def times(spacing: Spacing, factors: Spacing) -> Spacing:
+    """The spacing of a grid whose voxels are so many times as long."""
+    z, y, x = (along * factor for along, factor in zip(spacing, factors, strict=True))
+    return z, y, x
 
-    Level s + 1 starts at 2 (start of level s + N/4): the voxel grids nest exactly and all patches share one centre.
-    Nesting leaves the finest start a multiple of 2^(S-1) plus a constant; the nearest one is taken, so that with two
-    levels `centre` is always one of the 2^3 voxels around the patch's centre.
+
+def product(steps: tuple[Triple, ...]) -> Triple:
+    """The product of several steps along each axis; of none it is (1, 1, 1)."""
+    z, y, x = (math.prod(along) for along in zip((1, 1, 1), *steps, strict=True))
+    return z, y, x
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidPatch:
+    """The shape of a pyramid patch: one patch a level, all about one centre.
+
+    Attributes:
+      shape: voxels along each axis, the same at every level; a multiple of 4 along axes that levels halve.
+      levels: S.
+      spacing: of the finest level, in any unit, see above.
+    """
+
+    shape: Triple
+    levels: int
+    spacing: Spacing = CUBES
+
+    @property
+    def halvings(self) -> tuple[Triple, ...]:
+        """For each level but the coarsest, coarsest first, the voxels of it for one voxel of the level before."""
+        return tuple(reversed(halvings(self.spacing, self.levels - 1)))
+
+    @property
+    def scales(self) -> tuple[Triple, ...]:
+        """For each level, coarsest first, the voxels of the finest level for one voxel of it."""
+        return tuple(product(self.halvings[level:]) for level in range(self.levels))
+
+    @property
+    def thickness(self) -> Spacing:
+        """Of a voxel of the finest level along each axis, as a multiple of the finest axis: 1 where it is halved."""
+        steps = halved_axes(self.spacing)
+        z, y, x = (
+            1.0 if step == 2 else along / min(self.spacing) for step, along in zip(steps, self.spacing, strict=True)
+        )
+        return z, y, x
+
+    def starts(self, centre: Triple) -> tuple[Triple, ...]:
+        """First voxel of each level's patch, coarsest first, of the pyramid patch around a voxel of the finest level.
+
+        Along an axis that is halved, level s + 1 starts at 2 (start of level s + N/4), else where level s does: the
+        voxel grids nest exactly and all patches share one centre. Nesting leaves the finest start a multiple of
+        2^(halvings) plus a constant; the nearest one is taken, so that with two levels `centre` is always one of the
+        voxels around the patch's centre.
+
+        Args:
+          centre: a voxel of the finest level; may lie anywhere.
+
+        Returns:
+          S starts; negative where the patch leaves the scan.
+        """
+        coarsest = []
+        for voxel, size, nesting in zip(centre, self.shape, self.scales[0], strict=True):
+            # The finest start that a coarsest start of 0 gives: the recurrence above, summed.
+            offset = (nesting - 1) * size / 2
+            coarsest.append(round_half_up((voxel + 0.5 - size / 2 - offset) / nesting))
+        starts = [(coarsest[0], coarsest[1], coarsest[2])]
+        for step in self.halvings:
+            starts.append(next_level_start(starts[-1], self.shape, step))
+        return tuple(starts)
+
+
+def cube(edge: int, levels: int) -> PyramidPatch:
+    """A pyramid patch of cubes: N voxels along each axis, S levels that halve all axes."""
+    return PyramidPatch((edge, edge, edge), levels)
+
+
+def next_level_start(start: Triple, shape: Triple, step: Triple) -> Triple:
+    """Start of the patch at the next finer level that shares the centre of the patch at `start`.
 
     Args:
-      centre: a voxel of the finest level; may lie anywhere.
-      edge: N, a multiple of 4.
-      levels: S.
-      spatial_dims: 3 or 2.
-
-    Returns:
-      S starts; negative where the patch leaves the scan.
+      start: first voxel of the patch.
+      shape: voxels of both patches.
+      step: voxels of the finer level for one of this level, 1 or 2 along each axis.
     """
-    coarsest = []
-    for voxel, size, step in zip(centre, patch_shape(edge, spatial_dims), halving(spatial_dims), strict=True):
-        nesting = step ** (levels - 1)
-        # The finest start that a coarsest start of 0 gives: the recurrence above, summed.
-        offset = (nesting - 1) * size / 2
-        coarsest.append(round_half_up((voxel + 0.5 - size / 2 - offset) / nesting))
-    starts = [(coarsest[0], coarsest[1], coarsest[2])]
-    for _ in range(levels - 1):
-        starts.append(next_level_start(starts[-1], edge, spatial_dims))
-    return tuple(starts)
-
-
-def next_level_start(start: Triple, edge: int, spatial_dims: int = 3) -> Triple:
-    """Start of the patch at the next finer level that shares the centre of the patch at `start`."""
-    z, y, x = start
-    return (2 * (z + edge // 4) if spatial_dims == 3 else z), 2 * (y + edge // 4), 2 * (x + edge // 4)
+    z, y, x = (2 * (s + n // 4) if by == 2 else s for s, n, by in zip(start, shape, step, strict=True))
+    return z, y, x
 
 
 def round_half_up(value: float) -> int:

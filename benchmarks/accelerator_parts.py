@@ -34,6 +34,7 @@ from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.data.store.writer import write_case
+from autocontext_jax.geometry import cube
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.planning import hlo_text
@@ -263,9 +264,9 @@ def does_the_loader_keep_up(session: Session) -> None:
         )
         cases.append(PreparedCase.open(store, f"phantom_{number}", 2**28))
     program = session.program("bfloat16", sizes.batch)
-    config = LoaderConfig(batch_size=sizes.batch, patch_size=sizes.edge)
+    config = LoaderConfig(batch_size=sizes.batch, patch_size=(sizes.edge,))
     sharding = batch_sharding(make_mesh(sizes.batch))
-    loader = Loader(cases, config, seed=0, sharding=sharding, spatial=SpatialRanges())
+    loader = Loader(cases, config, cube(sizes.edge, 2), seed=0, sharding=sharding, spatial=SpatialRanges())
     batches = iter(loader)
     calls = {"synthetic": program.step, "fed": lambda: program.step(Batch(*next(batches)))}
     seconds = in_turn(calls, steps=2 * sizes.steps, lead_in=config.prefetch, rounds=3)
@@ -282,7 +283,7 @@ def whole_scans(session: Session) -> None:
         levels=levels, classes=len(ORGANS) + 1, width=sizes.width, depth=sizes.depth, dtype="bfloat16"
     )
     model = inference_model(*nnx.split(pyramid, nnx.Param, ...))
-    predictor = Predictor(model, PredictorConfig(sizes.tile), align=2 ** (sizes.depth - 1))
+    predictor = Predictor(model, PredictorConfig(sizes.tile), align=(2 ** (sizes.depth - 1),) * 3)
     factors = tuple((2.0 ** (levels - level),) * 3 for level in range(levels))
     rng = np.random.default_rng(0)
     voxels = rng.integers(-500, 500, (1, *sizes.scan), dtype=np.int16)

@@ -33,7 +33,7 @@ def make_pyramid(*, levels: int, classes: int, width: int, depth: int = 4, dtype
     """The pyramid of 3D U-Nets that the jobs train, with fresh parameters."""
     network = NetworkConfig(base_channels=width, depth=depth, dtype=dtype)
     config = PyramidConfig(levels=levels, classes=classes)
-    return Pyramid(config, lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(0))
+    return Pyramid(config, lambda inputs, spacing, rngs: UNet(inputs, classes, network, rngs=rngs), rngs=nnx.Rngs(0))
 
 
 def prepared_cases(data: str, factors: tuple[float, ...], folder: Path) -> list[PreparedCase]:

@@ -37,7 +37,7 @@ from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRan
 from autocontext_jax.data.loader import Loader, LoaderConfig, case_margins, host_batches, largest_margins, read_batch
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import pyramid_starts
+from autocontext_jax.geometry import cube
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 
 PEERS = ("batchgeneratorsv2", "monai", "torchio")
@@ -72,8 +72,9 @@ def main() -> None:
         cases = [dataclasses.replace(case, cache_bytes=0) for case in cached]
         sizes = flags.edge, flags.batch, flags.batches
         rows = measure_loader(cases, *sizes, "") + measure_loader(cached, *sizes, ", cached")
-        margins = crop_margins(flags.edge, len(flags.factors), (1.0, 1.0, 1.0), RANGES)
-        pair = read_batch([(*draw_centre(cases, np.random.default_rng(0)), margins)], flags.edge, margins)
+        patch = cube(flags.edge, len(flags.factors))
+        margins = crop_margins(patch, (1.0, 1.0, 1.0), RANGES)
+        pair = read_batch([(*draw_centre(cases, np.random.default_rng(0)), margins)], patch, margins)
 
     images, labels = pair["images"], pair["labels"]
     calls = {"augment, pyramid": ours(flags.edge, images, labels)}
@@ -110,12 +111,13 @@ def row(part: str, seconds: Sequence[float], cpu: float | None = None) -> dict[s
 
 def measure_loader(cases: list[PreparedCase], edge: int, batch: int, batches: int, about: str) -> list[dict[str, Any]]:
     """Lines of the table for the host part, the whole feed, and the read of a crop of each level."""
-    every = [case_margins(case, edge, RANGES) for case in cases]
+    patch = cube(edge, len(cases[0].shapes))
+    every = [case_margins(case, patch, RANGES) for case in cases]
     margins = largest_margins(every)
-    config = LoaderConfig(batch_size=batch, patch_size=edge)
+    config = LoaderConfig(batch_size=batch, patch_size=(edge,))
     sources: dict[str, Callable[[], Any]] = {
-        "host": lambda: host_batches(cases, config, every, seed=0),
-        "feed": lambda: Loader(cases, config, seed=0, sharding=batch_sharding(make_mesh(batch)), spatial=RANGES),
+        "host": lambda: host_batches(cases, config, patch, every, seed=0),
+        "feed": lambda: Loader(cases, config, patch, seed=0, sharding=batch_sharding(make_mesh(batch)), spatial=RANGES),
     }
     rows = []
     for part, make in sources.items():
@@ -129,7 +131,7 @@ def measure_loader(cases: list[PreparedCase], edge: int, batch: int, batches: in
 
         def read(level: int = level, margin: tuple[int, int, int] = margin or (0, 0, 0)) -> None:
             case, centre = draw_centre(cases, rng)
-            z, y, x = np.subtract(pyramid_starts(centre, edge, len(margins))[level - 1], margin).tolist()
+            z, y, x = np.subtract(patch.starts(centre)[level - 1], margin).tolist()
             depth, height, width = (edge + 2 * m for m in margin)
             case.read(level, (z, y, x), (depth, height, width)).result()
 
@@ -158,7 +160,7 @@ def draw_centre(cases: list[PreparedCase], rng: np.random.Generator) -> tuple[Pr
 def ours(edge: int, images: Arrays, labels: Arrays) -> Callable[[], Any]:
     """The jitted augmentation of a batch of one: a pyramid patch, or its finest level alone."""
     margins = tuple(tuple((size - edge) // 2 for size in label.shape[1:]) for label in labels)
-    augment = make_augment(edge, margins, RANGES, IntensityRanges())
+    augment = make_augment(cube(edge, len(labels)), margins, RANGES, IntensityRanges())
     arrays = [tuple(map(jnp.asarray, level)) for level in (images, labels)]
     key, number, spacings = jax.random.key(0), jnp.zeros(1, jnp.uint32), jnp.ones((1, 3))
     return lambda: augment(key, number, spacings, *arrays)

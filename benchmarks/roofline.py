@@ -115,7 +115,7 @@ def program(flags: argparse.Namespace) -> Program:
         make_pyramid, levels=flags.levels, classes=flags.classes, width=flags.width, dtype=flags.dtype
     )
     if flags.program == "train":
-        return TrainingStep(make_model, patch_size=flags.edge, batch_size=flags.batch, space=flags.space)
+        return TrainingStep(make_model, patch_size=(flags.edge,) * 3, batch_size=flags.batch, space=flags.space)
     return TilePrediction(make_model, tile=flags.edge, plane=flags.plane, level=flags.level)
 
 
@@ -127,7 +127,7 @@ def with_size(made: Program, what: str, size: int) -> Program:
         return dataclasses.replace(made, tile=size)
     if what == "batch":
         return dataclasses.replace(made, batch_size=size)
-    return dataclasses.replace(made, patch_size=size)
+    return dataclasses.replace(made, patch_size=(size,) * 3)
 
 
 def fit(

@@ -93,7 +93,7 @@ def compiled_row(flags: argparse.Namespace, count: int, space: int, edge: int, b
     """What the step compiled for these devices does on each."""
     name = flags.accelerator if count == 1 else f"{flags.accelerator}x{count}"
     accelerator, _ = accelerator_and_count(name)
-    step = TrainingStep(lambda: new_pyramid(flags), patch_size=edge, batch_size=batch, space=space)
+    step = TrainingStep(lambda: new_pyramid(flags), patch_size=(edge, edge, edge), batch_size=batch, space=space)
     compiled = compile_program(step, absent_devices(name))
     costs = instruction_costs(hlo_text.parse(compiled.text))
     number: collections.Counter[str] = collections.Counter()

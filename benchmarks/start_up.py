@@ -104,7 +104,7 @@ def make_files(folder: Path, size: int, width: int) -> None:
         levels=LevelGrids((2.0, 1.0)), trained_spacing=((1.0,) * 3, (1.0,) * 3),
         tiling=Tiling(0, PredictorConfig.margin, crop_to_body=True, flip=False), training={}, evaluation={},
     )  # fmt: skip
-    pyramid = make_pyramid(UNet, description.full_network, description.full_pyramid, seed=0)
+    pyramid = make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0)
     pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
     Model(description, pyramid, PredictorConfig()).save(folder / "model.autocontext")
     voxels = np.random.default_rng(0).integers(-300, 300, (size,) * 3, dtype=np.int16)

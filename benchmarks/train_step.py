@@ -34,6 +34,7 @@ from training_program import Calls, compile_training_step, in_turn
 from autocontext_jax.data.augmentation_ranges import SpatialRanges
 from autocontext_jax.data.loader import Loader, LoaderConfig
 from autocontext_jax.data.store.reader import PreparedCase
+from autocontext_jax.geometry import cube
 from autocontext_jax.runtime import compiler_options, disable_asynchronous_dispatch, fuse_results, keep_freed_memory
 from autocontext_jax.training.sharding import batch_sharding, make_mesh
 from autocontext_jax.training.state import Batch, inference_model
@@ -94,9 +95,11 @@ def measure(
     calls: Calls = {"ours": program.step}
     feed = None
     if cases:
-        feed_config = LoaderConfig(batch_size=batch, patch_size=edge)
+        feed_config = LoaderConfig(batch_size=batch, patch_size=(edge,))
         sharding = batch_sharding(make_mesh(batch))
-        feed = Loader(cases, feed_config, seed=0, sharding=sharding, spatial=SpatialRanges())
+        feed = Loader(
+            cases, feed_config, cube(edge, len(cases[0].shapes)), seed=0, sharding=sharding, spatial=SpatialRanges()
+        )
         fed = iter(feed)
         calls["fed"] = lambda: program.step(Batch(*next(fed)))
     if rivals:

@@ -17,7 +17,7 @@ def get_config():
     config.levels.factors = (4, 2)
     config.levels.unit = "voxels"
     config.loader.batch_size = 3
-    config.loader.patch_size = 64
+    config.loader.patch_size = (64, 64, 64)
     config.loader.sampling = "foreground"
     config.model.base_channels = 32
     config.model.depth = 4

@@ -13,7 +13,7 @@ def get_config():
     config.data.validation_fraction = 40 / 208
     config.predict.checkpoint = "latest"  # so that the volumes that are scored have chosen nothing
     config.levels.factors = (1,)
-    config.loader.batch_size, config.loader.patch_size, config.loader.sampling = 4, 40, "classes"
+    config.loader.batch_size, config.loader.patch_size, config.loader.sampling = 4, (40, 40, 40), "classes"
     config.augmentation.rotation, config.augmentation.scaling, config.augmentation.elastic_sigma = 15.0, 0.15, 1.0
     config.augmentation.noise, config.augmentation.intensity_shift, config.augmentation.intensity_scale = 0.1, 0.1, 0.1
     config.model.base_channels, config.model.depth, config.model.momentum = 12, 3, 0.98

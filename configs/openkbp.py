@@ -20,7 +20,7 @@ def get_config():
     config.levels.unit = "voxels"
     config.loader.batch_size = 3
     # Level 1 then sees three quarters of the scan along each axis.
-    config.loader.patch_size = 48
+    config.loader.patch_size = (48, 48, 48)
     config.loader.sampling = "classes"
     # What lies far from every organ is else never seen, and some of it is taken for one.
     config.loader.background_fraction = 0.2

@@ -16,7 +16,7 @@ def get_config():
     config.data.window = (-500.0, 500.0)
     config.levels.factors = (2, 1)
     config.loader.batch_size = 1
-    config.loader.patch_size = 32
+    config.loader.patch_size = (32, 32, 32)
     config.loader.sampling = "classes"
     config.augmentation.rotation = 3.0
     config.augmentation.elastic_sigma = 2.0

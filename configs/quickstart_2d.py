@@ -14,7 +14,7 @@ def get_config():
     config.levels.spatial_dims = 2
     # A slice costs little: more of them a step, and larger.
     config.loader.batch_size = 12
-    config.loader.patch_size = 48
+    config.loader.patch_size = (1, 48, 48)
     config.loader.background_fraction = 0.125
     config.model.base_channels = 16
     config.model.momentum = 0.95

@@ -26,7 +26,7 @@ from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader, LoaderConfig, read_batch
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import pyramid_starts
+from autocontext_jax.geometry import cube
 from autocontext_jax.images import scans
 from autocontext_jax.models.pyramid import context_of
 from autocontext_jax.models.resizing import upsample_by_two
@@ -153,11 +153,11 @@ def test_crops_and_context_agree_at_the_same_millimetre(prepared, margin):
     case, levels = prepared
     margins = (margin,) + (tuple(2 * m for m in margin),) * (len(levels) - 1)
     centres = centres_of(case)
-    batch = read_batch([(case, centre, margins) for centre in centres], EDGE, margins)
+    batch = read_batch([(case, centre, margins) for centre in centres], cube(EDGE, len(levels)), margins)
     np.testing.assert_allclose(batch["spacing"], [levels[-1].spacing] * len(centres), rtol=1e-6)
     compared = 0
     for sample, centre in enumerate(centres):
-        starts = pyramid_starts(centre, EDGE, len(levels))
+        starts = cube(EDGE, len(levels)).starts(centre)
         patches = []
         for level, start, own, image in zip(levels, starts, margins, batch["images"], strict=True):
             # A level's crop has the ramp's value at each voxel's mm.
@@ -182,7 +182,7 @@ def test_crops_and_context_agree_at_the_same_millimetre(prepared, margin):
 
 def test_the_label_lies_where_its_image_does(prepared):
     case, levels = prepared
-    starts = pyramid_starts(centres_of(case)[0], EDGE, len(levels))
+    starts = cube(EDGE, len(levels)).starts(centres_of(case)[0])
     centroids = []
     for level, (start, where) in enumerate(zip(starts, levels, strict=True), start=1):
         _, label = case.read(level, (0, 0, 0), case.shapes[level - 1]).result()
@@ -202,7 +202,7 @@ def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialRa
     """Context less image, HU, at each level after the first of a batch."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    loader = Loader([case], LoaderConfig(3, EDGE), seed=1, sharding=sharding, spatial=spatial)
+    loader = Loader([case], LoaderConfig(3, (EDGE,)), seed=1, sharding=sharding, spatial=spatial)
     images, _, _ = next(loader)
     loader.close()
     images = [np.array(image[..., 0], np.float64) for image in images]
@@ -236,8 +236,8 @@ def moved_places(
 
     Last come the labels [fields, 3, N, N, N]; they were 1 at places > 0.
     """
-    margins = crop_margins(edge, levels, FINEST, spatial)
-    run = make_augment(edge, margins, spatial, IntensityRanges())
+    margins = crop_margins(cube(edge, levels), FINEST, spatial)
+    run = make_augment(cube(edge, levels), margins, spatial, IntensityRanges())
     places, images, labels = [], [], []
     for level, margin in enumerate(margins, start=1):
         axes = []

@@ -44,7 +44,7 @@ config = ac.default_config()
 config.phantom.training, config.phantom.test = 3, 1
 config.phantom.size, config.phantom.spacing = (40, 40, 40), (8.0, 8.0, 8.0)
 config.levels.factors = (2, 1)
-config.loader.patch_size, config.loader.batch_size = 16, 2
+config.loader.patch_size, config.loader.batch_size = (16,), 2
 config.model.backbone, config.model.depth = "MyNet", 2
 config.loss.extra = (("squared_error", 0.5),)
 config.train.steps = config.train.checkpoint_every = 20

@@ -13,13 +13,15 @@ from autocontext_jax.data import augment
 from autocontext_jax.data.augment import make_augment, make_flip_known
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig, IntensityRanges, SpatialRanges, crop_margins
 from autocontext_jax.data.labels import LabelSpec
+from autocontext_jax.geometry import cube
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 EDGE, LEVELS = 8, 2
+PATCH = cube(EDGE, LEVELS)
 SPACING = (2.5, 0.8, 0.7)
 SPATIAL = SpatialRanges(rotation=8, translation=3, elastic_sigma=2, elastic_spacing=6)
-MARGINS = crop_margins(EDGE, LEVELS, SPACING, SPATIAL)
+MARGINS = crop_margins(PATCH, SPACING, SPATIAL)
 KEY = 7
 INTENSITY = IntensityRanges(noise=20, shift=50, scale=0.25)
 
@@ -35,7 +37,7 @@ def crops(samples: int, margins=MARGINS, seed: int = 0):
 
 def numpy_augment(intensity: IntensityRanges):
     """(numbers, images, labels, spacing) -> augmented images, labels as numpy; compiled once a batch size."""
-    run, key = make_augment(EDGE, MARGINS, SPATIAL, intensity), jax.random.key(KEY)
+    run, key = make_augment(PATCH, MARGINS, SPATIAL, intensity), jax.random.key(KEY)
 
     def apply(numbers, images, labels, spacing):
         return augmented(run, key, numbers, spacing, images, labels)
@@ -67,7 +69,7 @@ def plain():
 )
 def test_zero_limits_are_the_identity(spatial, margins):
     images, labels, spacing = crops(2, margins)
-    run = make_augment(EDGE, margins, spatial, IntensityRanges())
+    run = make_augment(PATCH, margins, spatial, IntensityRanges())
     image_out, label_out = augmented(run, jax.random.key(0), np.arange(2, dtype=np.uint32), spacing, images, labels)
     for before, after in zip(images + labels, image_out + label_out, strict=True):
         margin = [(size - EDGE) // 2 for size in before.shape[1:]]
@@ -196,9 +198,9 @@ def test_outside_is_air_and_background(plain):
 
 def test_half_of_the_patches_are_mirrored_with_their_classes():
     ranges = SpatialRanges(0, 0, 0, flip_classes=(0, 2, 1, 3, 4))
-    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
+    margins = crop_margins(PATCH, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
-    run = make_augment(EDGE, margins, ranges, IntensityRanges())
+    run = make_augment(PATCH, margins, ranges, IntensityRanges())
     moved = augmented(run, jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
     handed = []
     for sample in range(40):
@@ -219,11 +221,11 @@ def test_ignored_voxels_stay_ignored_and_what_is_annotated_changes_sides():
     names = LabelSpec.plain(("background", "right", "left", "liver"), ignore=9)
     config = AugmentationConfig(0.0, 0.0, 0.0, 0.0, flip=True, flip_pairs=("right=left",))
     ranges = config.spatial(names)
-    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
+    margins = crop_margins(PATCH, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
     labels = tuple(np.where(label == 4, 255, label).astype(np.uint8) for label in labels)
     numbers = np.arange(40, dtype=np.uint32)
-    run = make_augment(EDGE, margins, ranges, IntensityRanges())
+    run = make_augment(PATCH, margins, ranges, IntensityRanges())
     _, moved = run(jax.random.key(0), numbers, spacing, images, labels)
     table = np.arange(256)
     table[[1, 2]] = 2, 1
@@ -246,11 +248,11 @@ def test_where_no_class_changes_sides_neither_does_what_is_annotated(flip_classe
 
 def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_without_it():
     ranges = dataclasses.replace(SPATIAL, scaling=0.1, flip_classes=(0, 2, 1, 3, 4))
-    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
+    margins = crop_margins(PATCH, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
 
     def moved(unmoved: float):
-        run = make_augment(EDGE, margins, dataclasses.replace(ranges, probability=1 - unmoved), IntensityRanges())
+        run = make_augment(PATCH, margins, dataclasses.replace(ranges, probability=1 - unmoved), IntensityRanges())
         arrays = augmented(run, jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
         return jax.tree.map(np.array, arrays)
 
@@ -269,14 +271,14 @@ def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_wit
 
 def test_scaling_is_the_same_along_all_axes_at_all_levels_and_within_limits():
     ranges = SpatialRanges(0, 0, 0, scaling=0.25)
-    margins = crop_margins(EDGE, LEVELS, SPACING, ranges)
+    margins = crop_margins(PATCH, SPACING, ranges)
     samples, images = 60, []
     for margin in margins:
         z, y, x = (400.0 * (np.arange(EDGE + 2 * m) - (EDGE - 1) / 2 - m) for m in margin)  # 0 HU in the middle
         ramp = z[:, None, None] + y[:, None] / 2 - x / 4
         images.append(np.repeat(ramp[None].astype(np.int16), samples, axis=0))
     labels = tuple(np.zeros(image.shape, np.uint8) for image in images)
-    run = make_augment(EDGE, margins, ranges, IntensityRanges())
+    run = make_augment(PATCH, margins, ranges, IntensityRanges())
     spacing = np.array([SPACING] * samples, np.float32)
     moved, _ = augmented(run, jax.random.key(1), np.arange(samples, dtype=np.uint32), spacing, tuple(images), labels)
     sizes = np.array(moved[0])[:, -1, -1, -1] / (400 * (EDGE - 1) / 2 * (1 + 1 / 2 - 1 / 4))
@@ -294,7 +296,7 @@ def test_intensity_changes_are_the_same_for_all_levels_and_within_limits():
     image = np.zeros(shape, np.int16)
     image[..., EDGE // 2 :] = 1000  # halves of 0 and 1000 HU
     labels = (np.zeros(shape, np.uint8),) * 2
-    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityRanges(shift=50, scale=0.25))
+    run = make_augment(PATCH, ((0, 0, 0),) * 2, None, IntensityRanges(shift=50, scale=0.25))
     numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
     coarse, fine = augmented(run, jax.random.key(1), numbers, spacing, (image, image), labels)[0]
     np.testing.assert_array_equal(coarse, fine)
@@ -313,7 +315,7 @@ def test_noise_is_of_one_strength_and_independent():
     samples = 60
     shape = (samples, EDGE, EDGE, EDGE)
     image, label = np.full(shape, 100, np.int16), np.zeros(shape, np.uint8)
-    run = make_augment(EDGE, ((0, 0, 0),) * 2, None, IntensityRanges(noise=20))
+    run = make_augment(PATCH, ((0, 0, 0),) * 2, None, IntensityRanges(noise=20))
     numbers, spacing = np.arange(samples, dtype=np.uint32), np.array([SPACING] * samples, np.float32)
     image_out, label_out = augmented(run, jax.random.key(1), numbers, spacing, (image, image), (label, label))
     coarse, fine = (np.array(out) - 100 for out in image_out)
@@ -328,7 +330,7 @@ def test_noise_is_of_one_strength_and_independent():
 def test_positions_are_computed_in_full_float32_on_every_platform():
     """GPUs would otherwise multiply in TF32 and TPUs in bfloat16: positions up to a quarter of a voxel off."""
     images, labels, spacing = crops(2)
-    run = make_augment(EDGE, MARGINS, SPATIAL, INTENSITY)
+    run = make_augment(PATCH, MARGINS, SPATIAL, INTENSITY)
     channels = tuple(image[:, None] for image in images)
     program = str(jax.make_jaxpr(run)(jax.random.key(KEY), np.arange(2, dtype=np.uint32), spacing, channels, labels))
     products = program.count("dot_general[")

@@ -96,7 +96,7 @@ def test_output_has_the_inputs_size(backbone, norm, shape):
 
 
 def test_divisor():
-    assert [NetworkConfig(depth=depth).divisor for depth in (1, 2, 4)] == [1, 2, 8]
+    assert [NetworkConfig(depth=depth).divisor for depth in (1, 2, 4)] == [(1, 1, 1), (2, 2, 2), (8, 8, 8)]
 
 
 def test_bfloat16_logits_are_float32_and_near():

@@ -63,7 +63,7 @@ def test_images_of_other_kinds_are_all_body():
 def test_air_alone_has_no_body_and_its_mask_is_background(caplog):
     image = np.full((4, 5, 6), AIR, np.int16)
     assert body_box(image) is None
-    predictor = Predictor(Pointwise(2), PredictorConfig(), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(), align=(2,) * 3)
     masks = predictor.masks(image[None], cubed(2, 1), levels=(1, 2))
     assert list(masks) == [1, 2]
     assert "nothing in it is above -500 HU" in caplog.text
@@ -75,7 +75,7 @@ def test_air_alone_has_no_body_and_its_mask_is_background(caplog):
     assert not mask.any()
     np.testing.assert_array_equal(maps, np.broadcast_to([1, 0, 0], (4, 5, 6, 3)))
     # Without the crop the network is asked, which here calls air the first class too.
-    asked = Predictor(Pointwise(2), PredictorConfig(crop_to_body=False), align=2)
+    asked = Predictor(Pointwise(2), PredictorConfig(crop_to_body=False), align=(2,) * 3)
     assert asked.tiles.plan(image.shape, cubed(2, 1), image) is not None
     assert not asked.masks(image[None], cubed(2, 1))[2].any()
 
@@ -94,7 +94,7 @@ FACTORS = [cubed(1), cubed(2, 1), ((3.0, 2.2, 2.2), (1.5, 1.1, 1.1)), cubed(1, 0
 def test_the_crop_changes_no_voxel_of_the_body(factors):
     voxels, levels = body_in_air(), tuple(range(1, len(factors) + 1))
     whole, cropped = (
-        Predictor(Pointwise(len(factors)), PredictorConfig(crop_to_body=crop), align=4) for crop in (False, True)
+        Predictor(Pointwise(len(factors)), PredictorConfig(crop_to_body=crop), align=(4,) * 3) for crop in (False, True)
     )
     expected, found = (each.masks(voxels[None], factors, levels=levels) for each in (whole, cropped))
     for level in levels:
@@ -109,7 +109,7 @@ def test_the_crop_changes_no_voxel_of_the_body(factors):
 
 def test_regions_have_no_map_of_the_background():
     """Beyond the box and in a scan of air all maps are 0."""
-    predictor = Predictor(PointwiseRegions(1), PredictorConfig(), align=4)
+    predictor = Predictor(PointwiseRegions(1), PredictorConfig(), align=(4,) * 3)
     voxels = body_in_air()
     mask, maps = predictor.mask_and_maps(voxels[None], cubed(1))
     _, box = predictor.tiles.plan(voxels.shape, cubed(1), voxels)
@@ -129,7 +129,7 @@ def test_regions_have_no_map_of_the_background():
 def test_the_context_of_a_cropped_box_lies_where_it_belongs(factors):
     voxels = body_in_air()
     expected, found = (
-        Predictor(Context(), PredictorConfig(crop_to_body=crop), align=4).masks(voxels[None], factors)[2]
+        Predictor(Context(), PredictorConfig(crop_to_body=crop), align=(4,) * 3).masks(voxels[None], factors)[2]
         for crop in (False, True)
     )
     assert {0, 1, 2} == set(np.unique(found[PLACE]))
@@ -141,7 +141,7 @@ def test_a_network_sees_the_air_around_the_body_as_before():
     voxels = body_in_air()
     model = trained_pyramid(1)
     expected, found = (
-        Predictor(model, PredictorConfig(crop_to_body=crop), align=2).masks(voxels[None], cubed(1))[1]
+        Predictor(model, PredictorConfig(crop_to_body=crop), align=(2,) * 3).masks(voxels[None], cubed(1))[1]
         for crop in (False, True)
     )
     inner = tuple(slice(part.start + SIGHT, part.stop - SIGHT) for part in PLACE)

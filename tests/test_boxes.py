@@ -29,13 +29,13 @@ from test_predictor import (
 
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.errors import UserError
-from autocontext_jax.images.spec import CT
 from autocontext_jax.inference import boxes, scan_tiles
 from autocontext_jax.inference.boxes import box_sizes, choose_box
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tile_memory import bytes_a_voxel, row_bytes
 from autocontext_jax.inference.tiling import PredictorConfig, crop, gaussian
 from autocontext_jax.models import onednn
+from autocontext_jax.models.pyramid import PyramidConfig
 
 
 def counts_of(box) -> list[int]:
@@ -64,7 +64,7 @@ def test_box_sizes_are_few_and_their_steps_small(align):
 
 @pytest.mark.parametrize("size", [(50, 256, 256), (75, 128, 128), (1, 40, 30), (20, 20, 20), (96, 96, 96)])
 def test_a_level_that_fits_is_one_tile(size):
-    box = choose_box([(0, n) for n in size], margin=8, align=8, blend=gaussian, fits=lambda _: True)
+    box = choose_box([(0, n) for n in size], margin=8, align=(8,) * 3, blend=gaussian, fits=lambda _: True)
     assert counts_of(box) == [1, 1, 1]
     assert box.size == box.stride == box.extent
     assert computed(box) <= 1.2 * np.prod([max(32, n) for n in size])
@@ -82,20 +82,20 @@ def test_a_level_that_fits_is_one_tile(size):
 def test_boxes_compute_few_voxels_within_the_memory(size, most, times):
     """Cubes of 96 voxels that overlap by half compute 6.7 times the voxels of such scans."""
     regions = [(0, n) for n in size]
-    box = choose_box(regions, margin=8, align=8, blend=gaussian, fits=lambda box: math.prod(box.size) <= most)
+    box = choose_box(regions, margin=8, align=(8,) * 3, blend=gaussian, fits=lambda box: math.prod(box.size) <= most)
     assert math.prod(box.size) <= most
     assert computed(box) <= times * math.prod(size)
 
 
 def test_no_box_within_the_memory_gives_the_smallest():
-    box = choose_box([(0, 500)] * 3, margin=8, align=8, blend=gaussian, fits=lambda _: False)
+    box = choose_box([(0, 500)] * 3, margin=8, align=(8,) * 3, blend=gaussian, fits=lambda _: False)
     assert max(box.size) < boxes.SMALLEST + 2 * 8
 
 
 def test_networks_that_halve_often_have_boxes_beyond_the_largest():
     """Of depth 8: no box with an overlap holds fewer voxels than `LARGEST`."""
     regions = [(0, 200), (0, 256), (0, 600)]
-    box = choose_box(regions, margin=8, align=128, blend=gaussian, fits=lambda _: True)
+    box = choose_box(regions, margin=8, align=(128,) * 3, blend=gaussian, fits=lambda _: True)
     assert box.size == (256, 256, 256)
     assert box.stride[2] == 128
 
@@ -116,7 +116,7 @@ def test_masks_of_a_pointwise_model_are_exact(name, voxels_of_a_tile, small):
     small(voxels_of_a_tile)
     shape, factors = SCANS[name]
     voxels = scan(shape)
-    predictor = Predictor(Pointwise(len(factors)), PredictorConfig(margin=4), align=4)
+    predictor = Predictor(Pointwise(len(factors)), PredictorConfig(margin=4), align=(4,) * 3)
     masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, len(factors) + 1)))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_maps(downsample_image(voxels, factor)), factor, shape)
@@ -133,9 +133,9 @@ def test_boxes_with_the_margin_of_the_field_of_view_equal_the_whole_scan(factors
     small(32 * 40 * 48)
     model, voxels = trained_pyramid(len(factors)), scan(shape)
     config = PredictorConfig(margin=SIGHT, **WHOLE)
-    axes = plan_of(Predictor(model, config, align=2, blend=borders), voxels, factors)
+    axes = plan_of(Predictor(model, config, align=(2,) * 3, blend=borders), voxels, factors)
     assert len(axes[-1][1].starts) > 1
-    tiled = tiled_maps(Predictor(model, config, align=2, blend=borders), voxels, factors, monkeypatch)
+    tiled = tiled_maps(Predictor(model, config, align=(2,) * 3, blend=borders), voxels, factors, monkeypatch)
     for maps, expected in zip(tiled, whole_maps(model, voxels, factors, axes), strict=True):
         np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-5)
 
@@ -144,7 +144,7 @@ def test_one_box_equals_the_whole_scan(monkeypatch):
     """Where a level is one tile, nothing is blended, and the maps are those of the network on the padded level."""
     shape, factors = (15, 21, 30), cubed(2, 1)
     model, voxels = trained_pyramid(2), scan(shape)
-    predictor = Predictor(model, PredictorConfig(**WHOLE), align=2)
+    predictor = Predictor(model, PredictorConfig(**WHOLE), align=(2,) * 3)
     tiled = tiled_maps(predictor, voxels, factors, monkeypatch)
     plan = plan_of(predictor, voxels, factors)
     assert all(len(axis.starts) == 1 for axes in plan for axis in axes)
@@ -166,7 +166,7 @@ def test_one_box_equals_the_whole_scan(monkeypatch):
 
 
 def test_scans_of_similar_sizes_share_their_programs():
-    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(), align=8)
+    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(), align=(8,) * 3)
     with count_compilations() as first:
         predictor.masks(scan((30, 41, 52))[None], cubed(2, 1))
     with count_compilations() as later:
@@ -179,13 +179,13 @@ def test_scans_of_similar_sizes_share_their_programs():
 def test_tiles_take_no_more_memory_than_they_may(monkeypatch):
     """By the compiled program's own figure, with the maps beside it."""
     monkeypatch.setattr(scan_tiles, "FITS", 0)
-    predictor = Predictor(trained_pyramid(1, width=2), PredictorConfig(memory=0.15), align=2)
+    predictor = Predictor(trained_pyramid(1, width=2), PredictorConfig(memory=0.15), align=(2,) * 3)
     ((z, y, x),) = plan_of(predictor, np.zeros((300, 130, 140), np.int16), cubed(1))
     assert len(z.starts) > 1
     slabs = row_bytes(z.size, z.stride, (y.extent, x.extent), CLASSES)
     tile = (z.size, y.size, x.size)
     needed = math.prod(tile) * bytes_a_voxel(
-        predictor._programs[0], predictor._state, tile, image=CT, context=False, classes=CLASSES, spatial_dims=3
+        predictor._programs[0], predictor._state, tile, pyramid=predictor._pyramid, level=1
     )
     assert 0.08e9 < needed + slabs <= 0.155e9
 
@@ -195,7 +195,7 @@ def test_maps_of_many_classes_count_too():
 
     def taken(classes: int) -> tuple[int, int]:
         tiles = scan_tiles.ScanTiles(
-            PredictorConfig(memory=0.6), levels=1, classes=classes, spatial_dims=3, align=8, blend=gaussian,
+            PredictorConfig(memory=0.6), PyramidConfig(levels=1, classes=classes), align=(8,) * 3, blend=gaussian,
             bytes_a_voxel=lambda: 1e9,
         )  # fmt: skip
         voxels = np.zeros((90, 350, 350), np.int16)
@@ -209,22 +209,20 @@ def test_maps_of_many_classes_count_too():
 
 
 def test_the_bytes_of_a_voxel_hardly_depend_on_the_tile():
-    predictor = Predictor(trained_pyramid(2, width=4), PredictorConfig(), align=2)
+    predictor = Predictor(trained_pyramid(2, width=4), PredictorConfig(), align=(2,) * 3)
     found = bytes_a_voxel(
         predictor._programs[-1],
         predictor._state,
         (96, 64, 128),
-        image=CT,
-        context=True,
-        classes=CLASSES,
-        spatial_dims=3,
+        pyramid=predictor._pyramid,
+        level=2,
     )
     assert predictor._bytes_a_voxel() == pytest.approx(found, rel=0.05)
 
 
 def test_device_memory_does_not_grow_with_the_scan(small):
     small(40_000)
-    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=(2,) * 3)
 
     def most_alive(depth: int) -> int:
         gc.collect()  # what other tests left behind
@@ -242,7 +240,7 @@ def test_device_memory_does_not_grow_with_the_scan(small):
 def paper_sized(levels: int) -> Predictor:
     """With networks as in the paper, but for their width."""
     pyramid = trained_pyramid(levels, width=8, depth=4)
-    return Predictor(pyramid, PredictorConfig(memory=3.0), align=8)
+    return Predictor(pyramid, PredictorConfig(memory=3.0), align=(8,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +287,8 @@ def exhausted(size):
 def test_smaller_tiles_are_used_where_the_memory_runs_out(small, monkeypatch, caplog):
     small(10**9)
     voxels, factors = scan((30, 60, 70)), cubed(2, 1)
-    expected = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2).masks(voxels[None], factors)[2]
-    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=2)
+    expected = Predictor(Pointwise(2), PredictorConfig(margin=4), align=(2,) * 3).masks(voxels[None], factors)[2]
+    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=(2,) * 3)
     run, most = predictor._programs[-1], 20_000
 
     def program(state, images, *rest):
@@ -312,19 +310,19 @@ def test_smaller_tiles_are_used_where_the_memory_runs_out(small, monkeypatch, ca
 
 
 def test_a_device_that_holds_no_tile_is_told_in_one_line(small):
-    predictor = Predictor(Pointwise(1), PredictorConfig(margin=4), align=2)
+    predictor = Predictor(Pointwise(1), PredictorConfig(margin=4), align=(2,) * 3)
     small(10**9)
     predictor._programs = [exhausted(5)]
     with pytest.raises(UserError, match=r"too little free memory for a tile of \d+x\d+x\d+ voxels"):
         predictor.masks(scan((40, 40, 40))[None], cubed(1))
-    cubes = Predictor(Pointwise(1), PredictorConfig(tile=16), align=2)
+    cubes = Predictor(Pointwise(1), PredictorConfig(tile=16), align=(2,) * 3)
     cubes._programs = [exhausted(5)]
     with pytest.raises(UserError, match=r"a tile of 16x16x16 voxels.*or a smaller predict\.tile"):
         cubes.masks(scan((40, 40, 40))[None], cubed(1))
 
 
 def test_other_errors_of_the_device_are_not_hidden():
-    predictor = Predictor(Pointwise(1), PredictorConfig(tile=16), align=2)
+    predictor = Predictor(Pointwise(1), PredictorConfig(tile=16), align=(2,) * 3)
 
     def fails(*arguments):
         raise jax.errors.JaxRuntimeError("INTERNAL: no")
@@ -341,7 +339,7 @@ def test_other_errors_of_the_device_are_not_hidden():
 def test_scans_of_extreme_shapes(shape, small):
     small(30_000)
     voxels = scan(shape)
-    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=4)
+    predictor = Predictor(Pointwise(2), PredictorConfig(margin=4), align=(4,) * 3)
     mask = predictor.masks(voxels[None], cubed(2, 1))[2]
     maps = pointwise_maps(voxels)
     clear = np.sort(maps, axis=-1)[..., -1] - np.sort(maps, axis=-1)[..., -2] > 2e-3
@@ -351,7 +349,7 @@ def test_scans_of_extreme_shapes(shape, small):
 def test_one_axis_larger_than_any_size_that_a_box_may_have():
     """A box holds at most `LARGEST` voxels, so that no single one covers this scan along z."""
     voxels = scan((2600, 60, 60))
-    predictor = Predictor(Pointwise(1), PredictorConfig(), align=8)
+    predictor = Predictor(Pointwise(1), PredictorConfig(), align=(8,) * 3)
     ((z, y, x),) = plan_of(predictor, voxels, cubed(1))
     assert (len(z.starts) > 1, len(y.starts), len(x.starts)) == (True, 1, 1)
     mask = predictor.masks(voxels[None], cubed(1))[1]

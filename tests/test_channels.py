@@ -18,7 +18,7 @@ from autocontext_jax.data.preparation import prepare_case
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
-from autocontext_jax.geometry import pyramid_starts
+from autocontext_jax.geometry import cube
 from autocontext_jax.images import scans
 from autocontext_jax.images.finding import find_scans
 from autocontext_jax.images.spec import AIR, Channel, ImageSpec, image_spec
@@ -35,7 +35,7 @@ def small_config(root: Path, *, steps: int, spatial_dims: int = 3):
     config = default_config()
     config.data.root, config.data.workers, config.data.validation_fraction = str(root), 1, 0.1
     config.levels.factors, config.levels.spatial_dims = (1,), spatial_dims
-    config.loader.patch_size, config.loader.batch_size, config.loader.background_fraction = 16, 4, 0.3
+    config.loader.patch_size, config.loader.batch_size, config.loader.background_fraction = (16,), 4, 0.3
     config.augmentation.probability = 0.0
     config.model.base_channels, config.model.depth, config.model.momentum = 4, 2, 0.9
     config.loss.cross_entropy = 0.5
@@ -173,12 +173,12 @@ def test_ct_beside_other_channels_keeps_its_hu_and_is_padded_by_air(tmp_path):
     assert [channel.normalization for channel in prepared.image.channels] == ["CT", "zscore"]
     assert prepared.intensities().shape == (1, 65536)
     assert prepared.intensities()[0, 32768] == label.sum()  # of CT, all labelled voxels are 0 HU
-    batch = read_batch([(prepared, (4, 4, 5), ((0, 0, 0),) * 2)], 16, ((0, 0, 0),) * 2)
+    batch = read_batch([(prepared, (4, 4, 5), ((0, 0, 0),) * 2)], cube(16, 2), ((0, 0, 0),) * 2)
     fine = batch["images"][1][0]
     assert fine.dtype == np.float32
     assert fine.shape == (2, 16, 16, 16)
     stored = scans.read_scan(files, spec).voxels
-    starts = pyramid_starts((4, 4, 5), 16, 2)[1]
+    starts = cube(16, 2).starts((4, 4, 5))[1]
     inside = tuple(slice(-first, n - first) for first, n in zip(starts, (8, 9, 10), strict=True))
     np.testing.assert_array_equal(fine[(slice(None), *inside)], stored)
     outside = np.ones((16, 16, 16), bool)

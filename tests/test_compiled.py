@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from autocontext_jax.models.blocks import NetworkConfig
-from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
+from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -32,7 +32,7 @@ def step_and_arguments():
 
     def make():
         config = PyramidConfig(levels=LEVELS, classes=CLASSES)
-        return Pyramid(config, lambda inputs, rngs: UNet(inputs, CLASSES, network, rngs=rngs), rngs=nnx.Rngs(0))
+        return make_pyramid(UNet, network, config, seed=0)
 
     graph, _ = create_state(nnx.eval_shape(make), optimizer)
     state = jax.eval_shape(lambda: create_state(make(), optimizer)[1])

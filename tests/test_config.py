@@ -1,7 +1,9 @@
 """Configurations: the shipped ones, the typed tree, refusals, and what a run folder keeps of them."""
 
+import ast
 import dataclasses
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def test_a_misspelt_key_in_a_config_file_is_refused_and_the_nearest_named(sectio
 def test_keys_that_another_key_decides_are_no_keys():
     keys = flat_keys(as_dict(RunConfig()))
     assert "levels.spatial_dims" in keys
-    assert not {"model.spatial_dims", "pyramid.spatial_dims", "pyramid.classes", "pyramid.levels"} & set(keys)
+    assert not {"model.spacing", "pyramid.spacing", "pyramid.classes", "pyramid.levels"} & set(keys)
 
 
 def test_augmentation_ranges_follow_their_keys():
@@ -131,9 +133,11 @@ def test_the_model_has_the_modes_levels():
 
 
 def test_the_number_of_dimensions_reaches_the_model():
-    config = changed(levels__spatial_dims=2, model__base_channels=2)
-    model = nnx.eval_shape(lambda: make_model(config, LabelSpec.plain(("background", "a", "b")), CT, UNet))
-    assert model.config.spatial_dims == 2
+    config = changed(levels__spatial_dims=2, levels__unit="voxels", model__base_channels=2)
+    model = nnx.eval_shape(
+        lambda: make_model(config, config.levels, LabelSpec.plain(("background", "a", "b")), CT, UNet)
+    )
+    assert model.config.spacing == (math.inf, 1, 1)
     kernels = [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if len(leaf.shape) == 5]
     # [O, 1, k, k, C], and [1, 2, 2, O, C] of deconvolutions.
     assert kernels
@@ -145,10 +149,10 @@ BAD = [
     ("mesh.space", 0),
     ("augmentation.scaling", -0.1),
     ("augmentation.scaling", 1.0),
-    ("loader.patch_size", 30),
-    ("loader.patch_size", 0),
-    ("loader.patch_size", -8),
-    ("loader.patch_size", 36),  # a multiple of 4, not of 2^3
+    ("loader.patch_size", (30,)),
+    ("loader.patch_size", (0,)),
+    ("loader.patch_size", (-8,)),
+    ("loader.patch_size", (36,)),  # a multiple of 4, not of 2^3
     ("predict.tile", 100),
     ("predict.tile", -4),
     ("train.mode", "all"),
@@ -222,8 +226,8 @@ def test_bad_values_are_refused_by_name(key, value):
 def test_the_size_that_a_refusal_proposes_is_good():
     for size in (36, 100):
         with pytest.raises(UserError) as refusal:
-            changed(loader__patch_size=size)
-        changed(loader__patch_size=int(str(refusal.value).rsplit(" ", 1)[1]))
+            changed(loader__patch_size=(size,))
+        changed(loader__patch_size=ast.literal_eval(str(refusal.value).rpartition("choose ")[2]))
 
 
 # ---- run folders ----

@@ -35,7 +35,7 @@ def new_pyramid(norm: str = "batch") -> Pyramid:
     config = NetworkConfig(base_channels=2, depth=1, norm=norm)
     return Pyramid(
         PyramidConfig(levels=2, classes=2),
-        lambda inputs, rngs: DropoutUNet(inputs, 2, config, rngs=rngs),
+        lambda inputs, spacing, rngs: DropoutUNet(inputs, 2, config, rngs=rngs),
         rngs=nnx.Rngs(0),
     )
 
@@ -137,7 +137,7 @@ def test_levels_and_copies_of_a_module_drop_differently(batch):
             ones = jnp.ones((2, *x.shape[:4]))
             return jnp.moveaxis(nnx.vmap(lambda dropout, x: dropout(x))(self.dropouts, ones), 0, -1)
 
-    model = Pyramid(PyramidConfig(2, 2), lambda inputs, rngs: Noise(rngs), rngs=nnx.Rngs(0))
+    model = Pyramid(PyramidConfig(2, 2), lambda inputs, spacing, rngs: Noise(rngs), rngs=nnx.Rngs(0))
     assert jax.tree.leaves(nnx.state(model)) == []
     model.reseed(jax.random.key(0))
     maps = [level[..., copy] for level in model(batch.images) for copy in range(2)]

@@ -18,6 +18,7 @@ from autocontext_jax.data.sampling import SAMPLING, draw_centre
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
+from autocontext_jax.geometry import cube
 from autocontext_jax.jobs.config_files import default_config, from_config_dict
 from autocontext_jax.jobs.evaluate import evaluate
 from autocontext_jax.jobs.prepare import prepare
@@ -84,7 +85,7 @@ def small(root: Path, **sections) -> RunConfig:
         {
             "data": {"root": str(root), "workers": 1, "validation_fraction": 0.4},
             "levels": {"factors": (2, 1)},
-            "loader": {"patch_size": 8, "batch_size": 2},
+            "loader": {"patch_size": (8,), "batch_size": 2},
             "model": {"base_channels": 2, "depth": 1},
             "predict": {"tile": 16},
             "train": {"steps": 4, "checkpoint_every": 2, "log_every": 1, "validation_patches": 4},
@@ -153,7 +154,7 @@ def test_patches_of_a_case_without_organs(tmp_path, sampling, fraction):
     cases = [prepared(tmp_path, "none", label_of()), prepared(tmp_path, "some", label_of(liver=LIVER))]
     margins = [((0, 0, 0), (0, 0, 0))] * 2
     config = LoaderConfig(2, 8, sampling=sampling, background_fraction=fraction)
-    batches = host_batches(cases, config, margins, seed=0)
+    batches = host_batches(cases, config, cube(8, 2), margins, seed=0)
     labelled = np.array([batch["labels"][-1].any(axis=(1, 2, 3)) for _, batch in zip(range(20), batches, strict=False)])
     batches.close()
     counts = labelled.sum(axis=1)  # of the two patches of a batch, one of each case
@@ -163,7 +164,7 @@ def test_patches_of_a_case_without_organs(tmp_path, sampling, fraction):
 
 def test_validation_patches_of_a_case_without_organs(tmp_path):
     case = prepared(tmp_path, "none", label_of())
-    options = {"batch_size": 2, "patch_size": 8, "levels": (1, 2), "spatial_dims": 3, "seed": 0}
+    options = {"batch_size": 2, "patch": cube(8, 2), "levels": (1, 2), "seed": 0}
     batches = validation_batches([case], patches=4, **options)
     assert [batch["labels"][1].shape for batch in batches] == [(2, 8, 8, 8)] * 2
     assert not any(batch["labels"][1].any() for batch in batches)

@@ -21,12 +21,12 @@ ANISOTROPIC = [(1.0, 1.0, 1.0), (5.0, 0.7, 0.8), (0.9, 3.0, 0.6), (0.7, 4.0, 4.0
 @pytest.mark.parametrize("edge", [4, 8, 12, 64])
 def test_patches_nest(levels, edge):
     for centre in CENTRES:
-        starts = geometry.pyramid_starts(centre, edge, levels)
+        starts = geometry.cube(edge, levels).starts(centre)
         assert len(starts) == levels
         assert all(type(first) is int for start in starts for first in start)
         for coarse, fine in itertools.pairwise(starts):
             assert fine == tuple(2 * (first + edge // 4) for first in coarse)
-            assert fine == geometry.next_level_start(coarse, edge)
+            assert fine == geometry.next_level_start(coarse, (edge,) * 3, (2, 2, 2))
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -36,7 +36,7 @@ def test_patches_share_one_centre_in_mm(levels, edge, factor):
     spacing = np.array([2.5, 0.8, 0.7])
     for centre in CENTRES:
         middles = []
-        for level, start in enumerate(geometry.pyramid_starts(centre, edge, levels), start=1):
+        for level, start in enumerate(geometry.cube(edge, levels).starts(centre), start=1):
             own = factor * 2 ** (levels - level)
             # Mean of the centres of all the patch's voxels, from the first native voxel's centre.
             voxels = np.array(start)[:, None] + np.arange(edge)
@@ -50,7 +50,7 @@ def test_the_centre_lies_in_the_central_block(levels):
     block = max(2, 2 ** (levels - 1))
     seen = set()
     for centre in CENTRES:
-        place = np.array(centre) - geometry.pyramid_starts(centre, edge, levels)[-1]
+        place = np.array(centre) - geometry.cube(edge, levels).starts(centre)[-1]
         assert (place >= edge // 2 - block // 2).all()
         assert (place < edge // 2 + block // 2).all()
         seen.update(place.tolist())
@@ -103,7 +103,7 @@ def furthest_positions(edge: int, levels: int, ranges: SpatialRanges):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(jax.random, "uniform", lambda key, shape=(), *, minval, maxval: next(draws))
             patch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, elastic))
-            field = augment._draw_field(jax.random.key(0), ranges, edge, levels, 3, False)
+            field = augment._draw_field(jax.random.key(0), ranges, geometry.cube(edge, levels), False)
         scales = [2 ** (levels - level) for level in range(1, levels + 1)]
         moved = [jnp.stack(field(spacing, (scale,) * 3)) / scale for scale in scales]
         return jnp.stack([jnp.abs(position).max(axis=(1, 2, 3)) for position in moved])
@@ -135,12 +135,12 @@ def test_no_field_leaves_the_margins(ranges, levels):
     furthest = furthest_positions(edge, levels, ranges)
     for spacing in ANISOTROPIC:
         needed = np.array(furthest(turn, shift, elastic, jnp.array(spacing))).max(axis=0) - (edge - 1) / 2
-        margins = np.array(crop_margins(edge, levels, spacing, ranges))
+        margins = np.array(crop_margins(geometry.cube(edge, levels), spacing, ranges))
         assert (needed <= margins).all(), (spacing, needed, margins)
         if ranges.rotation <= 5:
             assert (margins <= needed + 3).all(), "reads much more than it needs"
 
 
 def test_no_augmentation_needs_no_margin():
-    assert crop_margins(8, 2, ANISOTROPIC[0], None) == ((0, 0, 0), (0, 0, 0))
-    assert crop_margins(8, 3, ANISOTROPIC[0], SpatialRanges(0, 0, 0)) == ((0, 0, 0),) * 3
+    assert crop_margins(geometry.cube(8, 2), ANISOTROPIC[0], None) == ((0, 0, 0), (0, 0, 0))
+    assert crop_margins(geometry.cube(8, 3), ANISOTROPIC[0], SpatialRanges(0, 0, 0)) == ((0, 0, 0),) * 3

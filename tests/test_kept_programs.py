@@ -68,7 +68,7 @@ def test_kept_programs_give_the_same_mask_also_where_they_are_damaged(tmp_path):
     network = NetworkDescription(base_channels=4, depth=2, name="unet")
     description = dataclasses.replace(DESCRIPTION_OF_SCALE, network=network)
     pyramid = with_random_weights(
-        lambda: make_pyramid(UNet, description.full_network, description.full_pyramid, seed=0), seed=3
+        lambda: make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0), seed=3
     )
     pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
     Model(description, pyramid, PredictorConfig()).save(model)

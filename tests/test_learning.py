@@ -44,7 +44,7 @@ def learn(folder: Path, *, learning_rate: float) -> dict:
     config = default_config()
     config.data.root, config.data.workers = str(folder / "data"), 1
     config.levels.factors = (2, 1)
-    config.loader.patch_size, config.loader.batch_size, config.loader.sampling = 16, 2, "classes"
+    config.loader.patch_size, config.loader.batch_size, config.loader.sampling = (16,), 2, "classes"
     config.loader.background_fraction = 0.2
     config.augmentation.probability = 0.5
     config.model.base_channels, config.model.depth, config.model.momentum = 4, 2, 0.95

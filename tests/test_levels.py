@@ -1,4 +1,6 @@
-"""Any number of levels, of 3D and of 2D networks; in 2D no slice sees another."""
+"""Any number of levels, of 3D and of 2D networks, of thick slices; in 2D no slice sees another."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import next_level_start, pyramid_starts
+from autocontext_jax.geometry import CUBES, PyramidPatch, Spacing, cube, next_level_start
+from autocontext_jax.geometry import SLICES as SLICES_ALONE
 from autocontext_jax.images import scans
 from autocontext_jax.images.spec import AIR
 from autocontext_jax.inference.predictor import Predictor, crop
@@ -25,7 +28,7 @@ from autocontext_jax.inference.tiling import SLICES, PredictorConfig
 from autocontext_jax.models import convolution
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.fcn import FCN
-from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
+from autocontext_jax.models.pyramid import Pyramid, PyramidConfig, make_pyramid
 from autocontext_jax.models.residual_unet import ResidualUNet
 from autocontext_jax.models.resizing import depth_to_space, max_pool
 from autocontext_jax.models.unet import UNet
@@ -35,6 +38,7 @@ from autocontext_jax.training.state import Batch, create_state, inference_model,
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 EDGE, CLASSES = 16, 3
+PATCH_2D = PyramidPatch((1, EDGE, EDGE), 2, SLICES_ALONE)
 FLAT = ((1.0, 2.0, 2.0), (1.0, 1.0, 1.0))  # native voxels per voxel of two levels in 2D
 
 
@@ -42,13 +46,9 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def pyramid(levels: int, spatial_dims: int, backbone=UNet, depth: int = 2) -> Pyramid:
-    network = NetworkConfig(base_channels=2, depth=depth, spatial_dims=spatial_dims)
-    return Pyramid(
-        PyramidConfig(levels=levels, classes=CLASSES, spatial_dims=spatial_dims),
-        lambda inputs, rngs: backbone(inputs, CLASSES, network, rngs=rngs),
-        rngs=nnx.Rngs(0),
-    )
+def pyramid(levels: int, spacing: Spacing, backbone=UNet, depth: int = 2) -> Pyramid:
+    network = NetworkConfig(base_channels=2, depth=depth)
+    return make_pyramid(backbone, network, PyramidConfig(levels=levels, classes=CLASSES, spacing=spacing), seed=0)
 
 
 def at_inference(model: Pyramid) -> Pyramid:
@@ -59,13 +59,14 @@ def at_inference(model: Pyramid) -> Pyramid:
     return inference_model(graph, params, statistics)
 
 
-@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("spacing", [SLICES_ALONE, CUBES, (6.0, 1.0, 1.0), (1.0, 3.0, 1.0)])
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_any_levels_train_and_predicts(levels, spatial_dims):
+def test_any_levels_train_and_predict(levels, spacing):
     optimizer = optax.adam(1e-2)
-    graph, state = create_state(pyramid(levels, spatial_dims, depth=1), optimizer)
+    graph, state = create_state(pyramid(levels, spacing, depth=1), optimizer)
     before = jax.tree.map(np.array, state.params)
-    shape = (2, *((EDGE,) * 3 if spatial_dims == 3 else (1, EDGE, EDGE)))
+    deep = {math.inf: 1, 6.0: 4, 1.0: EDGE}[spacing[0]]
+    shape = (2, deep, EDGE, EDGE)
     images = tuple(200 * normal(level, *shape, 1) for level in range(levels))
     labels = tuple(np.random.default_rng(level).integers(0, CLASSES, shape).astype(np.uint8) for level in range(levels))
     state, metrics = make_train_step(graph, optimizer, LossConfig())(state, Batch(images, labels))
@@ -75,9 +76,10 @@ def test_any_levels_train_and_predicts(levels, spatial_dims):
         old, new = before["networks"][number], state.params["networks"][number]
         assert any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
 
-    predictor = Predictor(inference_model(graph, state.params, state.batch_stats), PredictorConfig(EDGE), align=2)
-    steps = [2.0 ** (levels - level) for level in range(1, levels + 1)]
-    factors = tuple((step if spatial_dims == 3 else 1.0, step, step) for step in steps)
+    predictor = Predictor(
+        inference_model(graph, state.params, state.batch_stats), PredictorConfig(EDGE), align=(2,) * 3
+    )
+    factors = PyramidPatch((deep, EDGE, EDGE), levels, spacing).scales
     scan = (200 * normal(9, 6, 20, 28)).astype(np.int16)
     masks = predictor.masks(scan[None], factors, levels=tuple(range(1, levels + 1)))
     assert {level: mask.shape for level, mask in masks.items()} == dict.fromkeys(range(1, levels + 1), scan.shape)
@@ -104,16 +106,17 @@ def test_a_flat_convolution_is_a_deep_one_with_zeros_around(onednn, monkeypatch)
 
 def test_a_flat_pool_and_its_gradient():
     x = normal(0, 2, 3, 4, 6, 2)
-    value, pullback = jax.vjp(lambda x: max_pool(x, 2), x)
+    value, pullback = jax.vjp(lambda x: max_pool(x, (1, 2, 2)), x)
     blocks = x.reshape(2, 3, 2, 2, 3, 2, 2).transpose(0, 1, 2, 4, 3, 5, 6).reshape(2, 3, 2, 3, 4, 2)
     np.testing.assert_array_equal(value, blocks.max(4))
     (gradient,) = pullback(jnp.ones_like(value))
-    np.testing.assert_array_equal(gradient, depth_to_space(jnp.asarray(blocks == blocks.max(4, keepdims=True))))
+    largest = jnp.asarray(blocks == blocks.max(4, keepdims=True))
+    np.testing.assert_array_equal(gradient, depth_to_space(largest, (1, 2, 2)))
 
 
 @pytest.mark.parametrize("backbone", [UNet, ResidualUNet, FCN])
 def test_no_slice_sees_another(backbone):
-    model = at_inference(pyramid(2, 2, backbone))
+    model = at_inference(pyramid(2, SLICES_ALONE, backbone))
     kernels = [leaf for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if leaf.ndim == 5]
     assert {kernel.shape[:3] for kernel in kernels if kernel.shape[:3] == (1, 2, 2)}  # deconvolutions
     assert all(1 in (kernel.shape[0], kernel.shape[1]) for kernel in kernels)
@@ -131,10 +134,11 @@ def test_no_slice_sees_another(backbone):
 
 def test_patches_nest_in_plane_and_keep_their_slice():
     for centre in ((0, 0, 0), (7, 12, 31), (-3, 40, 5)):
-        flat, deep = (pyramid_starts(centre, EDGE, 3, spatial_dims) for spatial_dims in (2, 3))
+        flat = PyramidPatch((1, EDGE, EDGE), 3, SLICES_ALONE).starts(centre)
+        deep = cube(EDGE, 3).starts(centre)
         assert [start[0] for start in flat] == [centre[0]] * 3
         assert [start[1:] for start in flat] == [start[1:] for start in deep]
-        assert next_level_start(flat[0], EDGE, 2) == flat[1]
+        assert next_level_start(flat[0], (1, EDGE, EDGE), (1, 2, 2)) == flat[1]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +161,7 @@ def case(tmp_path_factory) -> PreparedCase:
 def test_levels_read_from_the_store_are_one_slice(case):
     assert case.shapes == ((24, 20, 22), (24, 40, 44))
     none = ((0, 0, 0),) * 2
-    batch = read_batch([(case, centre, none) for centre in ((11, 20, 21), (12, 19, 24))], EDGE, none, spatial_dims=2)
+    batch = read_batch([(case, centre, none) for centre in ((11, 20, 21), (12, 19, 24))], PATCH_2D, none)
     coarse, fine = (image[:, 0] for image in batch["images"])
     assert coarse.shape == fine.shape == (2, 1, EDGE, EDGE)
     inner = slice(EDGE // 4, 3 * EDGE // 4)
@@ -168,9 +172,9 @@ def test_levels_read_from_the_store_are_one_slice(case):
 
 def test_augmentation_stays_in_its_slice_and_moves_levels_together():
     limits, spacing = SpatialRanges(rotation=10, translation=3, elastic_sigma=2, elastic_spacing=16), (5.0, 1.0, 2.0)
-    margins = crop_margins(EDGE, 2, spacing, limits, spatial_dims=2)
+    margins = crop_margins(PATCH_2D, spacing, limits)
     assert [margin[0] for margin in margins] == [0, 0]
-    run = make_augment(EDGE, margins, limits, IntensityRanges(), spatial_dims=2)
+    run = make_augment(PATCH_2D, margins, limits, IntensityRanges())
     # Crops that hold their own place along y (first sample) and x, in finest voxels: the same number, the same field.
     images = []
     for (_, y, x), step in zip(margins, (2, 1), strict=True):
@@ -190,9 +194,9 @@ def test_augmentation_stays_in_its_slice_and_moves_levels_together():
 
 @pytest.mark.parametrize("tile", [EDGE, 0])
 def test_a_scan_is_predicted_slice_by_slice(tile):
-    model = at_inference(pyramid(2, 2))
+    model = at_inference(pyramid(2, SLICES_ALONE))
     scan = (300 * normal(5, SLICES + 2, 40, 30)).astype(np.int16)
-    predictor = Predictor(model, PredictorConfig(tile), align=2)
+    predictor = Predictor(model, PredictorConfig(tile), align=(1, 2, 2))
     whole = predictor.masks(scan[None], FLAT, levels=(1, 2))
     alone = [predictor.masks(scan[None, z : z + 1], FLAT, levels=(1, 2)) for z in range(len(scan))]
     for level in (1, 2):
@@ -201,9 +205,9 @@ def test_a_scan_is_predicted_slice_by_slice(tile):
 
 
 def test_one_tile_of_slices_is_the_model_itself():
-    model = at_inference(pyramid(2, 2))
+    model = at_inference(pyramid(2, SLICES_ALONE))
     scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
-    predictor = Predictor(model, PredictorConfig(32), align=2)
+    predictor = Predictor(model, PredictorConfig(32), align=(1, 2, 2))
     (coarse, fine), _ = predictor.tiles.plan(scan.shape, FLAT, scan)
     assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
     start = [int(axis.starts[0]) for axis in coarse]

@@ -27,7 +27,7 @@ from autocontext_jax.data.loader import (
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
-from autocontext_jax.geometry import pyramid_starts
+from autocontext_jax.geometry import cube
 from autocontext_jax.images import scans
 from autocontext_jax.training.validation import validation_batches
 
@@ -35,8 +35,9 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 LABELS = ("background", "one", "two", "three")
 EDGE = 8
+PATCH = cube(EDGE, 2)
 SPATIAL = SpatialRanges(rotation=5, translation=1, elastic_sigma=1, elastic_spacing=8)
-CONFIG = LoaderConfig(2, EDGE)
+CONFIG = LoaderConfig(2, (EDGE,))
 AUGMENTED = {"spatial": SPATIAL, "intensity": IntensityRanges(10, 20, 0.1)}
 NONE = ((0, 0, 0),) * 2
 SIZES = [(37, 41, 45), (30, 33, 52), (45, 29, 36), (33, 44, 31), (26, 27, 29)]
@@ -78,7 +79,7 @@ def compiled_once():
 
 
 def margins_of(cases) -> list:
-    return [case_margins(case, EDGE, SPATIAL) for case in cases]
+    return [case_margins(case, PATCH, SPATIAL) for case in cases]
 
 
 def take(iterator, count: int) -> list:
@@ -104,12 +105,12 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
             whole[case.name, level] = np.pad(image[0], wide, constant_values=-1024), np.pad(label, wide)
     z, y, x = cases[1].shapes[-1]
     places = [(0, (9, 9, 10)), (0, (0, 0, 0)), (1, (z - 1, y - 1, x - 1)), (1, (0, y - 1, 5)), (0, (-20, 70, 3))]
-    batch = read_batch([(cases[number], centre, margins) for number, centre in places], EDGE, margins)
+    batch = read_batch([(cases[number], centre, margins) for number, centre in places], PATCH, margins)
     np.testing.assert_array_equal(batch["spacing"], np.array([cases[n].spacing for n, _ in places], np.float32))
     assert batch["spacing"].dtype == np.float32
     outside = []
     for sample, (number, centre) in enumerate(places):
-        starts = pyramid_starts(centre, EDGE, 2)
+        starts = PATCH.starts(centre)
         for level, (start, margin) in enumerate(zip(starts, margins, strict=True), start=1):
             box = tuple(
                 slice(wide + first - m, wide + first + EDGE + m) for first, m in zip(start, margin, strict=True)
@@ -128,8 +129,8 @@ def test_crops_are_cut_from_the_levels_and_padded_with_air(cases, margins):
 def test_host_batches(cases, sampling):
     every = margins_of(cases)
     margins = largest_margins(every)
-    config = LoaderConfig(3, EDGE, sampling=sampling)
-    batches = host_batches(cases, config, every, seed=0)
+    config = LoaderConfig(3, (EDGE,), sampling=sampling)
+    batches = host_batches(cases, config, PATCH, every, seed=0)
     by_spacing = {np.float32(case.spacing[0]): case for case in cases}
     for index, batch in enumerate(take(batches, 6)):
         assert sorted(batch) == ["images", "labels", "numbers", "spacing"]
@@ -148,7 +149,7 @@ def test_host_batches(cases, sampling):
 
 
 def test_centres_drawn_from_the_whole_scan(cases):
-    batches = host_batches(cases, LoaderConfig(2, EDGE, background_fraction=1.0), [NONE] * len(cases), seed=0)
+    batches = host_batches(cases, LoaderConfig(2, (EDGE,), background_fraction=1.0), PATCH, [NONE] * len(cases), seed=0)
     middle = slice(EDGE // 2 - 1, EDGE // 2 + 1)
     central = [batch["labels"][-1][:, middle, middle, middle].any(axis=(1, 2, 3)) for batch in take(batches, 20)]
     batches.close()
@@ -159,7 +160,9 @@ def test_same_seed_same_batches(cases):
     margins = margins_of(cases)
     runs = []
     for seed, threads in ((5, 2), (5, 1), (6, 2)):
-        batches = host_batches(cases, LoaderConfig(2, EDGE, threads=threads, prefetch=threads), margins, seed=seed)
+        batches = host_batches(
+            cases, LoaderConfig(2, (EDGE,), threads=threads, prefetch=threads), PATCH, margins, seed=seed
+        )
         runs.append(take(batches, 5))
         batches.close()
     assert_same(runs[0], runs[1])  # whatever the threads
@@ -170,10 +173,10 @@ def test_same_seed_same_batches(cases):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_processes_shares_are_the_single_batch(cases, processes):
     margins = margins_of(cases)
-    config, share = LoaderConfig(4, EDGE), 4 // processes
-    iterators = [host_batches(cases, config, margins, seed=2)]
+    config, share = LoaderConfig(4, (EDGE,)), 4 // processes
+    iterators = [host_batches(cases, config, PATCH, margins, seed=2)]
     iterators += [
-        host_batches(cases, config, margins, seed=2, rows=slice(process * share, (process + 1) * share))
+        host_batches(cases, config, PATCH, margins, seed=2, rows=slice(process * share, (process + 1) * share))
         for process in range(processes)
     ]
     single, *shares = [take(iterator, 4) for iterator in iterators]
@@ -185,8 +188,8 @@ def test_the_processes_shares_are_the_single_batch(cases, processes):
 
 
 def test_the_cases_of_any_batch_are_known(cases, sharding):
-    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
-    batches = host_batches(cases, CONFIG, margins_of(cases), seed=1)
+    source = Loader(cases, CONFIG, PATCH, seed=1, sharding=sharding, **AUGMENTED)
+    batches = host_batches(cases, CONFIG, PATCH, margins_of(cases), seed=1)
     by_spacing = {np.float32(case.spacing[0]): case.name for case in cases}
     for number, batch in enumerate(take(batches, 7)):
         assert source.cases_of(number) == [by_spacing[spacing[0]] for spacing in batch["spacing"]]
@@ -195,7 +198,7 @@ def test_the_cases_of_any_batch_are_known(cases, sharding):
 
 
 def test_one_case_fills_a_batch(cases):
-    batches = host_batches(cases[:1], LoaderConfig(3, EDGE), [NONE], seed=0)
+    batches = host_batches(cases[:1], LoaderConfig(3, (EDGE,)), PATCH, [NONE], seed=0)
     first, second = take(batches, 2)
     batches.close()
     assert first["images"][0].shape[0] == 3
@@ -204,12 +207,12 @@ def test_one_case_fills_a_batch(cases):
 
 @pytest.mark.parametrize("consumed", [0, 3])
 def test_a_restored_feed_goes_on_bit_for_bit(cases, sharding, consumed):
-    source = Loader(cases, CONFIG, seed=11, sharding=sharding, **AUGMENTED)
+    source = Loader(cases, CONFIG, PATCH, seed=11, sharding=sharding, **AUGMENTED)
     take(source, consumed)
     state = json.dumps(source.get_state())
     following = take(source, 3)
     source.close()
-    other = Loader(cases, CONFIG, seed=11, sharding=sharding, **AUGMENTED)
+    other = Loader(cases, CONFIG, PATCH, seed=11, sharding=sharding, **AUGMENTED)
     take(other, 1)  # from elsewhere in the sequence, with batches read ahead
     other.set_state(json.loads(state))
     assert json.dumps(other.get_state()) == state
@@ -218,7 +221,7 @@ def test_a_restored_feed_goes_on_bit_for_bit(cases, sharding, consumed):
 
 
 def test_batches_on_the_device(cases, sharding, caplog):
-    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
+    source = Loader(cases, CONFIG, PATCH, seed=1, sharding=sharding, **AUGMENTED)
     assert iter(source) is source
     next(source)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -237,10 +240,10 @@ def test_batches_on_the_device(cases, sharding, caplog):
 
 
 def test_the_feed_is_the_augmented_host_batch(cases, sharding):
-    plain = LoaderConfig(2, EDGE)
+    plain = LoaderConfig(2, (EDGE,))
     source, batches = (
-        Loader(cases, plain, seed=3, sharding=sharding),
-        host_batches(cases, plain, [NONE] * len(cases), seed=3),
+        Loader(cases, plain, PATCH, seed=3, sharding=sharding),
+        host_batches(cases, plain, PATCH, [NONE] * len(cases), seed=3),
     )
     for _ in range(2):
         images, labels, _ = next(source)
@@ -261,8 +264,8 @@ def partly(cases, known) -> list[PreparedCase]:
 
 def test_batches_say_what_is_annotated_where_it_is_not_all(cases, sharding):
     own = partly(cases, (True, True, False, False))
-    plain = LoaderConfig(2, EDGE)
-    source, before = (Loader(each, plain, seed=3, sharding=sharding) for each in (own, cases))
+    plain = LoaderConfig(2, (EDGE,))
+    source, before = (Loader(each, plain, PATCH, seed=3, sharding=sharding) for each in (own, cases))
     seen = set()
     for number in range(6):
         images, labels, known = next(source)
@@ -278,7 +281,7 @@ def test_batches_say_what_is_annotated_where_it_is_not_all(cases, sharding):
 
 
 def test_validation_batches_say_what_is_annotated(cases):
-    options = {"patches": 10, "batch_size": 2, "patch_size": EDGE, "levels": (1, 2), "spatial_dims": 3, "seed": 0}
+    options = {"patches": 10, "batch_size": 2, "patch": PATCH, "levels": (1, 2), "seed": 0}
     assert not any("known" in batch for batch in validation_batches(cases, **options))
     batches = validation_batches(partly(cases, (True, False, True, True)), **options)
     rows = {tuple(row) for batch in batches for row in batch["known"]}
@@ -286,7 +289,7 @@ def test_validation_batches_say_what_is_annotated(cases):
 
 
 def test_no_transfer_but_the_explicit_one(cases, sharding):
-    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
+    source = Loader(cases, CONFIG, PATCH, seed=1, sharding=sharding, **AUGMENTED)
     next(source)
     with jax.transfer_guard("disallow"):
         next(source)
@@ -299,7 +302,7 @@ def reading_threads() -> list[threading.Thread]:
 
 def test_close_stops_the_threads(cases, sharding):
     before = set(reading_threads())
-    source = Loader(cases, CONFIG, seed=1, sharding=sharding, **AUGMENTED)
+    source = Loader(cases, CONFIG, PATCH, seed=1, sharding=sharding, **AUGMENTED)
     next(source)
     mine = set(reading_threads()) - before
     assert mine
@@ -316,7 +319,7 @@ def test_a_users_error_comes_through_the_threads(cases, monkeypatch):
         raise UserError("case_0 cannot be read")
 
     monkeypatch.setattr(loader, "read_batch", damaged)
-    batches = host_batches(cases, LoaderConfig(2, EDGE), [NONE] * len(cases), seed=0)
+    batches = host_batches(cases, LoaderConfig(2, (EDGE,)), PATCH, [NONE] * len(cases), seed=0)
     with pytest.raises(UserError, match="case_0"):
         next(batches)
     batches.close()
@@ -336,8 +339,8 @@ def test_a_case_is_read_no_further_than_its_own_margins(cases, monkeypatch):
 
     monkeypatch.setattr(PreparedCase, "read", watched)
     centre = (8, 9, 10)
-    alone = read_batch([(cases[0], centre, small)], EDGE, small)
-    both = read_batch([(cases[0], centre, small), (cases[1], centre, large)], EDGE, large)
+    alone = read_batch([(cases[0], centre, small)], PATCH, small)
+    both = read_batch([(cases[0], centre, small), (cases[1], centre, large)], PATCH, large)
     sizes = [tuple(EDGE + 2 * m for m in margin) for margin in (*small, *small, *large)]
     assert read == sizes
     for level, (inner, outer) in enumerate(zip(small, large, strict=True)):

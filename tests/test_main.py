@@ -352,10 +352,10 @@ def test_a_missing_config_file(tmp_path):
         (["--wrokdir", "W"], ["wrokdir", "Did you mean: workdir"]),
         (["--workdir", "W", "--config.model.widht=8"], ["widht"]),
         (["--workdir", "W", "--config.model.base_channels=wide"], ["base_channels", "wide"]),
-        (["--workdir", "W", "--config.loader.patch_size=30"], ["loader.patch_size", "30", "multiple of 4"]),
+        (["--workdir", "W", "--config.loader.patch_size=30"], ["loader.patch_size", "30", "multiples of (8, 8, 8)"]),
         (
             ["--workdir", "W", "--config.loader.patch_size=36"],
-            ["loader.patch_size", "36", "multiple of 8"],
+            ["loader.patch_size", "36", "multiples of (8, 8, 8)"],
         ),
         (["--workdir", "W", "--mode", "fly"], ["mode", "fly"]),
         (["--workdir", "W", "--mode", "predict"], ["--input"]),

@@ -56,7 +56,7 @@ def small_config(folder: Path, mode: str = "end_to_end", *, steps: int = STEPS, 
     config.phantom.update({"training": 3, "test": 1, "size": (40, 40, 40), "spacing": (8.0, 8.0, 8.0)})
     config.data.root, config.data.prepared, config.data.workers = str(folder / "phantoms"), str(folder / "prepared"), 1
     config.levels.factors = (2, 1)
-    config.loader.patch_size, config.loader.batch_size = 16, 1
+    config.loader.patch_size, config.loader.batch_size = (16,), 1
     config.model.base_channels, config.model.depth = 2, 2
     config.predict.tile = 16
     config.train.mode, config.train.steps, config.train.frozen_batch_stats = mode, steps, frozen
@@ -118,7 +118,9 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 def weights(workdir: Path, config, step: int):
     """Parameters and running averages."""
-    model = make_model(config, LabelSpec.plain(("background", *ORGANS)), CT, BACKBONES[config.model.backbone])
+    model = make_model(
+        config, config.levels, LabelSpec.plain(("background", *ORGANS)), CT, BACKBONES[config.model.backbone]
+    )
     _, params, statistics = nnx.split(model, nnx.Param, ...)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=4)) as checkpoints:
         return checkpoints.restore_weights(step, params, statistics)

@@ -70,7 +70,7 @@ def trained_pyramid(
     def make() -> Pyramid:
         return Pyramid(
             PyramidConfig(levels=levels, classes=CLASSES, activation=activation),
-            lambda inputs, rngs: UNet(inputs, CLASSES, config, rngs=rngs),
+            lambda inputs, spacing, rngs: UNet(inputs, CLASSES, config, rngs=rngs),
             rngs=nnx.Rngs(0),
         )
 
@@ -169,7 +169,7 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, activatio
     model, voxels = trained_pyramid(levels, activation=activation), scan(shape)
 
     def predictor(blend=borders) -> Predictor:
-        return Predictor(model, PredictorConfig(40, SIGHT, **WHOLE), align=2, blend=blend)
+        return Predictor(model, PredictorConfig(40, SIGHT, **WHOLE), align=(2,) * 3, blend=blend)
 
     tiled = tiled_maps(predictor(), voxels, factors, monkeypatch)
     axes = plan_of(predictor(), voxels, factors)
@@ -194,7 +194,7 @@ def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(activation, mo
     model, config = trained_pyramid(2, activation=activation), PredictorConfig(40, SIGHT, **WHOLE)
 
     def finest(voxels, mirror_classes):
-        predictor = Predictor(model, config, align=2, blend=borders, mirror_classes=mirror_classes)
+        predictor = Predictor(model, config, align=(2,) * 3, blend=borders, mirror_classes=mirror_classes)
         return tiled_maps(predictor, voxels, factors, monkeypatch)[-1]
 
     maps, turned = finest(voxels, classes), finest(voxels[:, :, ::-1], classes)
@@ -263,7 +263,7 @@ SCANS = {
 def test_masks_of_a_pointwise_model_are_exact(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
-    predictor = Predictor(Pointwise(levels), PredictorConfig(16, margin), align=4)
+    predictor = Predictor(Pointwise(levels), PredictorConfig(16, margin), align=(4,) * 3)
     masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, levels + 1)))
     assert list(masks) == list(range(1, levels + 1))
     for level, factor in enumerate(factors, start=1):
@@ -283,7 +283,7 @@ def test_masks_of_a_pointwise_model_are_exact(name, margin):
 def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
-    predictor = Predictor(PointwiseRegions(levels), PredictorConfig(16, margin), align=4)
+    predictor = Predictor(PointwiseRegions(levels), PredictorConfig(16, margin), align=(4,) * 3)
     masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, levels + 1)))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_regions(downsample_image(voxels, factor)), factor, shape)
@@ -306,7 +306,7 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
 
 def test_levels_default_to_the_finest():
     voxels, factors = scan((12, 20, 18)), cubed(4, 2)
-    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=(2,) * 3)
     every = predictor.masks(voxels[None], factors, levels=(1, 2))
     assert (every[1] != every[2]).any()
     for levels in (None, ()):
@@ -318,7 +318,7 @@ def test_levels_default_to_the_finest():
 
 def test_progress_counts_tiles_to_their_total():
     seen = []
-    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=(2,) * 3)
     predictor.masks(scan((12, 20, 18))[None], cubed(2, 1), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 2
     assert seen == sorted(seen)
@@ -343,7 +343,7 @@ class Context(nnx.Module):
 def test_context_lies_where_it_belongs(shape, margin):
     """Beyond the scan the coarser level says air, not its outermost voxel: hence the padding before enlarging."""
     voxels, factors = scan(shape), cubed(2, 1)
-    predictor = Predictor(Context(), PredictorConfig(16, margin), align=4)
+    predictor = Predictor(Context(), PredictorConfig(16, margin), align=(4,) * 3)
     mask = predictor.masks(voxels[None], factors)[2]
     coarse = np.pad(downsample_image(voxels, factors[0]), 2, constant_values=AIR)
     maps = enlarged(pointwise_maps(coarse), factors[0], [n + 8 for n in shape])[tuple(slice(4, 4 + n) for n in shape)]
@@ -358,7 +358,7 @@ def test_context_lies_where_it_belongs(shape, margin):
 
 @pytest.mark.parametrize("factors", [cubed(2, 1), cubed(4, 2), ((6.0, 2.6, 2.6), (3.0, 1.3, 1.3))])
 def test_scans_of_any_length_compile_nothing_after_the_first(factors):
-    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(16), align=2)
+    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(16), align=(2,) * 3)
     with count_compilations() as first:
         predictor.masks(scan((30, 41, 52))[None], factors, levels=(1, 2))
     assert first  # the count does count
@@ -372,7 +372,7 @@ def test_scans_of_any_length_compile_nothing_after_the_first(factors):
 
 
 def test_device_memory_does_not_grow_with_the_scan():
-    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=2)
+    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=(2,) * 3)
 
     def most_alive(depth: int) -> int:
         gc.collect()  # what other tests left behind
@@ -392,7 +392,7 @@ def test_device_memory_does_not_grow_with_the_scan():
 def test_without_norm_there_is_nothing_to_average():
     voxels = scan((9, 12, 10))
     model = trained_pyramid(1, width=1, depth=1, norm="none")
-    predictor = Predictor(model, PredictorConfig(16), align=2)
+    predictor = Predictor(model, PredictorConfig(16), align=(2,) * 3)
     assert predictor.masks(voxels[None], cubed(1))[1].shape == voxels.shape
 
 
@@ -419,9 +419,9 @@ def masks_of_several_devices() -> None:
     """What the subprocess runs: each tile of a row on a device of its own gives what one device gives."""
     model = inference_model(*nnx.split(trained_pyramid(2), nnx.Param, ...))
     voxels = scan((50, 48, 44))
-    boxes = Predictor(model, PredictorConfig(), align=2)
+    boxes = Predictor(model, PredictorConfig(), align=(2,) * 3)
     expected_of_boxes = boxes.masks(voxels[None], cubed(2, 1))[2]
-    several = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
+    several = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirror_classes=(0, 2, 1))
     found = several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
     programs = several.compilations()
     several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
@@ -429,10 +429,10 @@ def masks_of_several_devices() -> None:
     devices = jax.local_devices()
     assert len(devices) == 3
     jax.local_devices = lambda: devices[:1]
-    alone = Predictor(model, PredictorConfig(tile=32), align=2, mirror_classes=(0, 2, 1))
+    alone = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirror_classes=(0, 2, 1))
     for level, mask in alone.masks(voxels[None], cubed(2, 1), levels=(1, 2)).items():
         np.testing.assert_array_equal(found[level], mask)
-    alone = Predictor(model, PredictorConfig(), align=2)
+    alone = Predictor(model, PredictorConfig(), align=(2,) * 3)
     np.testing.assert_array_equal(alone.masks(voxels[None], cubed(2, 1))[2], expected_of_boxes)
     assert 0.8 < boxes._bytes_a_voxel() / alone._bytes_a_voxel() < 1.3  # each of them takes a tile
     print("equal")

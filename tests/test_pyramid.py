@@ -25,7 +25,7 @@ def pyramid(levels: int, *, classes: int = 3, network: NetworkConfig = TINY, **c
     def make() -> Pyramid:
         return Pyramid(
             PyramidConfig(levels=levels, classes=classes, **config),
-            lambda inputs, rngs: UNet(inputs, classes, network, rngs=rngs),
+            lambda inputs, spacing, rngs: UNet(inputs, classes, network, rngs=rngs),
             rngs=nnx.Rngs(0),
         )
 
@@ -112,7 +112,7 @@ def test_what_the_finer_level_sees(context, activation):
             return x if x.shape[-1] > 1 else jnp.concatenate([x, -2 * x, x**2], axis=-1)
 
     config = PyramidConfig(2, 3, context=context, image=ct_image((-100.0, 300.0)), activation=activation)
-    model = Pyramid(config, lambda inputs, rngs: Through(), rngs=nnx.Rngs(0))
+    model = Pyramid(config, lambda inputs, spacing, rngs: Through(), rngs=nnx.Rngs(0))
     pair = images(2)
     coarse, fine = model(pair)
     scaled = np.clip((pair[1] + 100) / 200 - 1, -1, 1)

@@ -37,7 +37,7 @@ LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (4, 2, False), (4, 2, Tr
 def new_pyramid() -> Pyramid:
     network = NetworkConfig(base_channels=4, depth=3)
     config = PyramidConfig(levels=2, classes=CLASSES)
-    return Pyramid(config, lambda inputs, rngs: UNet(inputs, CLASSES, network, rngs=rngs), rngs=nnx.Rngs(0))
+    return Pyramid(config, lambda inputs, spacing, rngs: UNet(inputs, CLASSES, network, rngs=rngs), rngs=nnx.Rngs(0))
 
 
 @functools.cache

@@ -179,7 +179,7 @@ def test_networks_see_ct_as_nnunet_does_and_other_channels_as_they_are_stored():
             return x
 
     spec = with_statistics(image_spec(["CT", "T2"], (), ()), {0: (-100.0, 300.0, 33.0, 71.0)})
-    model = Pyramid(PyramidConfig(1, 2, image=spec), lambda inputs, rngs: Through(), rngs=nnx.Rngs(0))
+    model = Pyramid(PyramidConfig(1, 2, image=spec), lambda inputs, spacing, rngs: Through(), rngs=nnx.Rngs(0))
     voxels = np.random.default_rng(0).normal(0, 400, (1, 4, 4, 4, 2)).astype(np.float32)
     (seen,) = model((jnp.asarray(voxels),))
     np.testing.assert_allclose(seen[..., 0], (np.clip(voxels[..., 0], -100, 300) - 33) / 71, atol=1e-4)

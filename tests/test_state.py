@@ -56,7 +56,7 @@ def new_state(
         network = NetworkConfig(base_channels=2, depth=2, norm=norm, momentum=0.9)
         return Pyramid(
             PyramidConfig(levels=2, classes=2, stop_gradient=stop_gradient, activation=activation),
-            lambda inputs, rngs: UNet(inputs, 2, network, rngs=rngs),
+            lambda inputs, spacing, rngs: UNet(inputs, 2, network, rngs=rngs),
             rngs=nnx.Rngs(0),
         )
 

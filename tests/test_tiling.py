@@ -99,11 +99,17 @@ def test_gaussian_is_symmetric_and_never_zero():
     assert blend.border == 0
 
 
+def halving(levels: int) -> list[tuple[int, int, int]]:
+    """The steps of levels that halve all axes."""
+    return [(1, 1, 1), *[(2, 2, 2)] * (levels - 1)]
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("blend", [gaussian(16), flat(24, 5)])
 def test_every_tile_finds_its_context(levels, blend):
     tile, finest = len(blend.weights), (5, 40, 33)
-    plan = pyramid_tiles([(0, size) for size in finest], levels, same(blend, 8), align=8 if blend.border == 0 else 2)
+    align = (8 if blend.border == 0 else 2,) * 3
+    plan = pyramid_tiles([(0, size) for size in finest], halving(levels), same(blend, 8), align=align)
     assert len(plan) == levels
     assert [(axis.low, axis.high) for axis in plan[-1]] == [(0, size) for size in finest]
     for coarser, finer in itertools.pairwise(plan):
@@ -122,7 +128,7 @@ def test_every_tile_finds_its_context(levels, blend):
 def test_no_tile_lies_beyond_the_scan(levels, tile, stride):
     """So that none is computed for nothing, though coarser levels cover the context of tiles that reach beyond it."""
     for size in range(1, 130):
-        plan = pyramid_tiles([(0, size)] * 3, levels, same(gaussian(tile), stride), align=8)
+        plan = pyramid_tiles([(0, size)] * 3, halving(levels), same(gaussian(tile), stride), align=(8,) * 3)
         for level, (_, _, axis) in enumerate(plan, start=1):
             voxels = -(-size // 2 ** (levels - level))
             assert (axis.starts < voxels).all()

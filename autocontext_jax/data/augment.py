@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, turning_axes
-from autocontext_jax.geometry import Triple, halving, patch_shape
+from autocontext_jax.geometry import PyramidPatch, Triple
 from autocontext_jax.runtime import compiler_options
 
 # Accelerators otherwise multiply float32 in TF32 or bfloat16, which moves positions by up to a quarter of a voxel.
@@ -23,11 +23,10 @@ Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 
 
 def make_augment(
-    patch_size: int,
+    patch: PyramidPatch,
     margins: tuple[Triple | None, ...],
     spatial: SpatialRanges | None,
     intensity: IntensityRanges,
-    spatial_dims: int = 3,
     sharding: jax.sharding.Sharding | None = None,
     *,
     deterministic: bool = False,
@@ -35,13 +34,12 @@ def make_augment(
     """The augmentation of a batch, jitted.
 
     Args:
-      patch_size: N.
+      patch: of all levels, with [D, H, W] voxels.
       margins: of each level's crops, coarsest first: `augmentation_ranges.crop_margins` of the same ranges. None at a
         level that is not trained: it has no place in images and labels.
       spatial: None only cuts the margins off.
       intensity: see there.
-      spatial_dims: 3 or 2; in 2D a patch is [1, N, N] in place of the [N, N, N] below.
-      sharding: of the result's axes [B, N] over devices; None leaves it to the compiler.
+      sharding: of the result's axes [B, D] over devices; None leaves it to the compiler.
       deterministic: see `runtime.compiler_options`.
 
     Returns:
@@ -50,20 +48,16 @@ def make_augment(
         numbers [B] are the samples' numbers in the run: a sample's randomness depends on key and number alone, not on
           its place in the batch or on the device;
         spacing [B, 3] is the finest level's, mm;
-        images and labels hold for each trained level [B, C, N + 2 m_z, N + 2 m_y, N + 2 m_x] as it is stored and
-          [B, N + 2 m_z, N + 2 m_y, N + 2 m_x] uint8;
-      and the result holds for each level [B, N, N, N, C] float32 and [B, N, N, N] uint8.
+        images and labels hold for each trained level [B, C, D + 2 m_z, H + 2 m_y, W + 2 m_x] as it is stored and
+          [B, D + 2 m_z, H + 2 m_y, W + 2 m_x] uint8;
+      and the result holds for each level [B, D, H, W, C] float32 and [B, D, H, W] uint8.
     """
-    shape = patch_shape(patch_size, spatial_dims)
-    scales = [
-        tuple(step ** (len(margins) - level) for step in halving(spatial_dims)) for level in range(1, len(margins) + 1)
-    ]
-    trained = [(scale, margin) for scale, margin in zip(scales, margins, strict=True) if margin is not None]
+    trained = [(scale, margin) for scale, margin in zip(patch.scales, margins, strict=True) if margin is not None]
 
     def draw_sample(key, spacing):
         if spatial is None:
             return (None,) * len(trained)
-        field = _draw_field(jax.random.split(key)[0], spatial, patch_size, len(margins), spatial_dims, _flipped(key))
+        field = _draw_field(jax.random.split(key)[0], spatial, patch, _flipped(key))
         return tuple(
             [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in trained
         )
@@ -72,7 +66,7 @@ def make_augment(
         image_out, label_out = [], []
         for image, label, position, (_, margin) in zip(images, labels, positions, trained, strict=True):
             if position is None:
-                moved = jnp.moveaxis(_centre(image, shape, margin), 0, -1), _centre(label, shape, margin)
+                moved = jnp.moveaxis(_centre(image, patch.shape, margin), 0, -1), _centre(label, patch.shape, margin)
             else:
                 moved = _resample(image, label, position)
             image_out.append(moved[0].astype(jnp.float32))
@@ -130,9 +124,7 @@ def _flipped(key: jax.Array) -> jax.Array:
     return jax.random.bernoulli(jax.random.fold_in(key, 2))
 
 
-def _draw_field(
-    key: jax.Array, ranges: SpatialRanges, patch_size: int, levels: int, spatial_dims: int, flipped: jax.Array
-):
+def _draw_field(key: jax.Array, ranges: SpatialRanges, patch: PyramidPatch, flipped: jax.Array):
     """A random field as a function (spacing, scale) -> source positions.
 
     Where `flipped`, and the ranges allow it, x runs from right to left.
@@ -143,21 +135,25 @@ def _draw_field(
     # What is drawn for directions that a 2D patch does not have goes unused. The size, and whether the patch
     # moves at all, have keys of their own, so that drawing them changes nothing else.
     moves = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 4), 1 - ranges.probability), 0, 1)
-    turning, moving = moves * np.array(turning_axes(spatial_dims)), moves * (np.array(halving(spatial_dims)) > 1)
+    thickness = np.array(patch.thickness)
+    turning, moving = moves * np.array(turning_axes(patch)), moves / thickness
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
     angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(ranges.rotation) * turning
     shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * ranges.translation * moving
     size = 1 + moves * ranges.scaling * jax.random.uniform(jax.random.fold_in(key, 3), minval=-1, maxval=1)
     handed = jnp.where(flipped, -1, 1) if ranges.flip_classes else 1
     # The control grid spans the coarsest patch; a cubic spline needs one point before and two after the last interval.
-    reach = patch_size * 2 ** (levels - 1) / 2
-    points = int(np.ceil(2 * reach / ranges.elastic_spacing)) + 3
-    control = ranges.elastic_sigma * jax.random.normal(elastic_key, (3, points, points, points))
+    reach = np.array(patch.shape) * patch.scales[0] / 2
+    distance = np.where(np.isfinite(thickness), ranges.elastic_spacing / thickness, ranges.elastic_spacing)
+    points = (np.ceil(2 * reach / distance).astype(int) + 3).tolist()
+    control = ranges.elastic_sigma * jax.random.normal(elastic_key, (3, *points))
 
     def field(spacing: jax.Array, scale: Triple):
-        sizes = zip(patch_shape(patch_size, spatial_dims), scale, strict=True)
-        offsets = [(np.arange(size) + 0.5 - size / 2) * step for size, step in sizes]
-        weights = [spline_weights((along + reach) / ranges.elastic_spacing, points) for along in offsets]
+        offsets = [(np.arange(size) + 0.5 - size / 2) * step for size, step in zip(patch.shape, scale, strict=True)]
+        weights = [
+            spline_weights((along + before) / apart, count)
+            for along, before, apart, count in zip(offsets, reach, distance, points, strict=True)
+        ]
         elastic = jnp.einsum("cijk,zi,yj,xk->czyx", control, *weights, optimize=True, precision=EXACT)
         elastic = jnp.clip(elastic, -ranges.elastic_limit, ranges.elastic_limit) * moving[:, None, None, None]
         # Rotate in millimetres: voxels need not be cubes.
@@ -204,7 +200,7 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
     Args:
       image: [C, D, H, W], of any type; D may be 1.
       label: [D, H, W], uint8.
-      position: three arrays [N, N, N] or [1, N, N], voxels of this level about the crop's centre.
+      position: three arrays of the patch's shape, voxels of this level about the crop's centre.
 
     Returns:
       image [..., C] float32 and label uint8, where ... is the shape of the positions.
@@ -244,7 +240,7 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
 
 
 def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:
-    """Without the margins: [..., N + 2 m_z, N + 2 m_y, N + 2 m_x] -> [..., N, N, N]."""
+    """Without the margins: [..., D + 2 m_z, H + 2 m_y, W + 2 m_x] -> [..., D, H, W]."""
     inside = (slice(m, m + size) for m, size in zip(margin, shape, strict=True))
     return array[..., *inside]
 
@@ -252,7 +248,7 @@ def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:
 def _change_intensity(key: jax.Array, images: list[jax.Array], ranges: IntensityRanges) -> tuple[jax.Array, ...]:
     """The same shift and contrast for all levels of a sample; noise of the same strength, but independent.
 
-    Each channel of the images, [N, N, N, C], has its own.
+    Each channel of the images, [D, H, W, C], has its own.
     """
     if ranges == IntensityRanges():
         return tuple(images)

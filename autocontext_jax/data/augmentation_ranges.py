@@ -8,18 +8,21 @@ import numpy as np
 
 from autocontext_jax.data.labels import IGNORE, LabelSpec
 from autocontext_jax.errors import UserError, require
-from autocontext_jax.geometry import Triple
+from autocontext_jax.geometry import PyramidPatch, Spacing, Triple
 
 
 @dataclasses.dataclass(frozen=True)
 class SpatialRanges:
     """How far the spatial augmentation may move a voxel.
 
+    Distances are voxels of the finest level. Along the axis of thick slices they are as many millimetres as along the
+    others, see `geometry.PyramidPatch.thickness`; in 2D a patch does not move along z.
+
     Attributes:
       rotation: degrees about each axis, uniform in [-rotation, rotation]; in 2D about z alone.
-      translation: voxels of the finest level along each axis, uniform in [-translation, translation].
-      elastic_sigma: standard deviation of the B-spline control vectors, voxels of the finest level.
-      elastic_spacing: distance of the control points, voxels of the finest level.
+      translation: voxels along each axis, uniform in [-translation, translation].
+      elastic_sigma: standard deviation of the B-spline control vectors, voxels.
+      elastic_spacing: distance of the control points, voxels.
       scaling: relative, the same along all axes, uniform in [-scaling, scaling].
       probability: that a patch is moved at all.
       flip_classes: [K] the class that each class becomes when left and right are exchanged, which happens to half of
@@ -38,7 +41,7 @@ class SpatialRanges:
 
     @property
     def elastic_limit(self) -> float:
-        """Where a displacement is clipped, voxels of the finest level.
+        """Where a displacement is clipped, voxels.
 
         A cubic B-spline of independent control vectors has at most 0.35 of their deviation, so this is beyond four
         deviations of the field: it bounds the margin and practically never acts.
@@ -71,12 +74,15 @@ class IntensityRanges:
 class AugmentationConfig:
     """The section `augmentation` of a configuration.
 
+    Distances are voxels of the finest level. Along the axis of thick slices they are as many millimetres as along the
+    others; in 2D a patch does not move along z.
+
     Attributes:
       rotation: degrees about each axis, uniform in [-rotation, rotation]; in 2D about z alone.
-      translation: voxels of the finest level along each axis.
+      translation: voxels along each axis.
       scaling: relative change of size, in [0, 1).
-      elastic_sigma: standard deviation of the elastic deformation's control vectors, voxels of the finest level.
-      elastic_spacing: distance of its control points, voxels of the finest level.
+      elastic_sigma: standard deviation of the elastic deformation's control vectors, voxels.
+      elastic_spacing: distance of its control points, voxels.
       probability: share of the patches that are moved. Moving interpolates, and so blurs a little, which scans never
         are when they are predicted.
       flip: whether left and right are exchanged in half of the patches.
@@ -185,47 +191,43 @@ def _flip_numbers(labels: LabelSpec, flip_classes: tuple[int, ...]) -> tuple[int
     return tuple(table)
 
 
-def crop_margins(
-    patch_size: int,
-    levels: int,
-    spacing: tuple[float, float, float],
-    ranges: SpatialRanges | None,
-    spatial_dims: int = 3,
-) -> tuple[Triple, ...]:
+def crop_margins(patch: PyramidPatch, spacing: Spacing, ranges: SpatialRanges | None) -> tuple[Triple, ...]:
     """Voxels to read beyond each side of each level's patch, so that no augmented voxel falls outside the crop.
 
     Args:
-      patch_size: N.
-      levels: S.
+      patch: of the levels.
       spacing: of the scan's finest level, mm, (z, y, x).
       ranges: None means no spatial augmentation and no margin.
-      spatial_dims: 3 or 2.
 
     Returns:
       A (z, y, x) margin for each level, coarsest first.
     """
     if ranges is None or not dataclasses.replace(ranges, flip_classes=()).moves:
-        return ((0, 0, 0),) * levels
-    corners = np.array(list(itertools.product((-1, 1), repeat=3))) * patch_size / 2
+        return ((0, 0, 0),) * patch.levels
+    seen = np.isfinite(patch.thickness)
+    half = np.array(list(itertools.product((-1, 1), repeat=3))) * patch.shape / 2
     # Beyond a right angle a corner moves no further; up to 15 degrees the extremes are at the limits.
     largest = min(ranges.rotation, 90.0)
     steps = np.linspace(-1, 1, 2 * math.ceil(largest / 15) + 1)
-    angles = np.deg2rad(largest) * np.array(list(itertools.product(steps, repeat=3))) * turning_axes(spatial_dims)
-    turn = np.zeros(3)
-    for angle in angles:
-        moved = (1 + ranges.scaling) * (corners * spacing) @ rotation_matrix(angle).T / spacing
-        turn = np.maximum(turn, np.abs(moved - corners).max(axis=0))
+    angles = np.deg2rad(largest) * np.array(list(itertools.product(steps, repeat=3))) * turning_axes(patch)
+    shift = (ranges.translation + ranges.elastic_limit) / np.array(patch.thickness)
     margins = []
-    for level in range(1, levels + 1):
-        shift = (ranges.translation + ranges.elastic_limit) / 2 ** (levels - level)
-        z, y, x = (math.ceil(along + shift + 1) for along in turn)  # + 1: the interpolation's neighbour
-        margins.append((z if spatial_dims == 3 else 0, y, x))
+    for scale in patch.scales:
+        corners = half * scale  # in voxels of the finest level
+        turn = np.zeros(3)
+        for angle in angles:
+            moved = (1 + ranges.scaling) * (corners * spacing) @ rotation_matrix(angle).T / spacing
+            turn = np.maximum(turn, np.abs(moved - corners).max(axis=0))
+        # + 1: the interpolation's neighbour
+        z, y, x = np.where(seen, np.ceil((turn + shift) / scale + 1), 0).astype(int).tolist()
+        margins.append((z, y, x))
     return tuple(margins)
 
 
-def turning_axes(spatial_dims: int) -> Triple:
+def turning_axes(patch: PyramidPatch) -> Triple:
     """1 for each axis (z, y, x) that a patch may be rotated about: all in 3D, z alone in 2D."""
-    return (1, 1, 1) if spatial_dims == 3 else (1, 0, 0)
+    z, y, x = (int(np.isfinite(np.delete(patch.thickness, axis)).all()) for axis in range(3))
+    return z, y, x
 
 
 def rotation_matrix(angles: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRan
 from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_centre
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import require
-from autocontext_jax.geometry import Triple, patch_shape, pyramid_starts
+from autocontext_jax.geometry import PyramidPatch, Triple
 
 # Voxels read beyond each side of each level's patch, coarsest first; None at a level that is not read.
 Margins = tuple[Triple | None, ...]
@@ -26,7 +26,8 @@ class LoaderConfig:
 
     Attributes:
       batch_size: B, pyramid patches a step, over all devices and processes.
-      patch_size: N, voxels along a patch, the same at every level; a multiple of 4.
+      patch_size: (z, y, x) voxels of a patch, the same at every level; multiples of 4, in 2D but for z, which is 1
+        there. One number, (64,), is that of all axes that the networks look along.
       sampling: how a patch's centre is drawn: `foreground`, uniformly over all foreground voxels, as in the paper; or
         `classes`, uniformly over the classes and then over the class's voxels, so that small ones are seen as often.
       background_fraction: share of the patches whose centre is drawn from the whole scan instead. What lies far from
@@ -36,7 +37,7 @@ class LoaderConfig:
     """
 
     batch_size: int = 3
-    patch_size: int = 64
+    patch_size: tuple[int, ...] = (64,)
     sampling: str = "foreground"
     background_fraction: float = 0.0
     threads: int = 2
@@ -45,7 +46,8 @@ class LoaderConfig:
     def __post_init__(self):
         for name in ("batch_size", "threads", "prefetch"):
             require(getattr(self, name) >= 1, self, name, "at least 1")
-        require(4 <= self.patch_size <= 4096 and self.patch_size % 4 == 0, self, "patch_size", "a multiple of 4")
+        good = len(self.patch_size) in (1, 3) and all(1 <= size <= 4096 for size in self.patch_size)
+        require(good, self, "patch_size", "(z, y, x), each from 1 to 4096, or one number for all, such as (64,)")
         require(self.sampling in SAMPLING, self, "sampling", f"one of {', '.join(SAMPLING)}")
         require(0 <= self.background_fraction <= 1, self, "background_fraction", "a share in [0, 1]")
 
@@ -59,11 +61,11 @@ class Loader:
     Args:
       cases: the prepared cases to draw from, the same list in the same order in every process.
       config: see there.
+      patch: of all levels, of the cases' grids.
       seed: of the whole sequence.
       sharding: of the patches' first axes, [B, D], over devices. Crops are split along B alone.
       spatial: ranges of the spatial augmentation; None for none.
       intensity: ranges of the intensity augmentation.
-      spatial_dims: 3, or 2 for patches of one slice.
       levels: those trained, from 1 = coarsest; () means all. The patches of a level do not depend on the others.
       deterministic: see `runtime.compiler_options`.
     """
@@ -72,28 +74,20 @@ class Loader:
         self,
         cases: Sequence[PreparedCase],
         config: LoaderConfig,
+        patch: PyramidPatch,
         *,
         seed: int,
         sharding: NamedSharding,
         spatial: SpatialRanges | None = None,
         intensity: IntensityRanges | None = None,
-        spatial_dims: int = 3,
         levels: tuple[int, ...] = (),
         deterministic: bool = False,
     ):
-        margins = [
-            case_margins(case, config.patch_size, spatial, spatial_dims=spatial_dims, levels=levels) for case in cases
-        ]
+        margins = [case_margins(case, patch, spatial, levels=levels) for case in cases]
         largest = largest_margins(margins)
         self._key = jax.random.key(seed)
         self._augment: Augment = make_augment(
-            config.patch_size,
-            largest,
-            spatial,
-            intensity or IntensityRanges(),
-            spatial_dims,
-            sharding,
-            deterministic=deterministic,
+            patch, largest, spatial, intensity or IntensityRanges(), sharding, deterministic=deterministic
         )
         self._batch_size = config.batch_size
         self._sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
@@ -101,7 +95,7 @@ class Loader:
         self._names = [case.name for case in cases]
         self._sequence = case_batches(len(cases), config.batch_size, seed=seed)
         rows = local_rows(self._sharding, config.batch_size)
-        self._host = host_batches(cases, config, margins, seed=seed, spatial_dims=spatial_dims, rows=rows)
+        self._host = host_batches(cases, config, patch, margins, seed=seed, rows=rows)
 
     def __iter__(self) -> Iterator:
         return self
@@ -109,7 +103,7 @@ class Loader:
     def __next__(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array | None]:
         """(images, labels, known).
 
-        Images and labels are each trained level's, coarsest first: [B, N, N, N, C] float32 and [B, N, N, N] uint8.
+        Images and labels are each trained level's, coarsest first: [B, D, H, W, C] float32 and [B, D, H, W] uint8.
         `known` [B, K] bool says which classes each sample's case annotates; None if all cases annotate all.
         """
         local = next(self._host)
@@ -143,15 +137,10 @@ class Loader:
 
 
 def case_margins(
-    case: PreparedCase,
-    patch_size: int,
-    spatial: SpatialRanges | None,
-    *,
-    spatial_dims: int = 3,
-    levels: tuple[int, ...] = (),
+    case: PreparedCase, patch: PyramidPatch, spatial: SpatialRanges | None, *, levels: tuple[int, ...] = ()
 ) -> Margins:
     """The margins that a case needs by its own spacing; None at levels that are not trained."""
-    margins = crop_margins(patch_size, len(case.shapes), case.spacing, spatial, spatial_dims)
+    margins = crop_margins(patch, case.spacing, spatial)
     return tuple(margin if level in (levels or (level,)) else None for level, margin in enumerate(margins, start=1))
 
 
@@ -175,10 +164,10 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> slice:
 def host_batches(
     cases: Sequence[PreparedCase],
     config: LoaderConfig,
+    patch: PyramidPatch,
     margins: Sequence[Margins],
     *,
     seed: int,
-    spatial_dims: int = 3,
     rows: slice | None = None,
 ) -> grain.DatasetIterator:
     """The rows of every batch that this process needs, all unless given, as numpy arrays.
@@ -186,8 +175,8 @@ def host_batches(
     `margins` are those of each case. Each element is a dict of
       numbers: [b] uint32, the samples' places in the whole run's sequence;
       spacing: [b, 3] float32, the finest level's, mm;
-      images, labels: for each trained level [b, C, N + 2 m_z, N + 2 m_y, N + 2 m_x] as it is stored and
-        [b, N + 2 m_z, N + 2 m_y, N + 2 m_x] uint8, with m the largest of all cases' margins;
+      images, labels: for each trained level [b, C, D + 2 m_z, H + 2 m_y, W + 2 m_x] as it is stored and
+        [b, D + 2 m_z, H + 2 m_y, W + 2 m_x] uint8, with m the largest of all cases' margins;
       known: [b, K] bool, the classes that each sample's case annotates; only if some of the cases do not annotate all.
     """
     mine = np.arange(config.batch_size, dtype=np.uint32)[rows or slice(None)]
@@ -215,7 +204,7 @@ def host_batches(
     def read(index: int, crops: list[tuple[PreparedCase, Triple, Margins]]) -> dict[str, Any]:
         return {
             "numbers": np.uint32(index * config.batch_size) + mine,
-            **read_batch(crops, config.patch_size, largest, spatial_dims, known=partly),
+            **read_batch(crops, patch, largest, known=partly),
         }
 
     # Seeds are given to each stage, so that adding a stage does not change the others.
@@ -231,9 +220,8 @@ def partly_annotated(cases: Sequence[PreparedCase]) -> bool:
 
 def read_batch(
     crops: Sequence[tuple[PreparedCase, Triple, Margins]],
-    patch_size: int,
+    patch: PyramidPatch,
     margins: Margins,
-    spatial_dims: int = 3,
     *,
     known: bool = False,
 ) -> dict[str, Any]:
@@ -244,13 +232,12 @@ def read_batch(
 
     Args:
       crops: of each sample its case, the patch's centre as a voxel of the finest level, and the case's margins.
-      patch_size: N.
+      patch: of all levels.
       margins: of the arrays, at least each case's.
-      spatial_dims: 3 or 2.
       known: whether the batch says which classes each sample's case annotates, see `partly_annotated`.
     """
     trained = {level: margin for level, margin in enumerate(margins, start=1) if margin is not None}
-    shape = patch_shape(patch_size, spatial_dims)
+    shape = patch.shape
     sizes = {
         level: (len(crops), *(size + 2 * m for size, m in zip(shape, margin, strict=True)))
         for level, margin in trained.items()
@@ -262,7 +249,7 @@ def read_batch(
     labels = {level: np.empty(size, np.uint8) for level, size in sizes.items()}
     pending = []
     for sample, (case, centre, own) in enumerate(crops):
-        starts = pyramid_starts(centre, patch_size, len(margins), spatial_dims)
+        starts = patch.starts(centre)
         for level, margin in trained.items():
             needed = own[level - 1] or margin
             z, y, x = (s - m for s, m in zip(starts[level - 1], needed, strict=True))

@@ -53,7 +53,7 @@ def choose_box(
     regions: Sequence[tuple[int, int]],
     *,
     margin: int,
-    align: int,
+    align: Triple,
     blend: MakeBlend,
     fits: Callable[[Box], bool],
     step: int = 8,
@@ -63,7 +63,7 @@ def choose_box(
     Args:
       regions: voxels [low, high) of the level to cover, along z, y, x.
       margin: voxels by which a tile reaches beyond the middle between it and the next.
-      align: starts and sizes are multiples of it.
+      align: starts and sizes along each axis are multiples of it.
       blend: weights of a tile; a border of theirs is at most the margin.
       fits: whether a box fits the memory. If none does, the smallest is taken.
       step: of the sizes, see `box_sizes`.
@@ -72,17 +72,17 @@ def choose_box(
       The box. Among equals it is the smallest.
     """
     axes = []
-    for low, high in regions:
+    for (low, high), unit in zip(regions, align, strict=True):
         choices = []  # size, stride, number of tiles
-        sizes = box_sizes(align, high - low + 2 * align + 2 * blend(align).border, step)
+        sizes = box_sizes(unit, high - low + 2 * unit + 2 * blend(unit).border, step)
         # Of several tiles the stride is one of the sizes; each tile is larger than the stride by two margins.
-        strides = {size + -(-2 * margin // align) * align: size for size in sizes}
+        strides = {size + -(-2 * margin // unit) * unit: size for size in sizes}
         for size in sorted({*strides, *sizes}):
-            if axis_count(low, high, size, blend(size).border, stride=size, align=align) == 1:
-                choices.append((size, max(align, (size - 2 * blend(size).border) // align * align), 1))
+            if axis_count(low, high, size, blend(size).border, stride=size, align=unit) == 1:
+                choices.append((size, max(unit, (size - 2 * blend(size).border) // unit * unit), 1))
                 break
             if size >= SMALLEST and size in strides:
-                count = axis_count(low, high, size, blend(size).border, stride=strides[size], align=align)
+                count = axis_count(low, high, size, blend(size).border, stride=strides[size], align=unit)
                 choices.append((size, strides[size], count))
         axes.append(choices)
     options = []

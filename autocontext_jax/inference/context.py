@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autocontext_jax.geometry import Triple, halving
+from autocontext_jax.geometry import Triple
 from autocontext_jax.inference.tiling import LevelTiles, tile_shape
 
 # Finished maps of a level, see `predictor`: the first plane along z in voxels of the level, and
@@ -29,15 +29,15 @@ class ContextWindow:
       chunks: the generator of the coarser level.
       axes: the tiles of the coarser level.
       finer: the tiles of this level.
-      spatial_dims: 3 or 2.
+      step: voxels of this level for one of the coarser level along each axis, 1 or 2.
       sharding: of the maps; None on a single device.
     """
 
-    def __init__(self, chunks: Chunks, axes: LevelTiles, finer: LevelTiles, spatial_dims: int, sharding: Any):
+    def __init__(self, chunks: Chunks, axes: LevelTiles, finer: LevelTiles, step: Triple, sharding: Any):
         chunk = axes[0].chunk
-        self._source, self._axes, self._chunk, self._spatial_dims = chunks, axes, chunk, spatial_dims
+        self._source, self._axes, self._chunk, self._step = chunks, axes, chunk, step
         self._sharding = sharding
-        self._depth = context_size(tile_shape(finer), spatial_dims)[0]
+        self._depth = context_size(tile_shape(finer), step)[0]
         # In the worst case the context starts at the last plane of the first chunk.
         self._count = (self._depth + chunk - 2) // chunk + 1
         self._held: collections.deque[jax.Array] = collections.deque(maxlen=self._count)
@@ -53,8 +53,8 @@ class ContextWindow:
           The chunks, and the first voxel [3] of the first tile's context in them.
         """
         # Where the finer level halves the voxels, the context includes one voxel more on each side for the upsampling.
-        halved = [step == 2 for step in halving(self._spatial_dims)]
-        first = np.array([s // 2 - 1 if half else s for s, half in zip(row_start, halved, strict=True)], np.int32)
+        places = [s // 2 - 1 if by == 2 else s for s, by in zip(row_start, self._step, strict=True)]
+        first = np.array(places, np.int32)
         while self._end < first[0] + self._depth:
             z, chunk = next(self._source)
             # A copy, because the generator uses the chunk's memory again.
@@ -66,10 +66,10 @@ class ContextWindow:
         return held, first - np.array(origin, np.int32)
 
 
-def context_size(tile: Triple, spatial_dims: int) -> Triple:
+def context_size(tile: Triple, step: Triple) -> Triple:
     """Shape of a tile's context in voxels of the coarser level, with the voxel on each side that upsampling needs."""
-    z, y, x = tile
-    return (z // 2 + 2 if spatial_dims == 3 else z), y // 2 + 2, x // 2 + 2
+    z, y, x = (size // 2 + 2 if by == 2 else size for size, by in zip(tile, step, strict=True))
+    return z, y, x
 
 
 def cut_window(chunks: tuple[jax.Array, ...], first: jax.Array, size: Triple) -> jax.Array:

@@ -29,7 +29,7 @@ from autocontext_jax.inference.model_file import (
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
-from autocontext_jax.models.pyramid import Pyramid, make_pyramid
+from autocontext_jax.models.pyramid import Pyramid, divisor, make_pyramid
 from autocontext_jax.training.state import inference_model
 
 # By this factor the spacing of a scan may be outside the range of the training scans without a warning.
@@ -52,7 +52,7 @@ class Model:
         self._predictor = Predictor(
             pyramid,
             config,
-            align=description.network.divisor,
+            align=divisor(description.network.alone(), description.full_pyramid),
             mirror_classes=_mirrored(description) if tiling.flip else (),
         )
 
@@ -205,7 +205,7 @@ def load_file(path: Path, networks: Mapping[str, Any], options: Mapping[str, Any
         )
 
     def make() -> Pyramid:
-        return make_pyramid(known[name], description.full_network, description.full_pyramid, seed=0)
+        return make_pyramid(known[name], description.network.alone(), description.full_pyramid, seed=0)
 
     graph, *like = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
     shapes = {flat_name(keys): leaf for state in like for keys, leaf in _leaves(state)}
@@ -234,7 +234,7 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
         config = PredictorConfig(**values)
     except InvalidField as error:
         raise UserError(f"option {error.field} is {error.found!r}; expected {error.expected}") from None
-    unit = max(4, description.network.divisor)
+    unit = max(4, *description.network.divisor)
     if config.tile % unit:
         raise UserError(f"option tile is {config.tile}; expected a multiple of {unit}")
     flip = bool(options.get("flip", tiling.flip))

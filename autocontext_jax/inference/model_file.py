@@ -156,13 +156,8 @@ class Description:
             classes=len(self.classes) - self.regions,
             activation="sigmoid" if self.regions else "softmax",
             image=self.image,
-            spatial_dims=self.levels.spatial_dims,
+            spacing=self.levels.relative_spacing,
         )
-
-    @property
-    def full_network(self) -> NetworkConfig:
-        """The network's configuration, likewise."""
-        return dataclasses.replace(self.network.alone(), spatial_dims=self.levels.spatial_dims)
 
 
 def write_model(path: Path, description: Description, weights: Mapping[str, np.ndarray], card: str) -> None:
@@ -226,6 +221,8 @@ def _described(path: Path, content: dict[str, Any]) -> Description:
             tiling.pop(name, None)
         tiling.setdefault("margin", PredictorConfig.margin)
         tiling.setdefault("crop_to_body", False)
+    if isinstance(model, dict) and isinstance(levels := model.get("levels"), dict):
+        levels.setdefault("anisotropic", False)  # networks and levels once halved all axes
     if isinstance(model, dict) and isinstance(pyramid := model.get("pyramid"), dict) and "window" in pyramid:
         window = pyramid.pop("window")  # the first files have CT and a fixed window
         if isinstance(window, list) and len(window) == 2 and all(isinstance(edge, int | float) for edge in window):

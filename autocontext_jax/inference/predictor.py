@@ -62,7 +62,7 @@ from autocontext_jax.inference.tiling import (
     gaussian,
     tile_shape,
 )
-from autocontext_jax.models.pyramid import Pyramid
+from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Predictor:
     Args:
       model: a pyramid in inference mode, as `state.inference_model` returns it.
       config: how scans are divided into tiles.
-      align: starts of tiles are multiples of this number, the network's divisor.
+      align: starts of tiles along each axis are multiples of it, see `pyramid.divisor`.
       blend: weights along an axis of a tile; Gaussian by default.
       mirror_classes: if given, every tile is predicted twice, once mirrored left to right, and the maps are averaged.
         Entry k is the class that class k becomes in the mirror image, see `SpatialRanges`; of regions it is the region,
@@ -88,20 +88,16 @@ class Predictor:
         model: Pyramid,
         config: PredictorConfig,
         *,
-        align: int,
+        align: Triple,
         blend: MakeBlend = gaussian,
         mirror_classes: tuple[int, ...] = (),
     ):
-        self._spatial_dims: int = model.config.spatial_dims
-        self._levels: int = model.config.levels
-        self._classes: int = model.config.classes
-        self._image = model.config.image
-        self._activation: str = model.config.activation
-        self._align = max(2, align)
-        self.tiles = ScanTiles(
-            config, levels=self._levels, classes=self._classes, spatial_dims=self._spatial_dims, align=self._align,
-            blend=blend, bytes_a_voxel=self._bytes_a_voxel,
-        )  # fmt: skip
+        self._pyramid: PyramidConfig = model.config
+        self._levels, self._classes = self._pyramid.levels, self._pyramid.classes
+        self._seen = [math.isfinite(spacing) for spacing in self._pyramid.spacing]
+        z, y, x = (max(2 if seen else 1, along) for seen, along in zip(self._seen, align, strict=True))
+        self._align = z, y, x
+        self.tiles = ScanTiles(config, self._pyramid, align=self._align, blend=blend, bytes_a_voxel=self._bytes_a_voxel)
         devices = jax.local_devices()
         # A single device needs no mesh: programs run on the device that holds their arguments.
         self._mesh, self._whole = None, None
@@ -161,7 +157,7 @@ class Predictor:
         if writers is None:
             native = voxels.shape[1:]
             maps = np.zeros((*native, self._classes), np.float32)
-            if self._activation == "softmax":
+            if self._pyramid.activation == "softmax":
                 maps[..., 0] = 1
             return np.zeros(native, np.uint8), maps
         return writers[self._levels].mask(), writers[self._levels].maps()
@@ -183,7 +179,7 @@ class Predictor:
         """Each requested level's writer after all chunks; None if the scan holds nothing but air."""
         images = [downsample_image(voxels, factor) for factor in factors[: max(requested)]]
         classes = self._classes if keep_maps else 0
-        native, ct = shape_of(voxels[0]), self._image.ct
+        native, ct = shape_of(voxels[0]), self._pyramid.image.ct
         coarsest = images[0][ct[0]] if ct else None
         while True:
             planned = self.tiles.plan(native, factors, coarsest)
@@ -194,7 +190,7 @@ class Predictor:
             writers = {
                 level: MaskWriter(
                     native, box, shape_of(images[level - 1][0]), factors[level - 1], tiles[level - 1],
-                    classes=classes, activation=self._activation,
+                    classes=classes, activation=self._pyramid.activation,
                 )
                 for level in requested
             }  # fmt: skip
@@ -226,7 +222,8 @@ class Predictor:
         for level, (image, axes) in enumerate(zip(images, tiles, strict=True), start=1):
             context = None
             if streams:
-                context = ContextWindow(streams[-1], tiles[level - 2], axes, self._spatial_dims, self._whole)
+                step = self._pyramid.steps[level - 1]
+                context = ContextWindow(streams[-1], tiles[level - 2], axes, step, self._whole)
             chunks = self._chunks(level, image, axes, context, advance)
             streams.append(writers[level].record(chunks) if level in writers else chunks)
         # Running the finest level's generator drives the others. Afterwards each coarser level is run to its end, for
@@ -238,12 +235,14 @@ class Predictor:
 
     def _bytes_a_voxel(self) -> float:
         """Bytes that a tile's program takes for each of its voxels at the finest level."""
-        edge = -(-SMALLEST // self._align) * self._align
-        tile = (edge if self._spatial_dims == 3 else SLICES, edge, edge)
+        z, y, x = (
+            -(-SMALLEST // along) * along if seen else SLICES
+            for along, seen in zip(self._align, self._seen, strict=True)
+        )
         with self._on_devices():
             return bytes_a_voxel(
-                self._programs[-1], self._state, tile, image=self._image, devices=self._together,
-                context=self._levels > 1, classes=self._classes, spatial_dims=self._spatial_dims,
+                self._programs[-1], self._state, (z, y, x), pyramid=self._pyramid, level=self._levels,
+                devices=self._together,
             )  # fmt: skip
 
     def _chunks(
@@ -315,14 +314,15 @@ class Predictor:
           maps: of the coarser level, see `context`; None at level 1.
           row_offset: first voxel [3] of the context of the row's first tile in them.
         """
-        images = [crop(image, tile.start, size, self._image.padding) for tile in tiles]
+        images = [crop(image, tile.start, size, self._pyramid.image.padding) for tile in tiles]
         # Devices for which no tile is left repeat the last one.
         places = [*range(len(tiles)), *[len(tiles) - 1] * (self._together - len(tiles))]
         stacked = images[0][None] if len(places) == 1 else np.stack([images[place] for place in places])
         z, y, x = (np.stack([tiles[place].weights[axis] for place in places]) for axis in range(3))
         offsets = None
         if row_offset is not None:
-            offsets = np.stack([row_offset + tiles[place].place // 2 for place in places])
+            step = np.array(self._pyramid.steps[level - 1], np.int32)
+            offsets = np.stack([row_offset + tiles[place].place // step for place in places])
         with self._on_devices():
             found = self._programs[level - 1](self._state, stacked, maps, (z, y, x), offsets)
         if self._mesh is None:

@@ -22,6 +22,7 @@ from autocontext_jax.inference.tiling import (
     pyramid_tiles,
     tile_shape,
 )
+from autocontext_jax.models.pyramid import PyramidConfig
 
 FITS = 96**3  # a box of so many voxels is taken to fit the memory beside its maps
 
@@ -33,10 +34,8 @@ class ScanTiles:
 
     Args:
       config: how scans are divided.
-      levels: S.
-      classes: K.
-      spatial_dims: of the networks, 3 or 2.
-      align: starts and sizes of tiles are multiples of it.
+      pyramid: of the model.
+      align: starts and sizes of tiles along each axis are multiples of it.
       blend: weights along an axis of a tile.
       bytes_a_voxel: gives the bytes that a tile takes for each of its voxels; called if a tile may not fit.
     """
@@ -44,15 +43,13 @@ class ScanTiles:
     def __init__(
         self,
         config: PredictorConfig,
+        pyramid: PyramidConfig,
         *,
-        levels: int,
-        classes: int,
-        spatial_dims: int,
-        align: int,
+        align: Triple,
         blend: MakeBlend,
         bytes_a_voxel: Callable[[], float],
     ):
-        self._config, self._levels, self._classes, self._spatial_dims = config, levels, classes, spatial_dims
+        self._config, self._pyramid = config, pyramid
         self._align, self._blend, self._bytes_a_voxel = align, blend, bytes_a_voxel
         # On accelerators a program takes longer to compile than a scan to predict, so that fewer sizes are better.
         self._step = 8 if jax.default_backend() == "cpu" else 4
@@ -81,13 +78,12 @@ class ScanTiles:
                 for (low, high), factor, size in zip(found, factors[0], native, strict=True)
             )
         # The voxels of the finest level between which those of the box lie. Tiles follow from the finest grid alone:
-        # coarser grids have half its voxels, so that contexts nest exactly.
+        # coarser grids have whole voxels of it, so that contexts nest exactly.
         region = []
         for (low, high), factor, size in zip(box, factors[-1], level_shape(native, factors[-1]), strict=True):
             first, last = (math.floor((voxel + 0.5) / factor - 0.5) for voxel in (low, high - 1))
             region.append((min(max(0, first), size - 1), min(size, max(0, last) + 2)))
-        tiles = pyramid_tiles(region, self._levels, self._choose, align=self._align, spatial_dims=self._spatial_dims)
-        return tiles, box
+        return pyramid_tiles(region, self._pyramid.steps, self._choose, align=self._align), box
 
     def shrink(self, tiles: tuple[LevelTiles, ...]) -> None:
         """Excludes tiles as large as the largest of these, which did not fit the memory, from now on.
@@ -106,24 +102,29 @@ class ScanTiles:
         log.warning("tiles of %s voxels do not fit the memory: smaller ones are used", name)
 
     def _choose(self, regions: Sequence[Interval]) -> list[tuple[Blend, int]]:
-        """The tiles of a level along the axes that it halves, see `boxes`."""
-        flat = [(0, SLICES)] * (3 - len(regions))  # in 2D a tile is a stack of squares
-        covered, config = [*flat, *regions], self._config
+        """The tiles of a level along z, y, x, see `boxes`."""
+        config, seen = self._config, np.isfinite(self._pyramid.spacing)
         if config.tile:
-            sizes, strides = [config.tile] * 3, [cube_stride(config.tile, config.margin, self._align)] * 3
+            sizes = [config.tile] * 3
+            strides = [cube_stride(config.tile, config.margin, along) for along in self._align]
         else:
+            # Along an axis that the networks do not look along a tile is a stack of slices.
+            covered = [region if looks else (0, SLICES) for region, looks in zip(regions, seen, strict=True)]
             box = choose_box(
                 covered, margin=config.margin, align=self._align, blend=self._blend, fits=self._fits, step=self._step
             )
             sizes, strides = list(box.size), list(box.stride)
-        return [(self._blend(size), stride) for size, stride in zip(sizes, strides, strict=True)][len(flat) :]
+        return [
+            (self._blend(size), stride) if looks else (Blend(np.ones(SLICES, np.float32)), SLICES)
+            for size, stride, looks in zip(sizes, strides, seen, strict=True)
+        ]
 
     def _fits(self, box: Box) -> bool:
-        deep = box.size[0] if self._spatial_dims == 3 else SLICES
-        voxels = deep * box.size[1] * box.size[2]
+        voxels = math.prod(box.size)
         if voxels >= self._too_large:
             return False
-        maps = row_bytes(deep, box.stride[0], box.extent[1:], self._classes)
+        step = min(self._pyramid.steps[1:], key=math.prod, default=(2, 2, 2))
+        maps = row_bytes(box.size[0], box.stride[0], box.extent[1:], self._pyramid.classes, step=step)
         return maps + (voxels * self._cost if voxels > FITS else 0) <= self._limit
 
     @functools.cached_property

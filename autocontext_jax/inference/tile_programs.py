@@ -43,7 +43,7 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
         weight = z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]
         context = None
         if maps is not None:
-            size = context_size(shape_of(images[0, 0]), model.config.spatial_dims)
+            size = context_size(shape_of(images[0, 0]), model.config.steps[level - 1])
             context = jax.vmap(lambda offset: cut_window(maps, offset, size))(offsets)
         activation = model.config.activation
         if not mirror.size:

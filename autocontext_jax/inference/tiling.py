@@ -18,7 +18,8 @@ from autocontext_jax.errors import require
 from autocontext_jax.geometry import Triple
 
 MOST_CHUNKS = 8  # of a tile, see `AxisTiles.chunk`
-# Slices of a tile if the network is 2D. It predicts each slice by itself, so these tiles need no overlap along z.
+# Voxels of a tile along an axis that the network does not look along. It predicts each slice by itself, so these tiles
+# need no overlap.
 SLICES = 4
 
 
@@ -27,8 +28,8 @@ class PredictorConfig:
     """How scans are divided into tiles.
 
     Attributes:
-      tile: edge length in voxels of tiles that are cubes; 0 chooses boxes for each level of each scan, see `boxes`. It
-        can differ from the training patch. In 2D a tile is a stack of 4 squares.
+      tile: voxels along every axis of a tile; 0 chooses boxes for each level of each scan, see `boxes`. It can differ
+        from the training patch. In 2D a tile is a stack of 4 squares.
       margin: voxels by which a tile reaches beyond the middle between it and the next; of cubes at most a quarter.
       memory: GB that the boxes of a level may take on the device; 0 means a part of what is free.
       crop_to_body: whether only the box around the body is predicted, see `body`. Outside it is background.
@@ -164,12 +165,12 @@ def axis_count(low: int, high: int, tile: int, border: int = 0, *, stride: int, 
     return 1 + max(0, -(-(high - highest - tile + border) // stride))
 
 
-# The weights of a tile and the distance of tiles along each of some axes, for the voxels [low, high) to cover along it.
+# The weights of a tile and the distance of tiles along z, y, x, for the voxels [low, high) to cover along each.
 Chooser = Callable[[Sequence[tuple[int, int]]], Sequence[tuple[Blend, int]]]
 
 
 def pyramid_tiles(
-    finest: Sequence[tuple[int, int]], levels: int, choose: Chooser, *, align: int, spatial_dims: int = 3
+    finest: Sequence[tuple[int, int]], steps: Sequence[Triple], choose: Chooser, *, align: Triple
 ) -> tuple[LevelTiles, ...]:
     """The tiles of every level.
 
@@ -177,28 +178,30 @@ def pyramid_tiles(
 
     Args:
       finest: the voxels [low, high) of the finest level's grid to cover along z, y, x.
-      levels: S.
-      choose: gives the tiles of a level along the axes that it halves, called for the finest level first.
-      align: see `axis_tiles`; even, so that the context of a tile starts at a voxel of the coarser level.
-      spatial_dims: 3, or 2 for networks that see slices: their tiles hold `SLICES` slices along z at every level.
+      steps: for each level, coarsest first, its voxels for one of the level before along each axis, 1 or 2.
+      choose: gives the tiles of a level, called for the finest level first.
+      align: see `axis_tiles`; even along axes that levels halve, so that the context of a tile starts at a voxel of the
+        coarser level.
 
     Returns:
       For each level, coarsest first, the tiles along z, y and x.
     """
-    slices = Blend(np.ones(SLICES, np.float32))
-    z_of_slices = [] if spatial_dims == 3 else [axis_tiles(*finest[0], slices, stride=SLICES, align=1)]
-    covered = list(finest[3 - spatial_dims :])
-    plan = []
-    for _ in range(levels):
-        halved = [
-            axis_tiles(low, high, blend, stride=stride, align=align)
-            for (low, high), (blend, stride) in zip(covered, choose(covered), strict=True)
-        ]
-        z, y, x = *z_of_slices, *halved
+    covered = list(finest)
+    plan: list[LevelTiles] = []
+    for step in reversed(steps):
+        z, y, x = (
+            axis_tiles(low, high, blend, stride=stride, align=along)
+            for (low, high), (blend, stride), along in zip(covered, choose(covered), align, strict=True)
+        )
         plan.append((z, y, x))
-        # The region of the tiles in voxels of the coarser level, and one voxel more on each side for the upsampling.
-        covered = [(axis.starts[0] // 2 - 1, (axis.starts[0] + axis.extent) // 2 + 1) for axis in halved]
+        covered = [_context_of(axis, by) for axis, by in zip(plan[-1], step, strict=True)]
     return tuple(reversed(plan))
+
+
+def _context_of(axis: AxisTiles, step: int) -> tuple[int, int]:
+    """The region of tiles in voxels of the coarser level; if it is coarser, one more on each side to upsample them."""
+    start, end = int(axis.starts[0]), int(axis.starts[0]) + axis.extent
+    return (start // 2 - 1, end // 2 + 1) if step == 2 else (start, end)
 
 
 def native_lookup(native: int, factor: float, level: int) -> tuple[np.ndarray, np.ndarray]:

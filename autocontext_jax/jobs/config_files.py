@@ -8,8 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import read_json, write_json
+from autocontext_jax.geometry import halved_axes
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.jobs.run_config import RunConfig, config_from_dict
 from autocontext_jax.sections import as_dict, flat_keys
@@ -76,6 +78,11 @@ def read_config(workdir: Path) -> RunConfig | None:
     if isinstance(saved, dict) and isinstance(saved.get("pyramid"), dict) and isinstance(saved.get("data"), dict):
         window = saved["pyramid"].pop("window", ())  # its first place
         saved["data"].setdefault("window", window)
+    if isinstance(saved, dict) and isinstance(levels := saved.get("levels"), dict) and "anisotropic" not in levels:
+        levels["anisotropic"] = _was_isotropic(workdir)  # levels once halved all axes, whatever the spacing
+    if isinstance(saved, dict) and isinstance(loader := saved.get("loader"), dict):
+        size = loader.get("patch_size")
+        loader |= {"patch_size": [size]} if isinstance(size, int) else {}  # patches were cubes
     for key in REMOVED:
         section, name = key.split(".")
         if isinstance(saved, dict) and isinstance(saved.get(section), dict):
@@ -84,6 +91,15 @@ def read_config(workdir: Path) -> RunConfig | None:
         return config_from_dict(saved)
     except UserError as error:
         raise UserError(f"{path}: {error}: choose another --workdir, or bring the file back") from None
+
+
+def _was_isotropic(workdir: Path) -> bool:
+    """Whether the levels of a run of before have the same axes halved today."""
+    path = workdir / "fingerprint.json"
+    if not path.exists():
+        return True
+    spacing = read_json(path, fingerprint_format).get("spacing")
+    return isinstance(spacing, list) and len(spacing) == 3 and halved_axes(tuple(spacing)) == (2, 2, 2)
 
 
 def check_same_run(config: RunConfig, saved: RunConfig, workdir: Path) -> None:

@@ -47,12 +47,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
         for number, (name, value, members) in enumerate(zip(labels.classes, labels.mask_values, regions, strict=True))
     )
     # Only the levels that the model has; its finest level need not be the run's.
-    factors = tuple(config.levels.factors[level - 1] for level in config.model_levels())
-    ratio = factors[-1] / config.levels.factors[-1]
-    levels = config.levels.with_spacing(learned.spacing)
-    levels = dataclasses.replace(
-        levels, factors=factors, finest_spacing=tuple(mm * ratio for mm in levels.finest_spacing)
-    )
+    levels = config.levels.with_spacing(learned.spacing).only(config.model_levels())
     network = dataclasses.asdict(config.model.alone())
     return Description(
         name=workdir.resolve().name,
@@ -81,7 +76,7 @@ def _training(config: RunConfig, split: Split, step: int) -> dict[str, Any]:
         "mode": config.train.mode,
         "steps": step,
         "batch_size": config.loader.batch_size,
-        "patch_size": config.loader.patch_size,
+        "patch_size": config.patch_shape,
         "training_cases": sides.count("training"),
         "validation_cases": sides.count("validation"),
         "seed": config.seed,

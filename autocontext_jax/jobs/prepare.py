@@ -21,11 +21,13 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
     Of files that have not changed since `split.json` was written nothing is read.
 
     Raises:
-      UserError: names every case that cannot be prepared, the others are; or no training case has a labelled voxel.
+      UserError: names every case that cannot be prepared, the others are; or no training case has a labelled voxel; or
+        patches do not fit the levels' grids.
     """
     data = open_data(config, workdir)
     cases = processes.mine([*data.training, *data.validation])
     levels = config.levels.with_spacing(data.fingerprint.spacing)
+    config.check_patch(levels)
     workers = config.data.workers or runtime.available_cpus()
     with tqdm(total=len(cases), desc="prepare", unit="scan", disable=not processes.is_first()) as bar:
 

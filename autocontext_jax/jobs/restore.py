@@ -12,6 +12,7 @@ from flax import nnx
 from autocontext_jax import processes
 from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import Split
+from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model import Model
@@ -27,18 +28,26 @@ from autocontext_jax.training.state import inference_model
 log = logging.getLogger(__name__)
 
 
-def make_model(config: RunConfig, labels: LabelSpec, image: ImageSpec, network: Any) -> Pyramid:
-    """The pyramid with fresh parameters drawn from `config.seed`; `network` is its networks' class."""
-    spatial_dims = config.levels.spatial_dims
+def make_model(config: RunConfig, grids: LevelGrids, labels: LabelSpec, image: ImageSpec, network: Any) -> Pyramid:
+    """The pyramid with fresh parameters drawn from `config.seed`.
+
+    Args:
+      config: of the run.
+      grids: of all its levels, see `LevelGrids.with_spacing`.
+      labels: of its data set.
+      image: of the channels.
+      network: class of the networks.
+    """
+    levels = config.model_levels()
     return make_pyramid(
         network,
-        dataclasses.replace(config.model, spatial_dims=spatial_dims),
+        config.model,
         dataclasses.replace(
             config.pyramid,
-            levels=len(config.model_levels()),
+            levels=len(levels),
             classes=labels.outputs,
             image=image,
-            spatial_dims=spatial_dims,
+            spacing=grids.only(levels).relative_spacing,
             activation="sigmoid" if labels.regions else "softmax",
         ),
         seed=config.seed,
@@ -83,7 +92,8 @@ def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> 
 
 def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
     network, learned = extensions.network(config), read_fingerprint(config, workdir)
-    pyramid = nnx.eval_shape(lambda: make_model(config, split.labels, learned.image, network))
+    grids = config.levels.with_spacing(learned.spacing)
+    pyramid = nnx.eval_shape(lambda: make_model(config, grids, split.labels, learned.image, network))
     graph, *like = nnx.split(pyramid, nnx.Param, ...)
     # Restored to every device, whatever mesh it was trained on; each process then works on its own first one.
     everywhere = replicated(make_mesh(jax.device_count() if jax.process_count() > 1 else 1))

@@ -10,10 +10,11 @@ from autocontext_jax.data.phantom.dataset import PhantomConfig
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.files import exists
+from autocontext_jax.geometry import Triple
 from autocontext_jax.images.spec import NORMALIZATIONS
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
-from autocontext_jax.models.pyramid import PyramidConfig
+from autocontext_jax.models.pyramid import PyramidConfig, divisor
 from autocontext_jax.sections import from_dict
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import OptimizerConfig
@@ -228,21 +229,57 @@ class RunConfig:
                 f"config key loss.level_weights is {weights}; expected {levels} numbers, one a level, or ()"
             )
 
-    def _check_sizes(self) -> None:
-        """Patches and tiles must halve as often as the network does, patches on each device that shares their depth."""
-        divisor, size, space = self.model.divisor, self.loader.patch_size, self.mesh.space
-        unit = max(4, divisor)
-        for key, edge in (("loader.patch_size", size), ("predict.tile", self.predict.tile)):
-            if edge % unit:
-                raise UserError(
-                    f"config key {key} is {edge}; expected a multiple of {unit}, since model.depth is "
-                    f"{self.model.depth}: choose {unit * max(1, edge // unit)}"
-                )
-        if size % (space * divisor) or (space > 1 and self.levels.spatial_dims == 2):
-            choices = [n for n in range(2, size) if size % (n * divisor) == 0]
+    @property
+    def patch_shape(self) -> Triple:
+        """Voxels (z, y, x) of a patch."""
+        size = self.loader.patch_size
+        z, y, x = size if len(size) == 3 else (size[0] if self.levels.spatial_dims == 3 else 1, size[0], size[0])
+        return z, y, x
+
+    def check_patch(self, grids: LevelGrids) -> None:
+        """Patches must halve as often as levels and networks do, on each device that shares their depth.
+
+        Args:
+          grids: of the levels, see `LevelGrids.with_spacing`.
+
+        Raises:
+          UserError: they do not.
+        """
+        pyramid = PyramidConfig(levels=len(grids.factors), spacing=grids.relative_spacing)
+        units = divisor(self.model.alone(), pyramid)
+        halved = grids.patch((1, 1, 1)).scales[0]
+        expected = tuple(max(unit, 4 if times > 1 else 1) for unit, times in zip(units, halved, strict=True))
+        sizes, space = self.patch_shape, self.mesh.space
+        if grids.spatial_dims == 2 and sizes[0] != 1:
             raise UserError(
-                f"config key mesh.space is {space}; expected devices that each take a multiple of {divisor} of "
-                f"the {size} planes of loader.patch_size, in 3D: choose 1 or one of {choices}"
+                f"config key loader.patch_size is {sizes}; expected 1 along z, since levels.spatial_dims is 2: choose "
+                f"{(1, *sizes[1:])}"
+            )
+        if any(size % unit for size, unit in zip(sizes, expected, strict=True)):
+            nearest = tuple(unit * max(1, size // unit) for size, unit in zip(sizes, expected, strict=True))
+            raise UserError(
+                f"config key loader.patch_size is {sizes}; expected multiples of {expected} along (z, y, x), since "
+                f"model.depth is {self.model.depth}: choose {nearest}"
+            )
+        if sizes[0] % (space * units[0]) or (space > 1 and grids.spatial_dims == 2):
+            choices = [n for n in range(2, sizes[0]) if sizes[0] % (n * units[0]) == 0]
+            raise UserError(
+                f"config key mesh.space is {space}; expected devices that each take a multiple of {units[0]} of the "
+                f"{sizes[0]} planes of loader.patch_size, in 3D: choose 1 or one of {choices}"
+            )
+
+    def _check_sizes(self) -> None:
+        """What can be checked of patches and tiles before the scans are known."""
+        if self.levels.known:
+            self.check_patch(self.levels)
+        elif len(set(self.patch_shape)) == 1 or self.levels.spatial_dims == 2:
+            # Of a cube the finest axis, whichever it is, is halved each time.
+            self.check_patch(dataclasses.replace(self.levels, anisotropic=False))
+        unit, edge = max(4, *self.model.divisor), self.predict.tile
+        if edge % unit:
+            raise UserError(
+                f"config key predict.tile is {edge}; expected a multiple of {unit}, since model.depth is "
+                f"{self.model.depth}: choose {unit * max(1, edge // unit)}"
             )
 
     def phases(self) -> tuple[Phase, ...]:

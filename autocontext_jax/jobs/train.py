@@ -122,14 +122,16 @@ def _train_phase(
             f"{config.augmentation.noise:g} and {config.augmentation.intensity_shift:g}; expected 0, as the channels "
             f"{data.image.names} are stored in different units, HU of CT and normalised values of the others"
         )
+    grids = config.levels.with_spacing(data.fingerprint.spacing)
+    patch = grids.patch(config.patch_shape)
     loader = Loader(
         training,
         config.loader,
+        patch,
         seed=config.seed,
         sharding=sharding,
         spatial=config.augmentation.spatial(data.labels),
         intensity=config.augmentation.intensity(),
-        spatial_dims=config.levels.spatial_dims,
         levels=phase.levels,
         deterministic=config.train.deterministic,
     )
@@ -138,9 +140,8 @@ def _train_phase(
             validation,
             patches=config.train.validation_patches,
             batch_size=config.loader.batch_size,
-            patch_size=config.loader.patch_size,
+            patch=patch,
             levels=phase.levels,
-            spatial_dims=config.levels.spatial_dims,
             seed=config.seed,
         )
     )
@@ -152,12 +153,12 @@ def _train_phase(
     learning = [levels.index(level) + 1 for level in phase.learning]  # counted in this model
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     loss = config.phase_loss(phase)
-    model = nnx.eval_shape(lambda: make_model(config, data.labels, data.image, network))
+    model = nnx.eval_shape(lambda: make_model(config, grids, data.labels, data.image, network))
     graph, shapes = create_state(model, optimizer, learning)
     frozen_graph = freeze_batch_stats(graph, shapes.params, shapes.batch_stats)
 
     def create() -> TrainState:
-        return create_state(make_model(config, data.labels, data.image, network), optimizer, learning)[1]
+        return create_state(make_model(config, grids, data.labels, data.image, network), optimizer, learning)[1]
 
     placement = state_sharding(mesh, jax.eval_shape(create), split_optimizer=config.mesh.split_optimizer)
     fresh = jax.jit(create, out_shardings=placement)

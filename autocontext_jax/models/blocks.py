@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.errors import require
+from autocontext_jax.geometry import CUBES, Spacing, Triple, halvings, product
 from autocontext_jax.models.convolution import Convolution, Deconvolution
 from autocontext_jax.models.fixed_normalization import convolution_relu, deconvolution_relu
 from autocontext_jax.models.normalization import BatchNormReLU
@@ -20,12 +21,14 @@ class NetworkConfig:
 
     Attributes:
       base_channels: of the first convolution; 32 in the paper.
-      depth: number of resolutions inside the network; 4 in the paper. A patch edge must be a multiple of 2^(depth - 1).
+      depth: number of resolutions inside the network; 4 in the paper. The size of a patch must be a multiple of
+        2^(depth - 1), along the axis of thick slices of less.
       norm: `batch` or `none`; without normalisation the 3^3 convolutions have a bias.
       momentum: of the running averages that inference uses.
       dtype: compute type of activations; parameters, statistics, softmax and loss stay float32. Accelerators multiply
         `float32` in a shorter type unless JAX_DEFAULT_MATMUL_PRECISION is `highest`: TF32 on GPUs, bfloat16 on TPUs.
-      spatial_dims: number of spatial dimensions: 3, or 2 with kernels of 3^2 and 2^2 instead of 3^3 and 2^3.
+      spacing: of the network's input along (z, y, x), in any unit; infinite along an axis that it does not look along.
+        Kernels and pooling follow from it.
     """
 
     base_channels: int = 32
@@ -33,7 +36,7 @@ class NetworkConfig:
     norm: str = "batch"
     momentum: float = 0.99
     dtype: str = "float32"
-    spatial_dims: int = dataclasses.field(default=3, metadata=DERIVED)
+    spacing: Spacing = dataclasses.field(default=CUBES, metadata=DERIVED)
 
     def __post_init__(self):
         require(1 <= self.base_channels <= 4096, self, "base_channels", "a number from 1 to 4096")
@@ -47,9 +50,23 @@ class NetworkConfig:
         return NetworkConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(NetworkConfig)})
 
     @property
-    def divisor(self) -> int:
-        """The edge of a patch or tile must be a multiple of this."""
-        return 2 ** (self.depth - 1)
+    def steps(self) -> tuple[Triple, ...]:
+        """By how much each resolution but the first has fewer voxels than the one before along each axis: 1 or 2."""
+        return halvings(self.spacing, self.depth - 1)
+
+    @property
+    def kernels(self) -> tuple[Triple, ...]:
+        """Sizes of the kernels at each resolution: 3 along the axes that are, or could be, pooled next; 1 along others.
+
+        nnU-Net's rule (Isensee et al., 2021): flat as long as the voxels are twice as long along this axis.
+        """
+        flat = halvings(self.spacing, self.depth)
+        return tuple((2 * z - 1, 2 * y - 1, 2 * x - 1) for z, y, x in flat)
+
+    @property
+    def divisor(self) -> Triple:
+        """The size of a patch or tile along each axis must be a multiple of this."""
+        return product(self.steps)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -58,11 +75,19 @@ class NetworkConfig:
 
 
 class ConvolutionBlock(nnx.Module):
-    """A 3^3 convolution, normalisation and ReLU."""
+    """A convolution, normalisation and ReLU.
 
-    def __init__(self, inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs):
+    Args:
+      inputs: channels of the input; of several arrays together.
+      outputs: channels of the result.
+      kernel: size along (z, y, x).
+      config: of the network.
+      rngs: random keys for the parameters.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: Triple, config: NetworkConfig, rngs: nnx.Rngs):
         batch = config.norm == "batch"
-        self.layer = Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=not batch, rngs=rngs)
+        self.layer = Convolution(inputs, outputs, kernel, bias=not batch, rngs=rngs)
         self.norm = BatchNormReLU(outputs, momentum=config.momentum) if batch else None
 
     def __call__(self, *xs: jax.Array) -> jax.Array:
@@ -74,26 +99,34 @@ class ConvolutionBlock(nnx.Module):
 
 
 class UpsamplingBlock(nnx.Module):
-    """A 2^3 deconvolution of stride 2 that keeps its channels, normalisation and ReLU: it doubles the grid."""
+    """A deconvolution that keeps its channels, normalisation and ReLU: it brings the grid back that pooling halved.
 
-    def __init__(self, channels: int, config: NetworkConfig, rngs: nnx.Rngs):
-        self.layer = Deconvolution(channels, channels, spatial_dims=config.spatial_dims, rngs=rngs)
+    Args:
+      channels: of the input and of the result.
+      step: by how much the grid grows along (z, y, x), 1 or 2.
+      config: of the network.
+      rngs: random keys for the parameters.
+    """
+
+    def __init__(self, channels: int, step: Triple, config: NetworkConfig, rngs: nnx.Rngs):
+        self.step = step
+        self.layer = Deconvolution(channels, channels, step, rngs=rngs)
         self.norm = BatchNormReLU(channels, momentum=config.momentum) if config.norm == "batch" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, D, H, W, C] -> [B, 2D, 2H, 2W, C], in 2D [B, D, 2H, 2W, C]."""
+        """[B, D, H, W, C] -> [B, 2D, 2H, 2W, C], without the factor along an axis whose step is 1."""
         if self.norm is not None and self.norm.use_running_average:
             return deconvolution_relu(x, self.layer.kernel[...], *self.norm.affine())
         # Before depth-to-space, which then needs no pass of its own.
         blocks = self.layer(x)
-        return depth_to_space(jax.nn.relu(blocks) if self.norm is None else self.norm(blocks))
+        return depth_to_space(jax.nn.relu(blocks) if self.norm is None else self.norm(blocks), self.step)
 
 
 def analysis_path(inputs: int, config: NetworkConfig, rngs: nnx.Rngs) -> nnx.List:
-    """The U-Net's analysis path: for each resolution two 3^3 convolutions, the second with twice as many outputs."""
+    """The U-Net's analysis path: for each resolution two convolutions, the second with twice as many outputs."""
     path = []
-    for outputs in config.channels:
-        first = ConvolutionBlock(inputs, outputs // 2, config, rngs)
-        path.append(nnx.List([first, ConvolutionBlock(outputs // 2, outputs, config, rngs)]))
+    for outputs, kernel in zip(config.channels, config.kernels, strict=True):
+        first = ConvolutionBlock(inputs, outputs // 2, kernel, config, rngs)
+        path.append(nnx.List([first, ConvolutionBlock(outputs // 2, outputs, kernel, config, rngs)]))
         inputs = outputs
     return nnx.List(path)

@@ -4,11 +4,12 @@ On GPUs and TPUs XLA's own convolution is used, on x86 CPUs oneDNN's (`onednn.py
 convolutions. Only this file and `fixed_normalization.py` distinguish platforms for them.
 
 Shapes are [B, D, H, W, C]. Kernels are [O, kd, kh, kw, C], the order that the GPUs' libraries read, so that no step
-copies them into another one. With 2 spatial dimensions kd = 1: each of the D slices is an image of its own. A layer
-computes in its input's type; parameters are float32.
+copies them into another one. A kernel that is flat along an axis has the size 1 there: with kd = 1 each of the D
+slices is an image of its own. A layer computes in its input's type; parameters are float32.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from autocontext_jax.geometry import halving, patch_shape
+from autocontext_jax.geometry import Triple
 from autocontext_jax.models import onednn
 
 
@@ -225,21 +226,20 @@ convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 class Convolution(nnx.Module):
-    """A k^3 convolution to the same size, He-initialised; 1 x k^2 with 2 spatial dimensions.
+    """A convolution to the same size, He-initialised.
 
     Args:
       inputs: channels of the input.
       outputs: channels of the result.
-      size: k, odd.
-      spatial_dims: number of spatial dimensions, 3 or 2.
+      size: of the kernel along (z, y, x), odd.
       bias: whether a bias is added.
       rngs: random keys for the kernel.
     """
 
-    def __init__(self, inputs: int, outputs: int, size: int = 3, *, spatial_dims: int = 3, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, size: Triple = (3, 3, 3), *, bias: bool, rngs: nnx.Rngs):
         # The fan-in is that of the kernel's own shape. XLA compiles the draw of a matrix five times as fast.
-        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, size**spatial_dims * inputs))
-        self.kernel = nnx.Param(flat.reshape(outputs, *patch_shape(size, spatial_dims), inputs))
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (outputs, math.prod(size) * inputs))
+        self.kernel = nnx.Param(flat.reshape(outputs, *size, inputs))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -253,26 +253,26 @@ class Convolution(nnx.Module):
 
 
 class Deconvolution(nnx.Module):
-    """A 2^3 transposed convolution of stride 2, without bias; 1 x 2^2 with 2 spatial dimensions.
+    """A transposed convolution without bias, whose kernel and stride are both `step`.
 
-    Kernel and stride are equal, so blocks of the output do not overlap: it is one matrix product to 8 values a voxel,
-    followed by `resizing.depth_to_space`. (Written as an input-dilated convolution its gradient is tens of times slower
-    on some backends.) Normalisation and ReLU come between the two, so that depth-to-space needs no pass of its own.
+    So blocks of the output do not overlap: it is one matrix product to the values of a voxel's block, followed by
+    `resizing.depth_to_space`. (Written as an input-dilated convolution its gradient is tens of times slower on some
+    backends.) Normalisation and ReLU come between the two, so that depth-to-space needs no pass of its own.
 
     Args:
       inputs: channels of the input.
       outputs: channels of the result.
-      spatial_dims: number of spatial dimensions, 3 or 2.
+      step: by how much the grid grows along (z, y, x), 1 or 2.
       rngs: random keys for the kernel.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, spatial_dims: int = 3, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, step: Triple = (2, 2, 2), *, rngs: nnx.Rngs):
         # Each output voxel depends on `inputs` values, not on 8 times as many. As a matrix the kernel has that fan-in.
-        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (2**spatial_dims * outputs, inputs))
-        self.kernel = nnx.Param(flat.reshape(*halving(spatial_dims), outputs, inputs))
+        flat = nnx.initializers.he_normal(in_axis=1, out_axis=0)(rngs.params(), (math.prod(step) * outputs, inputs))
+        self.kernel = nnx.Param(flat.reshape(*step, outputs, inputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, D, H, W, inputs] -> the values of each voxel's block, [B, D, H, W, 8 or 4, outputs]."""
+        """[B, D, H, W, inputs] -> the values of each voxel's block, [B, D, H, W, block, outputs]."""
         kernel = self.kernel[...].astype(x.dtype)
         flat = convolution(x, kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]))
         return flat.reshape(*x.shape[:4], -1, kernel.shape[3])

@@ -62,12 +62,12 @@ def deconvolution_relu(x: jax.Array, kernel: jax.Array, slope: jax.Array, shift:
 
     Args:
       x: [B, D, H, W, C].
-      kernel: [2, 2, 2, O, C], or [1, 2, 2, O, C] in 2D; float32.
+      kernel: [kd, kh, kw, O, C], sizes of 1 or 2; float32.
       slope: [O], float32.
       shift: [O], float32.
 
     Returns:
-      [B, 2D, 2H, 2W, O], in 2D [B, D, 2H, 2W, O], in the type of x.
+      [B, kd D, kh H, kw W, O], in the type of x.
     """
     arguments = x, kernel, slope, shift
     return lax.platform_dependent(*arguments, cpu=_cpu_deconvolution_relu, default=_separate_deconvolution)
@@ -76,7 +76,8 @@ def deconvolution_relu(x: jax.Array, kernel: jax.Array, slope: jax.Array, shift:
 def _separate_deconvolution(x, kernel, slope, shift):
     flat = kernel.astype(x.dtype).reshape(-1, 1, 1, 1, kernel.shape[-1])
     blocks = convolution(x, flat).reshape(*x.shape[:4], -1, kernel.shape[3])
-    return depth_to_space(scale_shift_relu(blocks, slope, shift))
+    deep, high, wide = kernel.shape[:3]
+    return depth_to_space(scale_shift_relu(blocks, slope, shift), (deep, high, wide))
 
 
 def _cpu_deconvolution_relu(x, kernel, slope, shift):

@@ -9,12 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.errors import require
+from autocontext_jax.geometry import CUBES, Spacing, Triple, halvings, product, times
 from autocontext_jax.images.spec import CT, ImageSpec
 from autocontext_jax.models.activations import ACTIVATIONS, activate
+from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.resizing import upsample_by_two
 from autocontext_jax.sections import DERIVED
 
 CONTEXTS = ("softmax", "onehot", "none")
+
+# (channels of the input, spacing of the input, random keys) -> a level's network
+MakeNetwork = Callable[[int, Spacing, nnx.Rngs], nnx.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +33,8 @@ class PyramidConfig:
         regions it sees their sigmoid maps in the place of softmax maps, and as onehot maps 1 where they exceed 0.5.
       stop_gradient: whether the gradient stops between levels, so that a level's loss trains that level alone.
       image: the channels of an image, and how they are normalised.
-      spatial_dims: number of spatial dimensions: 3, or 2 for images that are processed slice by slice. In 2D the size D
-        below is any number of slices, the same at every level.
+      spacing: of the finest level along (z, y, x), in any unit; infinite along z for networks that see slices. Which
+        axes a level halves follows from it.
       activation: from logits to maps: `softmax` over classes, or one `sigmoid` a region.
     """
 
@@ -38,12 +43,21 @@ class PyramidConfig:
     context: str = "softmax"
     stop_gradient: bool = False
     image: ImageSpec = dataclasses.field(default=CT, metadata=DERIVED)
-    spatial_dims: int = dataclasses.field(default=3, metadata=DERIVED)
+    spacing: Spacing = dataclasses.field(default=CUBES, metadata=DERIVED)
     activation: str = dataclasses.field(default="softmax", metadata=DERIVED)
 
     def __post_init__(self):
         require(self.context in CONTEXTS, self, "context", f"one of {', '.join(CONTEXTS)}")
         require(self.activation in ACTIVATIONS, self, "activation", f"one of {', '.join(ACTIVATIONS)}")
+
+    @property
+    def steps(self) -> tuple[Triple, ...]:
+        """For each level, coarsest first, its voxels for one of the level before along each axis; 1 at the coarsest."""
+        return (1, 1, 1), *reversed(halvings(self.spacing, self.levels - 1))
+
+    def level_spacing(self, level: int) -> Spacing:
+        """Of a level along (z, y, x), in the unit of `spacing`."""
+        return times(self.spacing, product(self.steps[level:]))
 
 
 class Pyramid(nnx.Module):
@@ -54,16 +68,20 @@ class Pyramid(nnx.Module):
 
     Args:
       config: how the networks are connected.
-      network: makes one level's network from its number of input channels and the random keys.
+      network: makes one level's network from its number of input channels, the spacing of its input and the random
+        keys.
       rngs: random keys for the parameters.
     """
 
-    def __init__(self, config: PyramidConfig, network: Callable[[int, nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
+    def __init__(self, config: PyramidConfig, network: MakeNetwork, *, rngs: nnx.Rngs):
         self.config = config
         channels = len(config.image.channels)
         context_channels = 0 if config.context == "none" else config.classes
         self.networks = nnx.List(
-            [network(channels + (context_channels if level else 0), rngs) for level in range(config.levels)]
+            [
+                network(channels + (context_channels if level > 1 else 0), config.level_spacing(level), rngs)
+                for level in range(1, config.levels + 1)
+            ]
         )
         for stream in _random_streams(self):
             stream.shape = stream.key.shape
@@ -85,14 +103,15 @@ class Pyramid(nnx.Module):
         """Logits of every level of a batch of pyramid patches, differentiable end to end.
 
         Args:
-          images: for each level, coarsest first, [B, N, N, N, C], as `images.spec` says that they are stored.
+          images: for each level, coarsest first, [B, D, H, W, C], as `images.spec` says that they are stored.
 
         Returns:
-          For each level logits [B, N, N, N, K], float32.
+          For each level logits [B, D, H, W, K], float32.
         """
         logits: list[jax.Array] = []
         for level, image in enumerate(images, start=1):
-            maps = None if level == 1 else context_of(logits[-1], self.config.spatial_dims, self.config.activation)
+            step, activation = self.config.steps[level - 1], self.config.activation
+            maps = None if level == 1 else context_of(logits[-1], step, activation)
             logits.append(self.level(level, image, maps))
         return tuple(logits)
 
@@ -103,7 +122,8 @@ class Pyramid(nnx.Module):
           level: 1 = coarsest.
           image: [B, D, H, W, C], as it is stored.
           maps: the coarser level's maps over the same region with a halo of one coarse voxel,
-            [B, D/2 + 2, H/2 + 2, W/2 + 2, K], in 2D [B, D, H/2 + 2, W/2 + 2, K]; None at level 1.
+            [B, D/2 + 2, H/2 + 2, W/2 + 2, K]; the size itself along an axis that the level does not halve. None at
+            level 1.
 
         Returns:
           [B, D, H, W, K], float32.
@@ -121,7 +141,7 @@ class Pyramid(nnx.Module):
                     maps = maps > 0.5
             if self.config.stop_gradient:
                 maps = jax.lax.stop_gradient(maps)
-            maps = upsample_by_two(maps.astype(jnp.float32), self.config.spatial_dims)
+            maps = upsample_by_two(maps.astype(jnp.float32), self.config.steps[level - 1])
             x = jnp.concatenate([x, maps], axis=-1)
         return self.networks[level - 1](x)
 
@@ -131,13 +151,23 @@ def make_pyramid(network: Any, config: Any, pyramid: PyramidConfig, *, seed: int
 
     Args:
       network: class of every level's network, (inputs, classes, config, *, rngs).
-      config: of the network, `blocks.NetworkConfig`.
+      config: of the networks, `blocks.NetworkConfig`; each gets it with the spacing of its level.
       pyramid: how the networks are connected.
       seed: of the parameters.
     """
-    return Pyramid(
-        pyramid, lambda inputs, rngs: network(inputs, pyramid.classes, config, rngs=rngs), rngs=nnx.Rngs(seed)
-    )
+
+    def make(inputs: int, spacing: Spacing, rngs: nnx.Rngs) -> nnx.Module:
+        return network(inputs, pyramid.classes, dataclasses.replace(config, spacing=spacing), rngs=rngs)
+
+    return Pyramid(pyramid, make, rngs=nnx.Rngs(seed))
+
+
+def divisor(network: NetworkConfig, pyramid: PyramidConfig) -> Triple:
+    """What the size of a patch or tile along each axis must be a multiple of, so that every network can pool it."""
+    spacings = [pyramid.level_spacing(level) for level in range(1, pyramid.levels + 1)]
+    every = [dataclasses.replace(network, spacing=spacing).divisor for spacing in spacings]
+    z, y, x = (max(along) for along in zip(*every, strict=True))  # powers of two
+    return z, y, x
 
 
 def _random_streams(model: nnx.Module) -> list[Any]:
@@ -145,13 +175,15 @@ def _random_streams(model: nnx.Module) -> list[Any]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
 
 
-def context_of(logits: jax.Array, spatial_dims: int = 3, activation: str = "softmax") -> jax.Array:
+def context_of(logits: jax.Array, step: Triple = (2, 2, 2), activation: str = "softmax") -> jax.Array:
     """Maps over the next level's patch with a halo of one voxel: [B, N, N, N, K] -> [B, (N/2 + 2)^3, K].
 
-    The next level's patch starts N/4 voxels into this one (`geometry.next_level_start`). In 2D the size D stays.
+    Along an axis that the next level halves (step 2) its patch starts N/4 voxels into this one
+    (`geometry.next_level_start`); along the others both patches are the same, and there is no halo.
     """
-    edge = logits.shape[2]
-    inner = slice(edge // 4 - 1, 3 * edge // 4 + 1)
+    z, y, x = (
+        slice(size // 4 - 1, 3 * size // 4 + 1) if by == 2 else slice(None)
+        for size, by in zip(logits.shape[1:4], step, strict=True)
+    )
     # The depth is cropped last: if it is split over devices, they then exchange less.
-    maps = activate(logits[:, :, inner, inner], activation)
-    return maps[:, inner] if spatial_dims == 3 else maps
+    return activate(logits[:, :, y, x], activation)[:, z]

@@ -4,21 +4,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from autocontext_jax.geometry import Triple
 from autocontext_jax.models.blocks import ConvolutionBlock, NetworkConfig, UpsamplingBlock
 from autocontext_jax.models.convolution import Convolution
 from autocontext_jax.models.resizing import max_pool
 
 
 class ResidualUnit(nnx.Module):
-    """A 3^3 convolution to the unit's channels, and two more whose result is added to that of the first.
+    """A convolution to the unit's channels, and two more whose result is added to that of the first.
 
     The sum is not normalised: signal and gradient pass from unit to unit (He et al., 2016, "Identity mappings").
     """
 
-    def __init__(self, inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs):
-        self.enter = ConvolutionBlock(inputs, outputs, config, rngs)
-        self.inner = ConvolutionBlock(outputs, outputs, config, rngs)
-        self.outer = Convolution(outputs, outputs, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, kernel: Triple, config: NetworkConfig, rngs: nnx.Rngs):
+        self.enter = ConvolutionBlock(inputs, outputs, kernel, config, rngs)
+        self.inner = ConvolutionBlock(outputs, outputs, kernel, config, rngs)
+        self.outer = Convolution(outputs, outputs, kernel, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> [B, D, H, W, outputs]."""
@@ -34,27 +35,27 @@ class ResidualUNet(nnx.Module):
     """
 
     def __init__(self, inputs: int, classes: int, config: NetworkConfig, *, rngs: nnx.Rngs):
-        self.dtype, self.spatial_dims = config.dtype, config.spatial_dims
+        self.dtype, self.steps = config.dtype, config.steps
         analysis, synthesis = [], []
         channels = inputs
-        for outputs in config.channels:
-            analysis.append(ResidualUnit(channels, outputs // 2, config, rngs))
+        for outputs, kernel in zip(config.channels, config.kernels, strict=True):
+            analysis.append(ResidualUnit(channels, outputs // 2, kernel, config, rngs))
             channels = outputs // 2
-        for outputs in reversed(config.channels[:-1]):
-            up = UpsamplingBlock(channels, config, rngs)
-            narrow = ConvolutionBlock(channels, outputs // 2, config, rngs)
-            synthesis.append(nnx.List([up, narrow, ResidualUnit(outputs // 2, outputs // 2, config, rngs)]))
+        for outputs, kernel, step in reversed(list(zip(config.channels, config.kernels, config.steps, strict=False))):
+            up = UpsamplingBlock(channels, step, config, rngs)
+            narrow = ConvolutionBlock(channels, outputs // 2, kernel, config, rngs)
+            synthesis.append(nnx.List([up, narrow, ResidualUnit(outputs // 2, outputs // 2, kernel, config, rngs)]))
             channels = outputs // 2
         self.analysis = nnx.List(analysis)
         self.synthesis = nnx.List(synthesis)
-        self.head = Convolution(channels, classes, size=1, spatial_dims=config.spatial_dims, bias=True, rngs=rngs)
+        self.head = Convolution(channels, classes, (1, 1, 1), bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, inputs] -> logits [B, D, H, W, K], float32."""
         x = x.astype(self.dtype)
         shortcuts: list[jax.Array] = []
-        for down in self.analysis:
-            x = down(max_pool(x, self.spatial_dims) if shortcuts else x)
+        for resolution, down in enumerate(self.analysis):
+            x = down(max_pool(x, self.steps[resolution - 1]) if resolution else x)
             shortcuts.append(x)
         shortcuts.pop()
         for up, narrow, unit in self.synthesis:

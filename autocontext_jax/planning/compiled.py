@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 
-from autocontext_jax.geometry import level_shape
+from autocontext_jax.geometry import Triple, level_shape
 from autocontext_jax.inference.scan_tiles import ScanTiles
 from autocontext_jax.inference.tile_memory import row_bytes, tile_arguments
 from autocontext_jax.inference.tile_programs import make_tile_program
@@ -31,17 +31,17 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """The training step of a pyramid of 3D networks, with Adam and the Dice loss.
+    """The training step of a pyramid, with Adam and the Dice loss.
 
     Attributes:
       make_model: makes the pyramid. It is only traced.
-      patch_size: N, voxels along each axis of a patch, the same at every level.
+      patch_size: voxels (z, y, x) of a patch, the same at every level.
       batch_size: pyramid patches of each device, or of each `space` devices.
       space: devices that share the depth of their patches.
     """
 
     make_model: Callable[[], Pyramid]
-    patch_size: int
+    patch_size: Triple
     batch_size: int
     space: int = 1
 
@@ -56,7 +56,7 @@ class TrainingStep:
         graph, _ = create_state(model, optimizer)
         state = jax.eval_shape(lambda: create_state(self.make_model(), optimizer)[1])
         mesh = Mesh(devices.reshape(-1, self.space), ("data", "space"), axis_types=(AxisType.Auto,) * 2)
-        shape = (self.batch_size * mesh.shape["data"], *(self.patch_size,) * 3)
+        shape = (self.batch_size * mesh.shape["data"], *self.patch_size)
         levels = model.config.levels
         image: Any = jax.ShapeDtypeStruct((*shape, len(model.config.image.channels)), jnp.float32)
         label: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
@@ -91,23 +91,19 @@ class TilePrediction:
         """
         model = inference_model(*nnx.split(self.make_model(), nnx.Param, ...))
         graph, state = nnx.split(model)
-        levels, classes, spatial_dims = model.config.levels, model.config.classes, model.config.spatial_dims
-        level = self.level or levels
-        tile = (self.tile,) * 3
-        arguments = tile_arguments(
-            tile, image=model.config.image, context=level > 1, classes=classes, spatial_dims=spatial_dims
-        )
+        pyramid = model.config
+        level = self.level or pyramid.levels
+        arguments = tile_arguments((self.tile,) * 3, pyramid=pyramid, level=level)
         device = SingleDeviceSharding(devices[0])
         tiles = ScanTiles(
-            PredictorConfig(tile=self.tile), levels=levels, classes=classes, spatial_dims=spatial_dims, align=8,
-            blend=gaussian, bytes_a_voxel=lambda: 0.0,
-        )  # fmt: skip
+            PredictorConfig(tile=self.tile), pyramid, align=(8, 8, 8), blend=gaussian, bytes_a_voxel=lambda: 0.0
+        )
         native = (self.tile, self.plane, self.plane)
-        factors = tuple((2.0 ** (levels - number),) * 3 for number in range(levels))
+        factors = tuple((2.0 ** (pyramid.levels - number),) * 3 for number in range(pyramid.levels))
         planned = tiles.plan(native, factors, np.zeros(level_shape(native, factors[0]), np.int16))
         assert planned is not None, "an image of zeros is all body"
         plan, _ = planned
-        slabs = sum(row_bytes(z.size, z.stride, (y.extent, x.extent), classes) for z, y, x in plan)
+        slabs = sum(row_bytes(z.size, z.stride, (y.extent, x.extent), pyramid.classes) for z, y, x in plan)
         return make_tile_program(graph, level).lower(*_placed((state, *arguments), device)), slabs
 
 

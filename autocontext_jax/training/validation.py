@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from autocontext_jax.data.loader import Margins, partly_annotated, read_batch
 from autocontext_jax.data.sampling import draw_anywhere, draw_entry
 from autocontext_jax.data.store.reader import PreparedCase
+from autocontext_jax.geometry import PyramidPatch
 from autocontext_jax.training.dice import class_dice, mean_dice
 from autocontext_jax.training.sharding import place, sample_sharding
 from autocontext_jax.training.state import Batch, Metrics, TrainState
@@ -22,9 +23,8 @@ def validation_batches(
     *,
     patches: int,
     batch_size: int,
-    patch_size: int,
+    patch: PyramidPatch,
     levels: Sequence[int],
-    spatial_dims: int,
     seed: int,
 ) -> list[dict[str, Any]]:
     """Fixed patches, as `loader.read_batch` gives them.
@@ -35,9 +35,8 @@ def validation_batches(
       cases: held out; without any there are no batches.
       patches: how many, rounded up to whole batches.
       batch_size: B.
-      patch_size: N.
+      patch: of all levels.
       levels: those that are trained.
-      spatial_dims: 3 or 2.
       seed: of the draw.
     """
     if not cases:
@@ -55,7 +54,7 @@ def validation_batches(
         crops.append((case, centre, margins))
     batches = [crops[start : start + batch_size] for start in range(0, len(crops), batch_size)]
     partly = partly_annotated(cases)
-    return [read_batch(some, patch_size, margins, spatial_dims, known=partly) for some in batches]
+    return [read_batch(some, patch, margins, known=partly) for some in batches]
 
 
 def validate(

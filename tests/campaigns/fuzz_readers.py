@@ -228,7 +228,7 @@ def write_model_file(folder: Path) -> None:
         training={"steps": 1},
         evaluation={},
     )
-    pyramid = make_pyramid(UNet, description.full_network, description.full_pyramid, seed=0)
+    pyramid = make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0)
     with jax.disable_jit():
         pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
     Model(description, pyramid, PredictorConfig(8)).save(folder / "small.autocontext")

@@ -23,8 +23,8 @@ from autocontext_jax.data.store.format import (
     read_attributes,
     storage_errors,
 )
-from autocontext_jax.data.store.level_grids import Triple, times
 from autocontext_jax.errors import UserError
+from autocontext_jax.geometry import Spacing, times
 from autocontext_jax.images.spec import Channel, ImageSpec
 
 
@@ -75,8 +75,8 @@ class PreparedCase:
     root: str
     name: str
     labels: tuple[str, ...]
-    spacing: Triple
-    factors: tuple[Triple, ...]
+    spacing: Spacing
+    factors: tuple[Spacing, ...]
     shapes: tuple[tuple[int, int, int], ...]
     image: ImageSpec
     foreground_offsets: tuple[int, ...]

@@ -23,8 +23,9 @@ from autocontext_jax.data.store.format import (
     checksum,
     storage_errors,
 )
-from autocontext_jax.data.store.level_grids import LevelGrids, Triple, times
+from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import counted
+from autocontext_jax.geometry import Spacing, times
 from autocontext_jax.images.spec import CT, ImageSpec
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,12 @@ def write_case(
     name: str,
     voxels: np.ndarray,
     label: np.ndarray,
-    spacing: Triple,
+    spacing: Spacing,
     grids: LevelGrids,
     labels: LabelSpec,
     *,
     image: ImageSpec = CT,
-    origin: Triple = (0.0, 0.0, 0.0),
+    origin: Spacing = (0.0, 0.0, 0.0),
     direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     known: Sequence[bool] = (),
     digest: str = "",
@@ -98,7 +99,7 @@ def write_case(
         _write(case_url(root, name), arrays, groups, image)
 
 
-def _warn_of_lost_labels(name: str, label: np.ndarray, finest: np.ndarray, names: Sequence[str], mm: Triple) -> None:
+def _warn_of_lost_labels(name: str, label: np.ndarray, finest: np.ndarray, names: Sequence[str], mm: Spacing) -> None:
     """Names the labels that are too small for the finest level's grid."""
     if finest is label:
         return
@@ -156,7 +157,7 @@ def _write_array(url: str, array: np.ndarray, image: ImageSpec) -> Any:
 
 
 def _multiscales(
-    name: str, method: str, spacing: Triple, factors: Sequence[Triple], *, channels: bool
+    name: str, method: str, spacing: Spacing, factors: Sequence[Spacing], *, channels: bool
 ) -> dict[str, Any]:
     """OME-Zarr's description of the levels; mm from the centre of the native grid's first voxel."""
     first, step = ([1.0], [0.0]) if channels else ([], [])
