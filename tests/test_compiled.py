@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from autocontext_jax.models.blocks import NetworkConfig
-from autocontext_jax.models.pyramid import PyramidConfig
+from autocontext_jax.models.pyramid import PyramidConfig, make_pyramid
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, make_mesh, replicated
