@@ -18,6 +18,7 @@ from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRan
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import write_json
 from autocontext_jax.geometry import PyramidPatch, halvings
 from autocontext_jax.images import scans
 from autocontext_jax.inference.predictor import Predictor
@@ -31,6 +32,8 @@ from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig, divisor, make_pyramid
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.state import inference_model
+
+from test_predictor import unseen_border
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -50,9 +53,9 @@ def test_thick_slices_are_halved_last():
 def test_networks_pool_and_convolve_as_nnunets(spacing):
     planner = pytest.importorskip("nnunetv2.experiment_planning.experiment_planners.network_topology")
     depth = 5
-    _, pools, kernels, _, _ = planner.get_pool_and_conv_props(spacing, (512, 512, 512), 4, depth - 1)
+    _, pools, kernels, _, _ = planner.get_pool_and_conv_props(spacing, (512, 512, 512), 4, 99)
     network = NetworkConfig(depth=depth, spacing=spacing)
-    assert list(map(tuple, pools[1:])) == list(network.steps)
+    assert list(map(tuple, pools[1:depth])) == list(network.steps)
     assert list(map(tuple, kernels[:depth])) == list(network.kernels)
 
 
@@ -76,7 +79,7 @@ def test_some_levels_are_those_of_all():
     factors = grids.level_factors(THICK)
     for levels in ((1,), (2,), (1, 2), (2, 3, 4)):
         some = grids.only(levels)
-        assert some.level_factors(THICK) == pytest.approx([factors[level - 1] for level in levels])
+        np.testing.assert_allclose(some.level_factors(THICK), [factors[level - 1] for level in levels])
         own = PyramidConfig(levels=len(levels), spacing=some.relative_spacing)
         whole = PyramidConfig(levels=4, spacing=grids.relative_spacing)
         for number, level in enumerate(levels, start=1):
@@ -152,8 +155,12 @@ def test_tiles_and_boxes_predict_what_one_tile_does(spacing):
     factors = PyramidPatch((1, 1, 1), 2, spacing).scales
     scan = np.random.default_rng(1).normal(0, 300, (14, 70, 60)).astype(np.int16)
     found = []
-    for config in (PredictorConfig(margin=24), PredictorConfig(tile=64, margin=24), PredictorConfig(memory=0.001)):
-        predictor = Predictor(model, config, align=align, blend=lambda size: _inner(size, 10))
+    for config in (
+        PredictorConfig(margin=24),
+        PredictorConfig(tile=64, margin=24),
+        PredictorConfig(margin=24, memory=0.001),
+    ):
+        predictor = Predictor(model, config, align=align, blend=lambda size: unseen_border(size, 12))
         found.append(predictor.mask_and_maps(scan[None], factors)[1])
         tiles, _ = predictor.tiles.plan(scan.shape, factors, scan)
         for axes in tiles:
@@ -161,16 +168,9 @@ def test_tiles_and_boxes_predict_what_one_tile_does(spacing):
                 assert all(start % unit == 0 for start in axis.starts)
     assert found[0].std() > 0.01
     for maps in found[1:]:
-        np.testing.assert_allclose(maps, found[0], atol=2e-3)  # maps pass from level to level in half precision
-
-
-def _inner(size: int, border: int):
-    from autocontext_jax.inference.tiling import Blend
-
-    border = border if size > 4 * border else 0
-    weights = np.ones(size, np.float32)
-    weights[:border] = weights[size - border :] = 0
-    return Blend(weights, border)
+        # Maps pass from level to level in half precision, which these networks amplify.
+        assert np.abs(maps - found[0]).max() < 0.05
+        assert np.abs(maps - found[0]).mean() < 2e-4
 
 
 def test_the_first_kernels_are_flat():
@@ -200,7 +200,7 @@ def config_of(root: Path, **changes):
 @pytest.fixture(scope="module")
 def thick_set(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("thick")
-    write_dataset(root, training=3, test=1, size=(20, 60, 60), spacing=(16.0, 5.0, 5.0), seed=0)
+    write_dataset(root, training=3, test=1, size=(14, 60, 60), spacing=(24.0, 5.0, 5.0), seed=0)
     return root
 
 
@@ -218,12 +218,12 @@ def test_thick_phantoms_train_evaluate_predict_and_export(thick_set, tmp_path):
     model.predict(scan, output=tmp_path / "mask.nii.gz", progress=False)
     found = scans.read_label(tmp_path / "mask.nii.gz", values=range(256), like=grid, case="mask")
     np.testing.assert_array_equal(found, expected)
-    assert model.description.levels.relative_spacing == (16, 5, 5)
+    assert model.description.levels.relative_spacing == (24, 5, 5)
 
 
 @pytest.mark.parametrize(
     ("size", "parts"),
-    [((6, 16, 18), ("(2, 8, 8)", "(6, 16, 16)")), ((3, 16, 16), ("(2, 8, 8)", "(2, 16, 16)"))],
+    [((6, 16, 18), ("(2, 4, 4)", "(6, 16, 16)")), ((3, 16, 16), ("(2, 4, 4)", "(2, 16, 16)"))],
 )
 def test_a_patch_that_cannot_be_halved_is_refused_when_the_scans_are_known(thick_set, tmp_path, size, parts):
     with pytest.raises(UserError) as refusal:
@@ -237,11 +237,11 @@ def test_run_folders_of_before_are_read(tmp_path):
     config = default_config()
     write_config(from_config_dict(config), tmp_path)
     saved = json.loads((tmp_path / "config.json").read_bytes())
+    del saved["checksum"], saved["config"]["levels"]["anisotropic"]
     saved["config"]["loader"]["patch_size"] = 32
-    del saved["config"]["levels"]["anisotropic"]
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    write_json(tmp_path / "config.json", saved)
     for spacing, anisotropic in (((2.5, 1.3, 1.3), True), (THICK, False)):
-        (tmp_path / "fingerprint.json").write_text(json.dumps({"format": 1, "spacing": spacing}))
+        write_json(tmp_path / "fingerprint.json", {"format": 1, "spacing": spacing})
         read = read_config(tmp_path)
         assert read.patch_shape == (32, 32, 32)
         assert read.levels.anisotropic is anisotropic
