@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_predictor import unseen_border
 
 import autocontext_jax as ac
 from autocontext_jax import geometry
@@ -32,8 +33,6 @@ from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig, divisor, make_pyramid
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.state import inference_model
-
-from test_predictor import unseen_border
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
