@@ -17,8 +17,8 @@ ORDER = [
     "images/dicom_planes", "images/dicom_voxels", "images/dicom_order", "images/dicom", "images/reader_process",
     "images/finding", "images/scans",
     "data/labels", "data/layouts", "data/datasets", "data/combination", "data/label_maps", "data/phantom/*",
-    "data/resampling", "data/histograms", "data/store/*", "data/split", "data/fingerprint", "data/workers", "data/body",
-    "data/preparation", "data/sampling",
+    "data/resampling", "data/histograms", "data/store/*", "data/split", "data/workers", "data/class_sizes",
+    "data/survey", "data/survey_table", "data/fingerprint", "data/body", "data/preparation", "data/sampling",
     "data/augmentation_ranges", "data/augment", "data/loader",
     "models/xla_ffi", "models/onednn_library", "models/onednn_operations", "models/onednn", "models/normalization",
     "models/convolution", "models/resizing", "models/fixed_normalization",
@@ -116,7 +116,9 @@ def test_a_library_stays_in_its_place(library, places):
     assert users <= places
 
 
-@pytest.mark.parametrize("name", ["geometry", "data/preparation", "data/store/reader", "inference/tiling"])
+@pytest.mark.parametrize(
+    "name", ["geometry", "data/preparation", "data/survey", "data/store/reader", "inference/tiling"]
+)
 def test_what_needs_no_device_is_free_of_jax(name):
     """The store's worker processes would otherwise start a backend each."""
     seen, waiting = set(), {name}

@@ -38,6 +38,12 @@ def test_every_item_is_done_once_and_mistakes_are_its_own(tmp_path, workers):
     assert list(in_processes(touch, [], workers=workers)) == []
 
 
+def test_what_the_function_returns_comes_back():
+    """Text too, which is no failure."""
+    items = ["b", "a", "", "c"]
+    assert sorted(in_processes(repr, items, workers=2)) == [(item, repr(item)) for item in sorted(items)]
+
+
 @pytest.mark.parametrize(("name", "error"), [("killed", WorkerDiedError), ("broken", RuntimeError)])
 def test_a_failing_worker_ends_the_others(tmp_path, name, error):
     started = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from autocontext_jax.data.datasets import Case
+from autocontext_jax.data.survey import Survey
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.images.intensity import CUT_OUT, share_shown
@@ -35,6 +36,7 @@ class Fingerprint:
       image: the channels, and how they are normalised. What CT needs is learned when the cases have been prepared.
       made_from: a checksum of what it depends on: the training cases, and the channels as they are declared; "" of runs
         that recorded none.
+      survey: of the labelled cases, once it has been asked for; it is dropped when the fingerprint is made anew.
     """
 
     spacing: Triple
@@ -42,15 +44,17 @@ class Fingerprint:
     largest: Triple
     image: ImageSpec
     made_from: str = ""
+    survey: Survey | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As `fingerprint.json` has it."""
         spacings = {name: getattr(self, name) for name in SPACINGS}
-        return {"format": FORMAT, **spacings, "image": as_dict(self.image), "made_from": self.made_from}
+        surveyed = {} if self.survey is None else {"survey": self.survey.to_json()}
+        return {"format": FORMAT, **spacings, "image": as_dict(self.image), "made_from": self.made_from, **surveyed}
 
     @classmethod
     def from_json(cls, content: dict[str, Any], *, place: str, default: ImageSpec) -> "Fingerprint":
-        """What `to_json` gave; the first files have no image.
+        """What `to_json` gave; the first files have no image, and those of runs that were not planned no survey.
 
         Args:
           content: of the file.
@@ -64,7 +68,8 @@ class Fingerprint:
         if "image" in content:
             image = from_dict(ImageSpec, content["image"], place=f"{place}: key", prefix="image.")
         spacing, smallest, largest = (_triple(content[name]) for name in SPACINGS)
-        return cls(spacing, smallest, largest, image, content.get("made_from", ""))
+        surveyed = Survey.from_json(content.get("survey"))
+        return cls(spacing, smallest, largest, image, content.get("made_from", ""), surveyed)
 
 
 def made_from(cases: Sequence[Case], image: ImageSpec) -> str:

@@ -19,7 +19,7 @@ from autocontext_jax.data.store.format import FORMAT, read_attributes
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.data.store.writer import write_case
-from autocontext_jax.data.workers import WorkerDiedError, in_processes
+from autocontext_jax.data.workers import WorkerDiedError, in_processes, out_of_memory
 from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.images import scans
 from autocontext_jax.images.spec import CT, ImageSpec, with_statistics
@@ -107,16 +107,12 @@ def prepare_cases(
     bad = {}
     try:
         work = functools.partial(prepare_case, root=root, grids=grids, labels=labels, image=image)
-        for case, error in in_processes(work, cases, workers=workers):
-            if error is not None:
-                bad[case.name] = str(error)
+        for case, outcome in in_processes(work, cases, workers=workers):
+            if isinstance(outcome, UserError):
+                bad[case.name] = str(outcome)
             progress(case.name)
     except WorkerDiedError:
-        running = min(workers, len(cases))
-        remedy = f"run again with fewer, --config.data.workers={running // 2}" if running > 1 else "free some memory"
-        raise UserError(
-            f"prepare: the system ended one of {counted(running, 'worker')}, likely for want of memory: {remedy}"
-        ) from None
+        raise out_of_memory("prepare", min(workers, len(cases))) from None
     return [(case, bad[case.name]) for case in cases if case.name in bad]
 
 

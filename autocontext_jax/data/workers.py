@@ -13,28 +13,37 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, counted
 from autocontext_jax.runtime import starting_workers
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class WorkerDiedError(Exception):
     """The system ended a worker, likely for want of memory."""
 
 
+def out_of_memory(job: str, workers: int) -> UserError:
+    """What a user is told where the system ended one of a job's workers, of which so many were running."""
+    remedy = f"run again with fewer, --config.data.workers={workers // 2}" if workers > 1 else "free some memory"
+    return UserError(
+        f"{job}: the system ended one of {counted(workers, 'worker')}, likely for want of memory: {remedy}"
+    )
+
+
 def in_processes(
-    function: Callable[[Item], Any], items: Sequence[Item], *, workers: int
-) -> Iterator[tuple[Item, UserError | None]]:
+    function: Callable[[Item], Result], items: Sequence[Item], *, workers: int
+) -> Iterator[tuple[Item, Result | UserError]]:
     """Calls a function with each item, in processes that hold one item at a time.
 
     Args:
-      function: that a new process can import; what it returns is dropped.
-      items: that can be pickled.
+      function: that a new process can import.
+      items: that can be pickled, as what the function returns.
       workers: number of processes at most.
 
     Yields:
-      Each item when it is done with, and the mistake that ended it, if one did.
+      Each item when it is done with, and what the function returned, or the mistake that ended it.
 
     Raises:
       WorkerDiedError: the system ended a process.
@@ -59,18 +68,18 @@ def in_processes(
             for ready in multiprocessing.connection.wait(list(running)):
                 connection: Any = ready
                 try:
-                    error = connection.recv()
+                    outcome, failure = connection.recv()
                 except (EOFError, OSError):
                     raise WorkerDiedError from None
-                if isinstance(error, str):
-                    raise RuntimeError(f"a worker failed:\n{error}")
+                if failure:
+                    raise RuntimeError(f"a worker failed:\n{failure}")
                 done = items[running.pop(connection)]
                 if waiting:
                     running[connection] = waiting.pop()
                     _send(connection, items[running[connection]])
                 else:
                     connection.close()  # which ends the worker
-                yield done, error
+                yield done, outcome
     finally:
         for pipe in running:
             pipe.close()
@@ -96,14 +105,14 @@ def _work(function: Callable[[Any], Any], connection: Any) -> None:
             item = connection.recv()
         except (EOFError, OSError):
             return
-        error: UserError | str | None = None
+        outcome, failure = None, ""
         try:
-            function(item)
+            outcome = function(item)
         except UserError as mistake:
-            error = mistake
+            outcome = mistake
         except BaseException:  # as text: not every exception can be sent, and none keeps its traceback
-            error = traceback.format_exc()
-        connection.send(error)
+            failure = traceback.format_exc()
+        connection.send((outcome, failure))
 
 
 def _end_with_parent() -> None:
