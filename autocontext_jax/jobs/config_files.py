@@ -76,6 +76,9 @@ def read_config(workdir: Path) -> RunConfig | None:
     if isinstance(saved, dict) and isinstance(saved.get("pyramid"), dict) and isinstance(saved.get("data"), dict):
         window = saved["pyramid"].pop("window", ())  # its first place
         saved["data"].setdefault("window", window)
+    augmentation = saved.get("augmentation") if isinstance(saved, dict) else None
+    if isinstance(augmentation, dict) and isinstance(flip := augmentation.get("flip"), bool):
+        augmentation["flip"] = "x" if flip else ""  # once the only axis
     for key in REMOVED:
         section, name = key.split(".")
         if isinstance(saved, dict) and isinstance(saved.get(section), dict):
