@@ -29,7 +29,7 @@ def get_config():
     config.augmentation.scaling = 0.1
     # Organs of a few voxels' width: without it, those of bone come out thinner than their contours.
     config.augmentation.probability = 0.5
-    config.augmentation.flip = True
+    config.augmentation.flip = "x"
     config.augmentation.flip_pairs = ("RightParotid=LeftParotid",)
     config.augmentation.noise = 10.0
     config.augmentation.intensity_shift = 10.0

@@ -108,7 +108,14 @@ def test_resampling_is_scipys():
     np.testing.assert_array_equal(nearest, label[tuple(inside)])
 
 
-def positions(number: int, scale: int) -> np.ndarray:
+def mirrored(key: int, number: int, axes: str) -> dict[str, bool]:
+    """Along which axes a sample is mirrored. These draws stay: a run that goes on repeats them."""
+    own = jax.random.fold_in(jax.random.key(key), number)
+    draws = {"x": 2, "y": 3, "z": 4}
+    return {axis: axis in axes and bool(jax.random.bernoulli(jax.random.fold_in(own, draws[axis]))) for axis in "zyx"}
+
+
+def positions(number: int, scale: int, flip: str = "") -> np.ndarray:
     """[3, N, N, N] finest voxels about the centre: the field of a sample's draws, by SciPy in float64."""
     key = jax.random.split(jax.random.fold_in(jax.random.key(KEY), number))[0]
     turn_key, shift_key, elastic_key = jax.random.split(key, 3)
@@ -124,27 +131,39 @@ def positions(number: int, scale: int) -> np.ndarray:
         spline = BSpline(np.arange(-3.0, points + 1), np.moveaxis(elastic, axis, 0), 3)
         elastic = np.moveaxis(spline((offsets + reach) / SPATIAL.elastic_spacing), 0, axis)
     mm = np.stack(np.meshgrid(offsets, offsets, offsets, indexing="ij"), axis=-1) * SPACING
+    mm *= [-1 if mirror else 1 for mirror in mirrored(KEY, number, flip).values()]
     turned = mm @ Rotation.from_euler("xyz", [z, -y, x]).as_matrix().T / SPACING
     limit = SPATIAL.elastic_limit
     return np.moveaxis(turned + shift, -1, 0) + np.clip(elastic, -limit, limit)
 
 
-def test_a_batch_is_its_field_resampled(plain):
-    """The whole function against SciPy."""
+@pytest.mark.parametrize("flip", ["", "zyx"])
+def test_a_batch_is_its_field_resampled(plain, flip):
+    """The whole function against SciPy; first mirrored, then turned and bent."""
     images, labels, spacing = crops(3)
-    numbers = [4, 9, 2]
-    image_out, label_out = plain(numbers, images, labels, spacing)
+    numbers = [4, 5, 2]
+    if flip:
+        ranges = dataclasses.replace(SPATIAL, flip=flip, flip_classes=(0, 2, 1, 3, 4))
+        assert crop_margins(PATCH, SPACING, ranges) == MARGINS
+        run = make_augment(PATCH, MARGINS, ranges, IntensityRanges())
+        image_out, label_out = augmented(run, jax.random.key(KEY), numbers, spacing, images, labels)
+        each = [mirrored(KEY, number, flip) for number in numbers]
+        assert {(axis, one[axis]) for one in each for axis in flip} == {(a, b) for a in flip for b in (False, True)}
+    else:
+        image_out, label_out = plain(numbers, images, labels, spacing)
     for sample, number in enumerate(numbers):
         for level, scale in enumerate((2, 1)):
             image, label = images[level][sample], labels[level][sample]
             middle = (np.array(image.shape)[:, None, None, None] - 1) / 2
-            index = positions(number, scale) / scale + middle
+            index = positions(number, scale, flip) / scale + middle
             assert (index >= 0).all()
             assert (index <= 2 * middle).all()
             expected = map_coordinates(image.astype(np.float64), index, order=1)
             np.testing.assert_allclose(image_out[level][sample], expected, atol=0.2)  # float32, steps of 4000 HU
             tie = (np.abs(index % 1 - 0.5) < 1e-4).any(axis=0)
             nearest = label[tuple(np.rint(index).astype(int))]
+            if mirrored(KEY, number, flip)["x"]:
+                nearest = np.array([0, 2, 1, 3, 4])[nearest]
             np.testing.assert_array_equal(label_out[level][sample][~tie], nearest[~tie])
 
 
@@ -196,30 +215,34 @@ def test_outside_is_air_and_background(plain):
         np.testing.assert_array_equal(label, image > (500 - 1024) / 2)
 
 
-def test_half_of_the_patches_are_mirrored_with_their_classes():
-    ranges = SpatialRanges(0, 0, 0, flip_classes=(0, 2, 1, 3, 4))
+@pytest.mark.parametrize("flip", ["y", "zyx"])
+def test_half_of_the_patches_are_mirrored_along_each_axis_with_their_classes(flip):
+    """All levels alike; x by the same draws whatever else is mirrored; and only then do classes change."""
+    classes = (0, 2, 1, 3, 4) if "x" in flip else ()
+    ranges = SpatialRanges(0, 0, 0, flip=flip, flip_classes=classes)
     margins = crop_margins(PATCH, SPACING, ranges)
-    images, labels, spacing = crops(40, margins)
+    assert margins == ((0, 0, 0),) * LEVELS
+    images, labels, spacing = crops(60, margins)
     run = make_augment(PATCH, margins, ranges, IntensityRanges())
-    moved = augmented(run, jax.random.key(0), np.arange(40, dtype=np.uint32), spacing, images, labels)
-    handed = []
-    for sample in range(40):
-        same, turned = [], []
+    moved = augmented(run, jax.random.key(0), np.arange(60, dtype=np.uint32), spacing, images, labels)
+    found = []
+    for sample in range(60):
+        along = mirrored(0, sample, flip)
+        turned = tuple(number for number, mirror in enumerate(along.values()) if mirror)
         for before, after in zip(images + labels, moved[0] + moved[1], strict=True):
-            inner = before[sample][tuple(slice(m, m + EDGE) for m in margins[0])]
-            other = inner[..., ::-1]
-            if before.dtype == np.uint8:
-                other = np.array(ranges.flip_classes)[other]
-            same.append(np.array_equal(after[sample], inner))
-            turned.append(np.array_equal(after[sample], other))
-        assert all(same) or all(turned)
-        handed.append(all(turned))
-    assert 10 < sum(handed) < 30
+            expected = np.flip(before[sample], turned)
+            if before.dtype == np.uint8 and along["x"]:
+                expected = np.array(classes)[expected]
+            np.testing.assert_array_equal(after[sample], expected)
+        found.append(turned)
+    for axis in flip:
+        assert 20 < sum("zyx".index(axis) in turned for turned in found) < 40
+    assert len(set(found)) == 2 ** len(flip)
 
 
-def test_ignored_voxels_stay_ignored_and_what_is_annotated_changes_sides():
+def test_ignored_voxels_stay_ignored_and_what_is_annotated_changes_sides_where_x_is_mirrored():
     names = LabelSpec.plain(("background", "right", "left", "liver"), ignore=9)
-    config = AugmentationConfig(0.0, 0.0, 0.0, 0.0, flip=True, flip_pairs=("right=left",))
+    config = AugmentationConfig(0.0, 0.0, 0.0, 0.0, flip="xz", flip_pairs=("right=left",))
     ranges = config.spatial(names)
     margins = crop_margins(PATCH, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
@@ -231,13 +254,17 @@ def test_ignored_voxels_stay_ignored_and_what_is_annotated_changes_sides():
     table[[1, 2]] = 2, 1
     known = np.tile([True, True, False, True], (40, 1))
     known_then = np.array(make_flip_known(ranges.flip_classes)(jax.random.key(0), numbers, known))
-    handed = 0
+    seen = set()
     for sample, (before, after) in enumerate(zip(labels[0], moved[0], strict=True)):
-        turned = np.array_equal(after, table[before[..., ::-1]])
-        assert turned or np.array_equal(after, before)
-        assert known_then[sample].tolist() == ([True, False, True, True] if turned else known[sample].tolist())
-        handed += turned
-    assert 10 < handed < 30
+        images_of = {
+            (z, x): before[:: -1 if z else 1, :, :: -1 if x else 1] for z in (False, True) for x in (False, True)
+        }
+        (place,) = [
+            (z, x) for (z, x), image in images_of.items() if np.array_equal(after, table[image] if x else image)
+        ]
+        assert known_then[sample].tolist() == ([True, False, True, True] if place[1] else known[sample].tolist())
+        seen.add(place)
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("flip_classes", [(), (0, 1, 2)])
@@ -247,7 +274,7 @@ def test_where_no_class_changes_sides_neither_does_what_is_annotated(flip_classe
 
 
 def test_a_share_of_the_patches_stays_to_the_last_bit_and_the_others_move_as_without_it():
-    ranges = dataclasses.replace(SPATIAL, scaling=0.1, flip_classes=(0, 2, 1, 3, 4))
+    ranges = dataclasses.replace(SPATIAL, scaling=0.1, flip="x", flip_classes=(0, 2, 1, 3, 4))
     margins = crop_margins(PATCH, SPACING, ranges)
     images, labels, spacing = crops(40, margins)
 

@@ -87,20 +87,44 @@ def test_augmentation_ranges_follow_their_keys():
 
 def test_classes_that_exchange_names_when_sides_are_exchanged():
     classes = LabelSpec.plain(("background", "liver", "right kidney", "left kidney"))
-    assert AugmentationConfig(flip=True).flip_classes(classes) == (0, 1, 2, 3)
+    assert AugmentationConfig(flip="x").flip_classes(classes) == (0, 1, 2, 3)
     pairs = ("right kidney=left kidney",)
-    spatial = AugmentationConfig(flip=True, flip_pairs=pairs).spatial(classes)
+    spatial = AugmentationConfig(flip="x", flip_pairs=pairs).spatial(classes)
     assert (spatial.flip_classes, spatial.flip_numbers) == ((0, 1, 3, 2), ())
-    assert AugmentationConfig(flip=False, flip_pairs=pairs).flip_classes(classes) == ()
+    assert AugmentationConfig(flip="zy", flip_pairs=pairs).flip_classes(classes) == ()
     with pytest.raises(UserError, match=r"flip_pairs holds 'right kidney=left kidny'; expected RIGHT=LEFT"):
-        AugmentationConfig(flip=True, flip_pairs=("right kidney=left kidny",)).flip_classes(classes)
+        AugmentationConfig(flip="x", flip_pairs=("right kidney=left kidny",)).flip_classes(classes)
     with pytest.raises(UserError, match=r"holds 'left kidney=liver'; expected each class in one pair"):
-        AugmentationConfig(flip=True, flip_pairs=(*pairs, "left kidney=liver")).flip_classes(classes)
+        AugmentationConfig(flip="x", flip_pairs=(*pairs, "left kidney=liver")).flip_classes(classes)
+
+
+@pytest.mark.parametrize(
+    ("flip", "axes"), [("", ""), ("x", "x"), ("xyz", "zyx"), ("yzx", "zyx"), ("xz", "zx"), ("zy", "zy")]
+)
+def test_axes_to_mirror_along_may_have_any_order(flip, axes):
+    config = changed(augmentation__flip=flip)
+    assert config.augmentation.flip == axes
+    assert config.augmentation == AugmentationConfig(flip=axes)
+    spatial = AugmentationConfig(0.0, 0.0, 0.0, 0.0, flip=flip).spatial(LabelSpec.plain(("background", "a")))
+    assert (spatial is None) == (flip == "")
+    assert spatial is None or (spatial.flip, spatial.flip_classes) == (axes, (0, 1) if "x" in axes else ())
+
+
+@pytest.mark.parametrize("flip", [True, False, "True", "xx", "X", "x,y", "axial"])
+def test_other_axes_are_refused_and_the_message_says_what_true_was(flip):
+    with pytest.raises(UserError, match=rf'augmentation\.flip is {flip!r}; expected axes .*"x" \(what True was\)'):
+        changed(augmentation__flip=flip)
+
+
+def test_slices_are_not_mirrored_along_z():
+    with pytest.raises(UserError, match=r"flip is 'zx'; expected axes without z.*a patch is one slice: choose 'x'"):
+        changed(augmentation__flip="xz", levels__spatial_dims=2)
+    assert changed(augmentation__flip="yx", levels__spatial_dims=2).augmentation.flip == "yx"
 
 
 def test_numbers_that_are_exchanged_with_sides():
     """Ignored voxels stay ignored; of regions the numbers of the pairs are exchanged, and other regions keep theirs."""
-    config = AugmentationConfig(flip=True, flip_pairs=("right=left",))
+    config = AugmentationConfig(flip="x", flip_pairs=("right=left",))
     classes = LabelSpec.plain(("background", "right", "left"), ignore=9)
     assert config.spatial(classes).flip_classes == (0, 2, 1)
     assert config.spatial(classes).flip_numbers == (0, 2, 1, *range(3, 256))
@@ -108,11 +132,13 @@ def test_numbers_that_are_exchanged_with_sides():
     regions = LabelSpec(("background", "both", "left", "right"), (0, 4, 5, 6), ((0,), (1, 2), (2,), (1,)), (0, 4, 5, 6))
     assert config.spatial(regions).flip_classes == (0, 1, 3, 2)
     assert config.spatial(regions).flip_numbers == (0, 2, 1, *range(3, 256))
-    assert AugmentationConfig(flip=True).spatial(regions).flip_numbers == tuple(range(256))
+    assert AugmentationConfig(flip="x").spatial(regions).flip_numbers == tuple(range(256))
     with pytest.raises(UserError, match=r"holds 'both=left', and both is a region of several values; expected"):
-        AugmentationConfig(flip=True, flip_pairs=("both=left",)).flip_classes(regions)
+        AugmentationConfig(flip="x", flip_pairs=("both=left",)).flip_classes(regions)
     one_side = dataclasses.replace(regions, members=((0,), (1, 3), (2,), (1,)))
-    with pytest.raises(UserError, match=r"both is a region with one side of a pair alone.*augmentation\.flip=False"):
+    with pytest.raises(
+        UserError, match=r"both is a region with one side of a pair alone.*leave x out of augmentation\.flip"
+    ):
         config.flip_classes(one_side)
 
 
@@ -249,6 +275,20 @@ def test_a_run_folder_from_before_a_key_was_added_is_read(tmp_path):
     assert configuration.read_config(tmp_path) == changed(data__root="somewhere")
 
 
+@pytest.mark.parametrize(("old", "axes"), [(True, "x"), (False, "")])
+def test_a_run_folder_from_before_axes_had_names_mirrors_as_it_did(tmp_path, old, axes):
+    config = changed(augmentation__flip=axes, augmentation__flip_pairs=("a=b",), predict__flip=old)
+    content = {"format": configuration.FORMAT, "config": as_dict(config)}
+    content["config"]["augmentation"]["flip"] = old
+    write_json(tmp_path / "config.json", content)
+    saved = configuration.read_config(tmp_path)
+    assert saved == config
+    configuration.check_same_run(config, saved, tmp_path)
+    other = changed(augmentation__flip="zyx", augmentation__flip_pairs=("a=b",))
+    with pytest.raises(UserError, match=rf"augmentation\.flip \(the run has {axes}, given is zyx\)"):
+        configuration.check_same_run(other, saved, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -306,15 +346,15 @@ def test_keys_that_a_later_start_may_change(tmp_path):
 
 
 def test_inference_takes_the_runs_own_keys_but_those_it_may_change(tmp_path):
-    saved = changed(loss__cross_entropy=0.5, optimizer__learning_rate=0.01, augmentation__flip=True)
+    saved = changed(loss__cross_entropy=0.5, optimizer__learning_rate=0.01, augmentation__flip="x")
     given = changed(predict__tile=64, evaluate__tolerance=3.0, data__root="moved", loader__batch_size=1)
     config = configuration.for_inference(given, saved, tmp_path)
     assert (config.predict.tile, config.evaluate.tolerance, config.data.root) == (64, 3.0, "moved")
     assert (config.loss, config.optimizer, config.loader) == (saved.loss, saved.optimizer, saved.loader)
     # A config file given again without --config.data.root does not take the run's data set away.
-    at = changed(data__root="/data", augmentation__flip=True)
+    at = changed(data__root="/data", augmentation__flip="x")
     assert configuration.for_inference(changed(), at, tmp_path).data.root == "/data"
-    outside = changed(data__outside_paths=True, augmentation__flip=True)
+    outside = changed(data__outside_paths=True, augmentation__flip="x")
     assert configuration.for_inference(changed(), outside, tmp_path).data.outside_paths
     assert configuration.for_inference(outside, at, tmp_path).data.outside_paths
     with pytest.raises(UserError, match=r"model\.base_channels \(the run has 32, given is 8\).*leave --config out"):

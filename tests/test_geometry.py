@@ -103,7 +103,7 @@ def furthest_positions(edge: int, levels: int, ranges: SpatialRanges):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(jax.random, "uniform", lambda key, shape=(), *, minval, maxval: next(draws))
             patch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, elastic))
-            field = augment._draw_field(jax.random.key(0), ranges, geometry.cube(edge, levels), False)
+            field = augment._draw_field(jax.random.key(0), ranges, geometry.cube(edge, levels), (1, 1, 1))
         scales = [2 ** (levels - level) for level in range(1, levels + 1)]
         moved = [jnp.stack(field(spacing, (scale,) * 3)) / scale for scale in scales]
         return jnp.stack([jnp.abs(position).max(axis=(1, 2, 3)) for position in moved])

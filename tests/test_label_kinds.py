@@ -69,7 +69,7 @@ def config_of(root: str, factors: tuple[int, ...], steps: int) -> RunConfig:
             "data": {"root": root, "workers": 1, "validation_fraction": 0.2},
             "levels": {"factors": factors},
             "loader": {"patch_size": (8,), "batch_size": 2, "sampling": "classes", "background_fraction": 0.3},
-            "augmentation": {"rotation": 0.0, "translation": 0.0, "elastic_sigma": 0.0, "flip": True},
+            "augmentation": {"rotation": 0.0, "translation": 0.0, "elastic_sigma": 0.0, "flip": "yx"},
             "model": {"base_channels": 4, "depth": 1},
             "optimizer": {"learning_rate": 0.01},
             "predict": {"tile": 16, "flip": True},

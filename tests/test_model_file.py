@@ -30,10 +30,12 @@ from autocontext_jax.inference.model_file import (
     DESCRIPTION,
     WEIGHTS,
     ClassDescription,
+    Tiling,
     read_model,
     write_model,
 )
 from autocontext_jax.inference.tiling import PredictorConfig
+from autocontext_jax.jobs.saved_config import config_of_model
 
 
 @pytest.fixture
@@ -129,8 +131,11 @@ def test_a_missing_part_is_named(file, part):
         ({"model__classes__1__color": [1, 2, 300]}, "three numbers from 0 to 255"),
         ({"model__network__depth": "4"}, r"key model\.network\.depth is '4'; expected a whole number"),
         ({"model__tiling__tile": 9}, "tile is 9; expected a multiple of 4"),
-        ({"model__tiling__flip": True}, "has not learned from exchanged sides"),
+        ({"model__tiling__flip": True}, "has not learned from mirrored patches"),
         ({"model__tiling__flip_classes": [0, 0]}, "a permutation of the classes"),
+        ({"model__tiling__flip_axes": "zx"}, "a permutation of the classes"),
+        ({"model__tiling__flip_axes": "xz"}, r"key model\.tiling\.flip_axes is 'xz'; expected some of the letters"),
+        ({"model__tiling__flip_axes": True}, r"key model\.tiling\.flip_axes is True; expected a text"),
         ({"model__tiling__margin": -2}, r"key model\.tiling\.margin is -2; expected a number from 0"),
         ({"model__planted": 1}, r"key model\.planted is unknown"),
         ({"model": 3}, "expected a section"),
@@ -225,3 +230,39 @@ def test_files_from_before_tiles_were_boxes_are_read(file):
     found = model.description.tiling
     assert (found.tile, found.margin, found.crop_to_body) == (8, PredictorConfig.margin, False)
     assert model.predict(SCAN, spacing=(1, 1, 1), progress=False).shape == SCAN.shape
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_files_from_before_axes_had_names_mirror_left_and_right(file, flip):
+    """Classes that change sides with it show it: both then have one half everywhere."""
+    tiling = {"tile": 8, "margin": 2, "crop_to_body": False, "flip": flip, "flip_classes": [1, 0]}
+    description, _ = read_model(described(file, model__tiling=tiling))
+    assert (description.tiling.flip, description.tiling.flip_axes) == (flip, "x")
+    assert config_of_model(file).augmentation.flip == "x"
+    for options in ({}, {"flip": not flip}):
+        model = load_file(file, NETWORKS, options)
+        _, maps = model.predict(SCAN, spacing=(1, 1, 1), probabilities=True, progress=False)
+        assert (np.abs(maps - 0.5).max() < 1e-3) == model.description.tiling.flip == options.get("flip", flip)
+    tiling["flip_classes"] = []
+    with pytest.raises(UserError, match="has not learned from mirrored patches"):
+        load_file(described(file, model__tiling=tiling | {"flip": True}), NETWORKS, {})
+    assert read_model(described(file, model__tiling=tiling | {"flip": False}))[0].tiling.flip_axes == ""
+
+
+def test_regions_change_sides_without_the_background(tmp_path):
+    classes = (
+        ClassDescription("background", 0),
+        *(ClassDescription(n, v, members=(v,)) for n, v in (("a", 1), ("b", 2))),
+    )
+    tiling = Tiling(8, 2, crop_to_body=False, flip=True, flip_classes=(0, 2, 1), flip_axes="zyx")
+    description = dataclasses.replace(DESCRIPTION_OF_SCALE, classes=classes, tiling=tiling)
+    write_model(tmp_path / "m.autocontext", description, WEIGHTS_OF_SCALE, "")
+    assert read_model(tmp_path / "m.autocontext")[0] == description
+    both, one = (
+        load_file(tmp_path / "m.autocontext", NETWORKS, {"flip": flip}).predict(
+            SCAN, spacing=(1, 1, 1), probabilities=True, progress=False
+        )[1]
+        for flip in (True, False)
+    )
+    assert np.abs(one[..., 0] - one[..., 1]).max() > 0.2
+    np.testing.assert_allclose(both[..., 0], both[..., 1], atol=1e-3)

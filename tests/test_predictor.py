@@ -20,6 +20,7 @@ from autocontext_jax.inference import context as context_module
 from autocontext_jax.inference import predictor as predictor_module
 from autocontext_jax.inference import tile_programs
 from autocontext_jax.inference.predictor import Predictor, crop
+from autocontext_jax.inference.tile_programs import ONCE, Mirroring
 from autocontext_jax.inference.tiling import Blend, PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
@@ -187,19 +188,25 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, activatio
     assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[-1] - whole[-1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(activation, monkeypatch):
+@pytest.mark.parametrize(("axes", "activation"), [("zyx", "softmax"), ("zy", "sigmoid")])
+def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(axes, activation, monkeypatch):
     """In whole pairs of voxels on both levels, so that pooling meets the same ones."""
-    factors, voxels, classes = cubed(2, 1), scan((15, 21, 32)), (0, 2, 1)
+    factors, voxels, classes = cubed(2, 1), scan((16, 20, 32)), (0, 2, 1) if "x" in axes else (0, 1, 2)
     model, config = trained_pyramid(2, activation=activation), PredictorConfig(40, SIGHT, **WHOLE)
 
-    def finest(voxels, mirror_classes):
-        predictor = Predictor(model, config, align=(2,) * 3, blend=borders, mirror_classes=mirror_classes)
+    def finest(voxels, mirroring=ONCE):
+        predictor = Predictor(model, config, align=(2,) * 3, blend=borders, mirroring=mirroring)
         return tiled_maps(predictor, voxels, factors, monkeypatch)[-1]
 
-    maps, turned = finest(voxels, classes), finest(voxels[:, :, ::-1], classes)
-    np.testing.assert_allclose(turned[:, :, ::-1, classes], maps, rtol=0, atol=1e-5)
-    assert np.abs(maps - finest(voxels, ())).max() > 1e-3
+    maps = finest(voxels, Mirroring(axes, classes))
+    assert np.abs(maps - finest(voxels)).max() > 1e-3
+    for axis in ("z", "x"):
+        place = "zyx".index(axis)
+        turned = np.flip(finest(np.flip(voxels, place), Mirroring(axes, classes)), place)
+        if axis in axes:
+            np.testing.assert_allclose(turned[..., classes] if axis == "x" else turned, maps, rtol=0, atol=1e-5)
+        else:
+            assert np.abs(turned - maps).max() > 1e-3
 
 
 # ---- a model that looks at one voxel only ----
@@ -421,7 +428,7 @@ def masks_of_several_devices() -> None:
     voxels = scan((50, 48, 44))
     boxes = Predictor(model, PredictorConfig(), align=(2,) * 3)
     expected_of_boxes = boxes.masks(voxels[None], cubed(2, 1))[2]
-    several = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirror_classes=(0, 2, 1))
+    several = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirroring=Mirroring("x", (0, 2, 1)))
     found = several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
     programs = several.compilations()
     several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
@@ -429,7 +436,7 @@ def masks_of_several_devices() -> None:
     devices = jax.local_devices()
     assert len(devices) == 3
     jax.local_devices = lambda: devices[:1]
-    alone = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirror_classes=(0, 2, 1))
+    alone = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirroring=Mirroring("x", (0, 2, 1)))
     for level, mask in alone.masks(voxels[None], cubed(2, 1), levels=(1, 2)).items():
         np.testing.assert_array_equal(found[level], mask)
     alone = Predictor(model, PredictorConfig(), align=(2,) * 3)

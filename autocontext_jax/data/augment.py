@@ -5,19 +5,24 @@ each level's own grid, so the levels stay aligned. Positions are voxels of the f
 read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, turning_axes
+from autocontext_jax.data.augmentation_ranges import AXES, IntensityRanges, SpatialRanges, turning_axes
 from autocontext_jax.geometry import PyramidPatch, Triple
 from autocontext_jax.runtime import compiler_options
 
 # Accelerators otherwise multiply float32 in TF32 or bfloat16, which moves positions by up to a quarter of a voxel.
 EXACT = lax.Precision.HIGHEST
+
+# A sample's key gives one draw for each axis that may be mirrored: its key is folded in with these numbers. A saved run
+# repeats its patches only if they stay.
+FLIP_DRAWS = {"x": 2, "y": 3, "z": 4}
 
 Augment = Callable[..., tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 
@@ -57,7 +62,8 @@ def make_augment(
     def draw_sample(key, spacing):
         if spatial is None:
             return (None,) * len(trained)
-        field = _draw_field(jax.random.split(key)[0], spatial, patch, _flipped(key))
+        signs = [jnp.where(_flipped(key, axis), -1, 1) if axis in spatial.flip else 1 for axis in AXES]
+        field = _draw_field(jax.random.split(key)[0], spatial, patch, signs)
         return tuple(
             [along / step for along, step in zip(field(spacing, scale), scale, strict=True)] for scale, _ in trained
         )
@@ -73,7 +79,7 @@ def make_augment(
             label_out.append(moved[1])
         if spatial is not None and spatial.flip_classes:
             table = jnp.asarray(spatial.flip_numbers or spatial.flip_classes, jnp.uint8)
-            label_out = [jnp.where(_flipped(key), table[label], label) for label in label_out]
+            label_out = [jnp.where(_flipped(key, "x"), table[label], label) for label in label_out]
         return _change_intensity(jax.random.split(key)[1], image_out, intensity), tuple(label_out)
 
     def draw(key, numbers, spacing):
@@ -109,7 +115,7 @@ def make_flip_known(
     table = np.array(flip_classes)
 
     def flip(key, numbers, known):
-        flipped = jax.vmap(_flipped)(_sample_keys(key, numbers))
+        flipped = jax.vmap(lambda own: _flipped(own, "x"))(_sample_keys(key, numbers))
         return jnp.where(flipped[:, None], known[:, table], known)
 
     return jax.jit(flip, out_shardings=sharding)
@@ -119,15 +125,15 @@ def _sample_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
-def _flipped(key: jax.Array) -> jax.Array:
-    """Whether a sample's left and right are exchanged, if the ranges allow it."""
-    return jax.random.bernoulli(jax.random.fold_in(key, 2))
+def _flipped(key: jax.Array, axis: str) -> jax.Array:
+    """Whether a sample is mirrored along an axis, if the ranges allow it."""
+    return jax.random.bernoulli(jax.random.fold_in(key, FLIP_DRAWS[axis]))
 
 
-def _draw_field(key: jax.Array, ranges: SpatialRanges, patch: PyramidPatch, flipped: jax.Array):
+def _draw_field(key: jax.Array, ranges: SpatialRanges, patch: PyramidPatch, signs: Sequence[Any]):
     """A random field as a function (spacing, scale) -> source positions.
 
-    Where `flipped`, and the ranges allow it, x runs from right to left.
+    `signs` are those of z, y and x: -1 mirrors the patch along the axis, about its centre, which all levels share.
 
     It is evaluated on the grid of a patch whose voxels are `scale` (z, y, x) finest voxels wide. Positions and their
     result are voxels of the finest level about the centre, three arrays of the patch's shape.
@@ -141,7 +147,6 @@ def _draw_field(key: jax.Array, ranges: SpatialRanges, patch: PyramidPatch, flip
     angles = jax.random.uniform(turn_key, (3,), minval=-1, maxval=1) * np.deg2rad(ranges.rotation) * turning
     shift = jax.random.uniform(shift_key, (3,), minval=-1, maxval=1) * ranges.translation * moving
     size = 1 + moves * ranges.scaling * jax.random.uniform(jax.random.fold_in(key, 3), minval=-1, maxval=1)
-    handed = jnp.where(flipped, -1, 1) if ranges.flip_classes else 1
     # The control grid spans the coarsest patch; a cubic spline needs one point before and two after the last interval.
     reach = np.array(patch.shape) * patch.scales[0] / 2
     distance = np.where(np.isfinite(thickness), ranges.elastic_spacing / thickness, ranges.elastic_spacing)
@@ -158,7 +163,7 @@ def _draw_field(key: jax.Array, ranges: SpatialRanges, patch: PyramidPatch, flip
         elastic = jnp.clip(elastic, -ranges.elastic_limit, ranges.elastic_limit) * moving[:, None, None, None]
         # Rotate in millimetres: voxels need not be cubes.
         turn = size * _rotation(angles) * spacing / spacing[:, None]
-        z, y, x = offsets[0][:, None, None], offsets[1][:, None], handed * offsets[2]
+        z, y, x = signs[0] * offsets[0][:, None, None], signs[1] * offsets[1][:, None], signs[2] * offsets[2]
         return [turn[i, 0] * z + turn[i, 1] * y + turn[i, 2] * x + shift[i] + elastic[i] for i in range(3)]
 
     return field

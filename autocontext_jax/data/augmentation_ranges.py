@@ -10,6 +10,11 @@ from autocontext_jax.data.labels import IGNORE, LabelSpec
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.geometry import PyramidPatch, Spacing, Triple
 
+AXES = "zyx"  # of arrays [D, H, W], as a configuration names them
+
+# What a message proposes for `AugmentationConfig.flip`, which once was True or False.
+FLIP_VALUES = '"x" (what True was), "zyx" or others of these letters, or "" (what False was)'
+
 
 @dataclasses.dataclass(frozen=True)
 class SpatialRanges:
@@ -25,8 +30,9 @@ class SpatialRanges:
       elastic_spacing: distance of the control points, voxels.
       scaling: relative, the same along all axes, uniform in [-scaling, scaling].
       probability: that a patch is moved at all.
-      flip_classes: [K] the class that each class becomes when left and right are exchanged, which happens to half of
-        the patches; () exchanges none.
+      flip: axes along which half of the patches are mirrored, each independently of the others: letters of "zyx".
+      flip_classes: [K] the class that each class becomes where x is mirrored, which exchanges left and right, see
+        `images.grid`; () where x is not mirrored.
       flip_numbers: the same of the numbers in label maps; () where they are those of the classes.
     """
 
@@ -36,8 +42,12 @@ class SpatialRanges:
     elastic_spacing: int = 32
     scaling: float = 0.0
     probability: float = 1.0
+    flip: str = ""
     flip_classes: tuple[int, ...] = ()
     flip_numbers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        require(bool(self.flip_classes) == ("x" in self.flip), self, "flip_classes", "classes where x is mirrored")
 
     @property
     def elastic_limit(self) -> float:
@@ -52,7 +62,7 @@ class SpatialRanges:
     def moves(self) -> bool:
         """Whether any patch can be changed."""
         size = self.rotation or self.translation or self.elastic_sigma or self.scaling
-        return bool((self.probability and size) or self.flip_classes)
+        return bool((self.probability and size) or self.flip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +95,10 @@ class AugmentationConfig:
       elastic_spacing: distance of its control points, voxels.
       probability: share of the patches that are moved. Moving interpolates, and so blurs a little, which scans never
         are when they are predicted.
-      flip: whether left and right are exchanged in half of the patches.
-      flip_pairs: classes that exchange names with it, such as ("right_kidney=left_kidney",); of regions those of one
-        value each.
+      flip: axes along which half of the patches are mirrored, each independently of the others: some of the letters
+        "zyx", in any order; "" is none. "x" exchanges left and right, "y" front and back, "z" top and bottom.
+      flip_pairs: classes that exchange names where left and right are exchanged, such as
+        ("right_kidney=left_kidney",); of regions those of one value each.
       noise: largest standard deviation of white noise, in units of what is stored: HU of CT, see `images.spec`.
       intensity_shift: largest shift of all intensities, in the same units.
       intensity_scale: largest relative change of contrast about 0.
@@ -99,7 +110,7 @@ class AugmentationConfig:
     elastic_sigma: float = 4.0
     elastic_spacing: int = 32
     probability: float = 1.0
-    flip: bool = False
+    flip: str = ""
     flip_pairs: tuple[str, ...] = ()
     noise: float = 0.0
     intensity_shift: float = 0.0
@@ -112,6 +123,12 @@ class AugmentationConfig:
             require(0 <= getattr(self, name) < 1, self, name, "a fraction in [0, 1)")
         require(self.elastic_spacing >= 1, self, "elastic_spacing", "at least 1")
         require(0 <= self.probability <= 1, self, "probability", "a share in [0, 1]")
+        text = self.flip if isinstance(self.flip, str) else ""
+        axes = "".join(axis for axis in AXES if axis in text)
+        require(
+            sorted(axes) == sorted(text) and text == self.flip, self, "flip", f"axes to mirror along: {FLIP_VALUES}"
+        )
+        object.__setattr__(self, "flip", axes)  # "xz" and "zx" are the same configuration
 
     def spatial(self, labels: LabelSpec) -> SpatialRanges | None:
         """The spatial ranges for a data set's labels; None if nothing moves."""
@@ -123,6 +140,7 @@ class AugmentationConfig:
             self.elastic_spacing,
             self.scaling,
             self.probability,
+            self.flip,
             flip_classes,
             _flip_numbers(labels, flip_classes),
         )
@@ -133,7 +151,7 @@ class AugmentationConfig:
         return IntensityRanges(self.noise, self.intensity_shift, self.intensity_scale)
 
     def flip_classes(self, labels: LabelSpec) -> tuple[int, ...]:
-        """[K] the class that each class becomes when left and right are exchanged; () if they never are.
+        """[K] the class that each class becomes when left and right are exchanged; () if x is not mirrored.
 
         Args:
           labels: of the data set.
@@ -142,7 +160,7 @@ class AugmentationConfig:
           UserError: a pair with an unknown class, with a class of another pair, or with a region of several values; or
             another region holds a part of a pair alone.
         """
-        if not self.flip:
+        if "x" not in self.flip:
             return ()
         names = list(labels.classes)
         numbers = list(range(len(names)))
@@ -171,7 +189,7 @@ class AugmentationConfig:
                 raise UserError(
                     f"config key augmentation.flip_pairs is {self.flip_pairs!r}, and {name} is a region with one side "
                     "of a pair alone, which would show the other side when left and right are exchanged; expected "
-                    "regions of both sides: set augmentation.flip=False"
+                    "regions of both sides: leave x out of augmentation.flip"
                 )
         return tuple(numbers)
 
@@ -202,7 +220,7 @@ def crop_margins(patch: PyramidPatch, spacing: Spacing, ranges: SpatialRanges | 
     Returns:
       A (z, y, x) margin for each level, coarsest first.
     """
-    if ranges is None or not dataclasses.replace(ranges, flip_classes=()).moves:
+    if ranges is None or not dataclasses.replace(ranges, flip="", flip_classes=()).moves:
         return ((0, 0, 0),) * patch.levels
     seen = np.isfinite(patch.thickness)
     half = np.array(list(itertools.product((-1, 1), repeat=3))) * patch.shape / 2

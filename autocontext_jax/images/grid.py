@@ -1,8 +1,10 @@
 """The grid of a scan as its file stores it, and the canonical orientation that everything else uses.
 
 Canonical means axes [D, H, W] = z, y, x whose indices grow towards the patient's superior, posterior and left (DICOM's
-LPS, as x, y, z). A scan is brought there by the permutation and flips of its file's axes that come nearest: an oblique
-scan stays oblique, and no voxel is resampled.
+LPS, as x, y, z). So the last axis, x, runs from the patient's right to the left: mirroring along it, and along no
+other, exchanges left and right. (In a picture without a patient, such as a PNG file, it runs along the rows.) A scan is
+brought there by the permutation and flips of its file's axes that come nearest: an oblique scan stays oblique, and no
+voxel is resampled.
 """
 
 import dataclasses

@@ -27,6 +27,7 @@ from autocontext_jax.inference.model_file import (
     write_model,
 )
 from autocontext_jax.inference.predictor import Predictor
+from autocontext_jax.inference.tile_programs import ONCE, Mirroring
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
 from autocontext_jax.models.pyramid import Pyramid, divisor, make_pyramid
@@ -48,12 +49,11 @@ class Model:
     def __init__(self, description: Description, pyramid: Pyramid, config: PredictorConfig):
         self.description = description
         self._pyramid = pyramid
-        tiling = description.tiling
         self._predictor = Predictor(
             pyramid,
             config,
             align=divisor(description.network.alone(), description.full_pyramid),
-            mirror_classes=_mirrored(description) if tiling.flip else (),
+            mirroring=_mirroring(description),
         )
 
     @property
@@ -238,17 +238,20 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     if config.tile % unit:
         raise UserError(f"option tile is {config.tile}; expected a multiple of {unit}")
     flip = bool(options.get("flip", tiling.flip))
-    if flip and not tiling.flip_classes:
-        raise UserError("option flip is True; expected False: the network has not learned from exchanged sides")
+    if flip and not tiling.flip_axes:
+        raise UserError("option flip is True; expected False: the network has not learned from mirrored patches")
     used = {name: getattr(config, name) for name in own}
     new = dataclasses.replace(tiling, flip=flip, **used)
     return dataclasses.replace(description, tiling=new), config
 
 
-def _mirrored(description: Description) -> tuple[int, ...]:
-    """The output of the network that each of its outputs becomes in the mirror image."""
-    flipped = description.tiling.flip_classes
-    return tuple(number - 1 for number in flipped[1:]) if description.regions else flipped
+def _mirroring(description: Description) -> Mirroring:
+    """Of the network's outputs, which are regions without the background, or classes."""
+    tiling = description.tiling
+    if not tiling.flip:
+        return ONCE
+    flipped = tiling.flip_classes
+    return Mirroring(tiling.flip_axes, tuple(number - 1 for number in flipped[1:]) if description.regions else flipped)
 
 
 def _paths(scan: Any) -> list[Path]:

@@ -21,6 +21,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from autocontext_jax.data.augmentation_ranges import AXES
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.files import exists, write_whole, writing
@@ -80,8 +81,10 @@ class Tiling:
       tile: edge length of cubes in voxels; 0 chooses boxes.
       margin: voxels by which a tile reaches beyond the middle between it and the next.
       crop_to_body: whether only the box around the body is predicted.
-      flip: whether every tile is also predicted with left and right exchanged.
-      flip_classes: the class that each class becomes then; () if the network has not learned from exchanged sides.
+      flip: whether every tile is also predicted mirrored, along all combinations of `flip_axes`.
+      flip_classes: the class that each class becomes where x is mirrored, which exchanges left and right; () if the
+        network has not learned from exchanged sides.
+      flip_axes: along which the network has learned from mirrored patches, letters of "zyx"; "" for none.
     """
 
     tile: int
@@ -89,9 +92,12 @@ class Tiling:
     crop_to_body: bool
     flip: bool
     flip_classes: tuple[int, ...] = ()
+    flip_axes: str = ""
 
     def __post_init__(self):
         PredictorConfig(self.tile, self.margin)
+        axes = "".join(axis for axis in AXES if axis in self.flip_axes)
+        require(axes == self.flip_axes, self, "flip_axes", f'some of the letters "{AXES}", in this order')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +145,9 @@ class Description:
         require(len(self.trained_spacing) in (0, 2), self, "trained_spacing", "the smallest and the largest, or none")
         require(self.levels.unit == "voxels" or bool(self.levels.finest_spacing), self, "levels", "a finest_spacing")
         flipped = self.tiling.flip_classes
-        require(not flipped or sorted(flipped) == list(range(len(self.classes))), self, "tiling",
-                "a permutation of the classes as flip_classes, or none")  # fmt: skip
+        numbers = list(range(len(self.classes))) if "x" in self.tiling.flip_axes else []
+        require(sorted(flipped) == numbers, self, "tiling",
+                "a permutation of the classes as flip_classes if x is one of flip_axes, else none")  # fmt: skip
 
     @property
     def regions(self) -> bool:
@@ -221,6 +228,7 @@ def _described(path: Path, content: dict[str, Any]) -> Description:
             tiling.pop(name, None)
         tiling.setdefault("margin", PredictorConfig.margin)
         tiling.setdefault("crop_to_body", False)
+        tiling.setdefault("flip_axes", "x" if tiling.get("flip_classes") else "")  # once the only axis
     if isinstance(model, dict) and isinstance(levels := model.get("levels"), dict):
         levels.setdefault("anisotropic", False)  # networks and levels once halved all axes
     if isinstance(model, dict) and isinstance(pyramid := model.get("pyramid"), dict) and "window" in pyramid:

@@ -52,7 +52,7 @@ from autocontext_jax.inference.context import MAP_DTYPE, Chunks, ContextWindow
 from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks
 from autocontext_jax.inference.scan_tiles import ScanTiles
 from autocontext_jax.inference.tile_memory import bytes_a_voxel
-from autocontext_jax.inference.tile_programs import add_tile, clear, make_tile_program, shape_of
+from autocontext_jax.inference.tile_programs import ONCE, Mirroring, add_tile, clear, make_tile_program, shape_of
 from autocontext_jax.inference.tiling import (
     SLICES,
     LevelTiles,
@@ -78,9 +78,8 @@ class Predictor:
       config: how scans are divided into tiles.
       align: starts of tiles along each axis are multiples of it, see `pyramid.divisor`.
       blend: weights along an axis of a tile; Gaussian by default.
-      mirror_classes: if given, every tile is predicted twice, once mirrored left to right, and the maps are averaged.
-        Entry k is the class that class k becomes in the mirror image, see `SpatialRanges`; of regions it is the region,
-        counted from 0, since the network has no map of the background.
+      mirroring: whether every tile is predicted as its mirror images too. Its classes are those of `SpatialRanges`; of
+        regions they are counted from 0, since the network has no map of the background.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Predictor:
         *,
         align: Triple,
         blend: MakeBlend = gaussian,
-        mirror_classes: tuple[int, ...] = (),
+        mirroring: Mirroring = ONCE,
     ):
         self._pyramid: PyramidConfig = model.config
         self._levels, self._classes = self._pyramid.levels, self._pyramid.classes
@@ -108,7 +107,7 @@ class Predictor:
         graph, state = nnx.split(model)
         self._state = jax.device_put(state, self._whole)
         self._programs = [
-            make_tile_program(graph, level, mirror_classes=mirror_classes, mesh=self._mesh)
+            make_tile_program(graph, level, mirroring=mirroring, mesh=self._mesh)
             for level in range(1, self._levels + 1)
         ]
 

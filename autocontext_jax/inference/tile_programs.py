@@ -1,6 +1,8 @@
 """The compiled programs of the predictor: one tile's maps, and their sum in the maps of a level."""
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from autocontext_jax.data.augmentation_ranges import AXES
 from autocontext_jax.geometry import Triple
 from autocontext_jax.inference.context import MAP_DTYPE, context_size, cut_window
 from autocontext_jax.inference.masks import weighted_maps
@@ -18,13 +21,50 @@ from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 
 
-def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...] = (), mesh: Mesh | None = None) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Mirroring:
+    """How tiles are predicted as their mirror images too.
+
+    Attributes:
+      axes: letters of "zyx"; with n of them a tile is predicted 2^n times, mirrored along each combination of the axes,
+        and the maps are averaged. "" predicts it once.
+      classes: the output of the network that each of its K outputs becomes where x is mirrored; () if none changes.
+    """
+
+    axes: str = ""
+    classes: tuple[int, ...] = ()
+
+    @property
+    def combinations(self) -> np.ndarray:
+        """[2^n, n] bool: along which of the axes each pass mirrors a tile; the first along none."""
+        return np.array(list(itertools.product((False, True), repeat=len(self.axes))))
+
+    def apply(self, array: jax.Array, mirrored: jax.Array, *, maps: bool = True) -> jax.Array:
+        """The mirror image of tiles; applied twice it gives them back.
+
+        Args:
+          array: [n, z, y, x, channels].
+          mirrored: a row of `combinations`.
+          maps: whether the channels are classes, which change where x is mirrored.
+        """
+        for number, axis in enumerate(self.axes):
+            image = jnp.flip(array, 1 + AXES.index(axis))
+            if maps and axis == "x" and self.classes:
+                image = image[..., np.array(self.classes)]
+            array = jnp.where(mirrored[number], image, array)
+        return array
+
+
+ONCE = Mirroring()
+
+
+def make_tile_program(graph: Any, level: int, *, mirroring: Mirroring = ONCE, mesh: Mesh | None = None) -> Any:
     """The jitted program that predicts tiles of a level, one on each device.
 
     Args:
       graph: of the pyramid, see `nnx.split`.
       level: 1 = coarsest.
-      mirror_classes: see `predictor.Predictor`.
+      mirroring: see there.
       mesh: of several devices, with the axis `data`.
 
     Returns:
@@ -35,7 +75,7 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
         weights: of each tile along each axis, ([n, z], [n, y], [n, x]).
         offsets: [n, 3], first voxel of each tile's context in `maps`; None at level 1.
     """
-    mirror = np.array(mirror_classes, int)
+    combinations = mirroring.combinations
 
     def predict_tiles(state, images, maps, weights, offsets):
         model: Pyramid = nnx.merge(graph, state, copy=True)
@@ -45,29 +85,26 @@ def make_tile_program(graph: Any, level: int, *, mirror_classes: tuple[int, ...]
         if maps is not None:
             size = context_size(shape_of(images[0, 0]), model.config.steps[level - 1])
             context = jax.vmap(lambda offset: cut_window(maps, offset, size))(offsets)
-        activation = model.config.activation
-        if not mirror.size:
-            logits = model.level(level, jnp.moveaxis(images, 1, -1), context)
-            return weighted_maps(logits, weight, activation).astype(MAP_DTYPE)
-        # Each tile and its mirror image follow each other in the batch, so that one device has both.
-        images = _pairs(images, images[..., ::-1])
-        if context is not None:
-            context = _pairs(context, context[..., ::-1, mirror])
-        logits = model.level(level, jnp.moveaxis(images, 1, -1), context)
-        plain, mirrored = logits[::2], logits[1::2, :, :, ::-1, mirror]
-        both = [weighted_maps(seen, weight / 2, activation) for seen in (plain, mirrored)]
-        return (both[0] + both[1]).astype(MAP_DTYPE)
+        activation, images = model.config.activation, jnp.moveaxis(images, 1, -1)
+        if not mirroring.axes:
+            return weighted_maps(model.level(level, images, context), weight, activation).astype(MAP_DTYPE)
+
+        def add_pass(total, mirrored):
+            image = mirroring.apply(images, mirrored, maps=False)
+            around = None if context is None else mirroring.apply(context, mirrored)
+            logits = nnx.merge(graph, state, copy=True).level(level, image, around)
+            logits = mirroring.apply(logits, mirrored)
+            return total + weighted_maps(logits, weight / len(combinations), activation), None
+
+        # One pass after the other, so that a tile takes hardly more memory than without; the network is compiled once.
+        total = jnp.zeros((*weight.shape, model.config.classes), jnp.float32)
+        return lax.scan(add_pass, total, combinations)[0].astype(MAP_DTYPE)
 
     sharding: dict[str, Any] = {}
     if mesh is not None:
         whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
         sharding = {"in_shardings": (whole, split, whole, split, split), "out_shardings": split}
     return jax.jit(predict_tiles, compiler_options=compiler_options(jax.default_backend()), **sharding)
-
-
-def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
-    """[n, ...] and [n, ...] -> [2n, ...], in turn."""
-    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -64,6 +64,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
             config.predict.crop_to_body,
             config.predict.flip,
             config.augmentation.flip_classes(labels),
+            config.augmentation.flip,
         ),
         training=_training(config, split, step),
         evaluation=_evaluation(workdir, step),

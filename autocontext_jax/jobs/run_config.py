@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from autocontext_jax.data.augmentation_ranges import AugmentationConfig
+from autocontext_jax.data.augmentation_ranges import FLIP_VALUES, AugmentationConfig
 from autocontext_jax.data.loader import LoaderConfig
 from autocontext_jax.data.phantom.dataset import PhantomConfig
 from autocontext_jax.data.store.level_grids import LevelGrids
@@ -138,8 +138,8 @@ class PredictConfig(PredictorConfig):
 
     Attributes:
       checkpoint: `best` by validation, or `latest`.
-      flip: whether every tile is also predicted with left and right exchanged, and both averaged; for networks trained
-        with `augmentation.flip`.
+      flip: whether every tile is also predicted mirrored along each combination of the axes of `augmentation.flip`, and
+        all are averaged: 2, 4 or 8 predictions for 1, 2 or 3 axes.
     """
 
     checkpoint: str = "best"
@@ -220,8 +220,14 @@ class RunConfig:
         self._check_sizes()
         if self.predict.flip and not self.augmentation.flip:
             raise UserError(
-                "config key predict.flip is True; expected augmentation.flip to be True with it: the network must have "
-                "learned from exchanged sides"
+                "config key predict.flip is True; expected augmentation.flip to name axes with it: the network must "
+                "have learned from mirrored patches"
+            )
+        if "z" in self.augmentation.flip and self.levels.spatial_dims == 2:
+            raise UserError(
+                f"config key augmentation.flip is {self.augmentation.flip!r}; expected axes without z, since "
+                "levels.spatial_dims is 2 and a patch is one slice: choose "
+                f"{self.augmentation.flip.replace('z', '')!r}"
             )
         weights, levels = self.loss.level_weights, len(self.levels.factors)
         if weights and len(weights) != levels:
@@ -303,4 +309,7 @@ def config_from_dict(values: Any) -> RunConfig:
     Raises:
       UserError: see `sections.from_dict`.
     """
+    augmentation = values.get("augmentation") if isinstance(values, dict) else None
+    if isinstance(augmentation, dict) and isinstance(flip := augmentation.get("flip"), bool):
+        raise UserError(f"config key augmentation.flip is {flip}; expected axes to mirror along: {FLIP_VALUES}")
     return from_dict(RunConfig, values, place="config key")

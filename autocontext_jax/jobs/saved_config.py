@@ -43,7 +43,7 @@ def config_of_model(path: Path) -> RunConfig:
         pyramid=description.pyramid,
         levels=description.levels,
         loader=dataclasses.replace(default.loader, patch_size=(max(64, *network.divisor),)),
-        augmentation=dataclasses.replace(default.augmentation, flip=bool(tiling.flip_classes)),
+        augmentation=dataclasses.replace(default.augmentation, flip=tiling.flip_axes),
         predict=dataclasses.replace(
             default.predict,
             tile=tiling.tile,
