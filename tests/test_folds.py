@@ -13,10 +13,12 @@ import SimpleITK as sitk
 from jax.experimental.compilation_cache import compilation_cache
 
 import autocontext_jax as ac
+from autocontext_jax.data import preparation
 from autocontext_jax.data.folds import Fold, as_text, draw_folds, read_fold, read_folds, validated_twice
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.errors import UserError
+from autocontext_jax.evaluation import surface_meshes
 from autocontext_jax.files import write_json
 from autocontext_jax.jobs import config_files, folds
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, read_config, write_config
@@ -215,6 +217,20 @@ def compiled_once(compiled_quickly, tmp_path_factory):
             yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def prepared_here():
+    """Prepares cases in this process: starting another one takes longer."""
+
+    def in_turn(function, items, *, workers):
+        for item in items:
+            function(item)
+            yield item, None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "in_processes", in_turn)
+        yield
+
+
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("phantoms") / "data"
@@ -227,7 +243,7 @@ def small(root: Path, fold: int = -1, *, number: int = 2, splits: str = "", **se
     config.update(
         {
             "data": {"root": str(root), "workers": 1, "folds": number, "fold": fold, "splits": splits},
-            "levels": {"factors": (2, 1)},
+            "levels": {"factors": (1,)},
             "loader": {"patch_size": 8, "batch_size": 1},
             "augmentation": {"rotation": 0.0, "translation": 0.0, "elastic_sigma": 0.0},
             "model": {"base_channels": 2, "depth": 1},
@@ -262,7 +278,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def whole(phantoms, tmp_path_factory) -> Path:
-    """A cross-validation: fold 1 first, then all; fold 0 is stopped and goes on."""
+    """A cross-validation: fold 1 first, then all; fold 0 is stopped and goes on, and then both are scored anew."""
     workdir = tmp_path_factory.mktemp("folds") / "run"
     assert run("all", small(phantoms, 1), Paths(workdir))
     assert sorted(path.name for path in workdir.glob("fold_*")) == ["fold_1"]
@@ -278,8 +294,9 @@ def whole(phantoms, tmp_path_factory) -> Path:
         assert [step for step, _ in losses(workdir / "fold_0")] == [1, 2]
         assert not (workdir / "fold_0" / "validation").exists()
         assert evaluation(workdir) == result
-    assert run("all", small(phantoms), Paths(workdir))
+    assert run("train", small(phantoms), Paths(workdir))
     assert times(workdir / "prepared") == prepared
+    assert ac.evaluate(workdir, tolerance=20.0) == evaluation(workdir)
     return workdir
 
 
@@ -295,21 +312,20 @@ def test_every_case_is_scored_once_by_the_model_that_has_not_seen_it(whole, phan
         assert sides(folder)[name] == "validation"
         own = evaluation(folder / "validation")
         assert own["cases"][name] == result["cases"][name]
-        assert own["settings"]["step"] == 4
+        assert (own["settings"]["step"], own["tolerance"]) == (4, 20)
         truth = sitk.GetArrayFromImage(sitk.ReadImage(phantoms / "labelsTr" / f"{name}.nii.gz")) == 3
         mask = sitk.GetArrayFromImage(sitk.ReadImage(folder / "validation/predictions" / f"{name}.nii.gz")) == 3
         dice = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
-        assert result["cases"][name]["level_2"]["liver"]["dice"] == pytest.approx(dice)
-    dice = [scores["level_2"]["liver"]["dice"] for scores in result["cases"].values()]
-    assert result["summary"]["level_2"]["liver"]["dice"]["avg"] == pytest.approx(np.mean(dice))
-    assert list(result["comparisons"]) == ["level_2 - level_1"]
+        assert result["cases"][name]["level_1"]["liver"]["dice"] == pytest.approx(dice)
+    dice = [scores["level_1"]["liver"]["dice"] for scores in result["cases"].values()]
+    assert result["summary"]["level_1"]["liver"]["dice"]["avg"] == pytest.approx(np.mean(dice))
     assert "5 cases, each scored by the model" in (whole / "table.md").read_text(encoding="utf-8")
     assert (whole / "table.csv").exists()
 
 
 def test_a_finished_cross_validation_does_nothing_anew(whole, phantoms):
     before = {path: time for path, time in times(whole).items() if path.name in ("metrics.jsonl", "evaluation.json")}
-    assert run("all", small(phantoms), Paths(whole))
+    assert run("all", small(phantoms, evaluate={"tolerance": 20.0}), Paths(whole))
     after = times(whole)
     changed = [path for path, time in before.items() if after[path] != time]
     assert changed == [whole / "evaluation.json"]
@@ -332,18 +348,21 @@ def test_a_fold_is_the_run_that_its_split_alone_makes(whole, phantoms, tmp_path)
     refused(lambda: run("train", other, Paths(workdir)), "data.fold is 1; expected 0", "is the run")
 
 
-def test_other_settings_score_every_fold_anew(whole, phantoms, tmp_path):
+def test_the_table_says_whether_its_scores_are_optimistic():
+    text = folds._cases_are(5, 5, [], best=True)
+    assert text.endswith("not trained on it; the cases also chose the checkpoints: scores are optimistic")
+
+
+def test_test_cases_are_scored_by_one_fold_beside_its_validation_cases(whole, tmp_path):
+    folder = shutil.copytree(whole / "fold_1", tmp_path / "fold_1")
+    before = evaluation(folder / "validation")
+    assert ac.evaluate(folder)["cases_are"] == "1 test case"
+    assert evaluation(folder / "validation") == before
+
+
+def test_a_report_of_all_folds(whole, tmp_path, monkeypatch):
     workdir = shutil.copytree(whole, tmp_path / "run")
-    result = ac.evaluate(workdir, tolerance=20.0, checkpoint="best")
-    assert result["tolerance"] == 20
-    assert len(result["cases"]) == 5
-    assert result["cases_are"].endswith(
-        "not trained on it; the cases also chose the checkpoints: scores are optimistic"
-    )
-    assert {evaluation(workdir / f"fold_{number}/validation")["tolerance"] for number in range(2)} == {20}
-    # The test cases are scored by one fold, beside its validation cases.
-    assert ac.evaluate(workdir / "fold_1")["cases_are"] == "1 test case"
-    assert len(evaluation(workdir / "fold_1/validation")["cases"]) == 2
+    monkeypatch.setattr(surface_meshes, "figure", lambda path, *_, **__: path.write_bytes(b"drawn elsewhere"))
     run("report", read_config(workdir), Paths(workdir))
     text = (workdir / "report.html").read_text(encoding="utf-8")
     assert "fold_0" in text
