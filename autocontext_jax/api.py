@@ -65,7 +65,8 @@ def train(
 
     Args:
       config: of the run, see `default_config`. `config.data.root` names the data set.
-      workdir: the run folder; it is made.
+      workdir: the run folder; it is made. With `config.data.folds` or `config.data.splits` each fold is trained in a
+        folder of its own in it, `fold_0`, `fold_1`, ...; or one fold, `config.data.fold`.
       networks: {name: class} of Flax NNX networks from outside the package; `config.model.backbone` takes the name. A
         network is made by `Network(inputs, classes, config, rngs=rngs)`, with the section `model` of the configuration,
         and maps [B, D, H, W, inputs], float32, to logits [B, D, H, W, classes].
@@ -88,6 +89,8 @@ def evaluate(
     **options: Any,
 ) -> dict[str, Any]:
     """Predicts and scores the scans that a run has held out, and writes its tables.
+
+    Of a cross-validation these are the validation cases of the folds that are trained to their end.
 
     Args:
       workdir: the run folder.

@@ -15,7 +15,6 @@ from autocontext_jax.data.split import (
     content_checksum,
     draw_validation,
     make_split,
-    read_fold,
     sides_of,
 )
 from autocontext_jax.errors import UserError
@@ -52,43 +51,6 @@ def test_split_leaves_one_on_either_side(count, fraction, sizes):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_split_refuses_what_is_no_fraction(fraction):
     refused(lambda: draw_validation(cases_of(4), fraction=fraction, seed=0), fraction)
-
-
-def test_split_from_file(tmp_path):
-    path = tmp_path / "splits_final.json"
-    path.write_text(json.dumps([{"train": [], "val": []}, {"train": ["c02", "c00"], "val": ["c01"]}]), encoding="utf-8")
-    cases = cases_of(4)
-    assert read_fold(cases, path, 1) == ((cases[0], cases[2]), (cases[1],))
-    refused(lambda: read_fold(cases, path, 0), "fold 0", "no case")
-    for fold in (2, -1):
-        refused(lambda fold=fold: read_fold(cases, path, fold), f"no fold {fold}", "its 2")
-    refused(lambda: read_fold(cases[1:], path, 1), "'c00'", "fold 1")
-    refused(lambda: read_fold(cases, tmp_path / "gone.json", 0), "gone.json does not exist")
-    path.write_text("[]", encoding="utf-8")
-    refused(lambda: read_fold(cases, path, 0), path, "has no fold: expected")
-
-
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        ('[{"train": ["c00"],\n"val" []}]', "line 2"),
-        ('{"train": ["c00"], "val": []}', "not a list of folds"),
-        ('[{"train": ["c00"]}]', 'lacks the key "val"'),
-        ('[{"train": "c00", "val": []}]', '"train" is not a list'),
-        ('[{"train": ["c00", "c01"], "val": ["c01"]}]', "c01 is in both"),
-        ('[{"train": [["c00"]], "val": []}]', "1 name of no training case of the data set"),
-    ],
-)
-def test_bad_split_files(tmp_path, content, part):
-    path = tmp_path / "splits_final.json"
-    path.write_text(content, encoding="utf-8")
-    refused(lambda: read_fold(cases_of(3), path, 0), path, part)
-
-
-def test_a_pickled_split_is_not_opened(tmp_path):
-    path = tmp_path / "splits_final.pkl"
-    path.write_bytes(b"\x80\x04\x95cos\nsystem\n")
-    refused(lambda: read_fold(cases_of(3), path, 0), path, "not text")
 
 
 # ---- split.json ----

@@ -16,8 +16,8 @@ import numpy as np
 
 from autocontext_jax.data.datasets import Dataset
 from autocontext_jax.data.labels import LabelSpec
-from autocontext_jax.data.layouts import Case, read_description
-from autocontext_jax.errors import UserError, counted
+from autocontext_jax.data.layouts import Case
+from autocontext_jax.errors import UserError
 
 FORMAT = 1  # of split.json
 
@@ -214,56 +214,11 @@ def draw_validation(cases: Iterable[Case], *, fraction: float, seed: int) -> tup
     return training, tuple(ordered[index] for index in sorted(drawn))
 
 
-def read_fold(cases: Iterable[Case], path: str | os.PathLike, fold: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Takes one fold of nnU-Net's `splits_final.json`: a list of {"train": [names], "val": [names]}.
-
-    Cases that the fold does not name are left out.
-
-    Returns:
-      (training, validation), each by name.
-
-    Raises:
-      UserError: the file is missing or of another form; there is no such fold; it names an unknown case, puts one on
-        both sides, or leaves nothing to train on.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: expected nnU-Net's splits_final.json")
-    folds = read_description(path)
-    if not isinstance(folds, list) or not all(isinstance(entry, dict) for entry in folds):
-        raise UserError(f'{path} is not a list of folds: expected [{{"train": [names], "val": [names]}}, ...]')
-    if not folds:
-        raise UserError(f'{path} has no fold: expected [{{"train": [names], "val": [names]}}, ...]')
-    if not 0 <= fold < len(folds):
-        raise UserError(f"{path} has no fold {fold}: expected one of its {len(folds)}, counted from 0")
-    known = {case.name: case for case in cases}
-    sides = [_names(path, folds[fold], side) for side in ("train", "val")]
-    if unknown := [name for side in sides for name in side if name not in known]:
-        raise UserError(
-            f"{path}, fold {fold}: {counted(len(unknown), 'name')} of no training case of the data set, the first "
-            f"{unknown[0]!r}: expected the names of its training cases"
-        )
-    if both := sorted(set(sides[0]) & set(sides[1])):
-        raise UserError(f"{path}, fold {fold}: case {both[0]} is in both train and val: expected it in one")
-    if not sides[0]:
-        raise UserError(f"{path}, fold {fold}: train names no case: expected one or more")
-    training, validation = (tuple(known[name] for name in sorted(set(side))) for side in sides)
-    return training, validation
-
-
 def sides_of(dataset: Dataset, training: Iterable[Case], validation: Iterable[Case]) -> dict[str, str]:
     """The side of every case of a data set, by name."""
     sides = {case.name: "unused" for case in dataset.training}
     sides |= {case.name: "training" for case in training} | {case.name: "validation" for case in validation}
     return sides | {case.name: "test" for case in dataset.test}
-
-
-def _names(path: Path, fold: Mapping[str, Any], side: str) -> list[str]:
-    if not isinstance(fold.get(side), list):
-        found = ", ".join(fold) or "none" if side not in fold else f"a {type(fold[side]).__name__}"
-        what = f'lacks the key "{side}"' if side not in fold else f'"{side}" is not a list'
-        raise UserError(f"{path} {what}: found {found}; expected lists of names")
-    return list(map(str, fold[side]))
 
 
 def _record(root: Path, path: Path, known: FileRecord | None, case: str) -> FileRecord:

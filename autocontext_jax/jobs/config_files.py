@@ -28,7 +28,7 @@ CHANGEABLE = (
 INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_paths", "data.workers")
 # Keys that came since the format, with what runs before them did.
 ADDED = {
-    "data.outside_paths": False, "data.normalization": (), "predict.margin": PredictorConfig.margin,
+    "data.outside_paths": False, "data.normalization": (), "data.folds": 0, "predict.margin": PredictorConfig.margin,
     "predict.memory": 0.0, "predict.crop_to_body": False,
 }  # fmt: skip
 # Keys that are gone: tiles were cubes that overlapped by a share of them.
@@ -71,6 +71,9 @@ def read_config(workdir: Path) -> RunConfig | None:
     if not path.exists():
         return None
     saved = read_json(path, FORMAT).get("config")
+    data = saved.get("data") if isinstance(saved, dict) else None
+    if isinstance(data, dict) and "folds" not in data and not data.get("splits"):
+        data["fold"] = -1  # it was 0, without a meaning where no file of folds was named
     for key, value in ADDED.items():
         section, name = key.split(".")
         if isinstance(saved, dict) and isinstance(saved.get(section), dict):

@@ -13,6 +13,7 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.pictures import class_color
 from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
 from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import VALIDATION
 from autocontext_jax.runtime import package_version
 
 
@@ -87,8 +88,12 @@ def _training(config: RunConfig, split: Split, step: int) -> dict[str, Any]:
 
 
 def _evaluation(workdir: Path, step: int) -> dict[str, Any]:
-    """Dice of the finest level, if the run's evaluation is of this checkpoint."""
-    path = workdir / "evaluation.json"
+    """Dice of the finest level, if the run's evaluation is of this checkpoint; of a fold that of its validation."""
+    return _evaluation_in(workdir, step) or _evaluation_in(workdir / VALIDATION, step)
+
+
+def _evaluation_in(folder: Path, step: int) -> dict[str, Any]:
+    path = folder / "evaluation.json"
     try:
         result = json.loads(path.read_bytes())
         if result["settings"]["step"] != step:

@@ -4,11 +4,10 @@ With `evaluate.root` these are all labelled scans of another data set. It may nu
 know fewer or more of them: what it does not annotate is left out, what the checkpoint does not know is background.
 """
 
-import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,14 @@ from autocontext_jax.files import writing
 from autocontext_jax.images import scans
 from autocontext_jax.images.formats import PICTURES, mask_suffix
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
-from autocontext_jax.jobs.lock import locked
+from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.restore import chosen_step, restore_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import RunData, known_split, read_data
+from autocontext_jax.jobs.run_folder import VALIDATION, RunData, known_split, read_data
 from autocontext_jax.jobs.scan_pipeline import in_stages
 from autocontext_jax.sections import as_dict
 
 log = logging.getLogger(__name__)
-
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its stored label map
 
 
@@ -66,20 +64,33 @@ def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Ex
             f"data set {data.dataset.place} has no labelled test case and no validation case; expected at least one "
             "scan that was not trained on: add imagesTs and labelsTs, or more training cases"
         )
-    own = LabelMapping.same(data.labels)
-    with _alone(workdir):
-        return _score(
-            config, workdir, data.split, extensions, cases, workdir, labels=own, channels=data.dataset.channels,
-            cases_are=cases_are,
-        )  # fmt: skip
+    return _score_own(config, workdir, data, extensions, cases, workdir, cases_are)
+
+
+def evaluate_validation(
+    config: RunConfig, workdir: Path, data: RunData, extensions: Extensions = NO_EXTENSIONS
+) -> bool:
+    """`evaluate` of a run's validation cases, also where there are test cases, into its folder `validation`."""
+    cases, cases_are = data.held_out(best=config.predict.checkpoint == "best")
+    return _score_own(config, workdir, data, extensions, cases, workdir / VALIDATION, cases_are)
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
     """Whether the evaluation that `evaluate_run` would make is there already."""
-    path = workdir / "evaluation.json"
+    cases, _ = data.scored()
+    return _is_of(config, workdir, cases, workdir)
+
+
+def is_validated(config: RunConfig, workdir: Path, data: RunData) -> bool:
+    """Whether the evaluation that `evaluate_validation` would make is there already."""
+    return _is_of(config, workdir, data.validation, workdir / VALIDATION)
+
+
+def _is_of(config: RunConfig, workdir: Path, cases: Sequence[Case], folder: Path) -> bool:
+    """Whether a folder holds an evaluation of these cases by the checkpoint and under the settings of now."""
+    path = folder / "evaluation.json"
     if not path.exists():
         return False
-    cases, _ = data.scored()
     return json.loads(path.read_bytes()).get("settings") == _settings(config, chosen_step(config, workdir), cases)
 
 
@@ -103,7 +114,7 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions
         return f"{counted(number, 'labelled case')} of {dataset.root.resolve().name}"
 
     folder = evaluation_folder(config, workdir)
-    with _alone(workdir):
+    with locked_by_first(workdir, "evaluation"):
         return _score(
             config, workdir, split, extensions, cases, folder, labels=labels, channels=dataset.channels,
             cases_are=cases_are,
@@ -116,16 +127,21 @@ def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
     return workdir / f"on_{Path(root).expanduser().resolve().name}" if root else workdir
 
 
-@contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
-    """Lets one evaluation of a run be made at a time; its processes agree on whether they may.
-
-    Raises:
-      UserError: another one is being made.
-    """
-    with contextlib.ExitStack() as held:
-        processes.first_does(lambda: held.enter_context(locked(workdir, "evaluation")))
-        yield
+def _score_own(
+    config: RunConfig,
+    workdir: Path,
+    data: RunData,
+    extensions: Extensions,
+    cases: Sequence[Case],
+    folder: Path,
+    cases_are: Callable[[int], str],
+) -> bool:
+    """`_score` of cases of the run's own data set; one evaluation of a run is made at a time."""
+    own, channels = LabelMapping.same(data.labels), data.dataset.channels
+    with locked_by_first(workdir, "evaluation"):
+        return _score(
+            config, workdir, data.split, extensions, cases, folder, labels=own, channels=channels, cases_are=cases_are
+        )
 
 
 def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
         patches do not fit the levels' grids.
     """
     data = open_data(config, workdir)
+    prepare_cases(config, data)
+    return learn(config, workdir, data)
+
+
+def prepare_cases(config: RunConfig, data: RunData) -> None:
+    """Prepares the training and validation cases of a run's data, see `prepare`."""
     cases = processes.mine([*data.training, *data.validation])
     levels = config.levels.with_spacing(data.fingerprint.spacing)
     config.check_patch(levels)
@@ -46,12 +52,20 @@ def prepare(config: RunConfig, workdir: Path) -> RunData:
             log.error("%s", message)
         count = len(data.training) + len(data.validation)
         raise UserError(f"{messages[-1]} ({len(messages)} of {count} cases cannot be prepared)")
+
+
+def learn(config: RunConfig, workdir: Path, data: RunData) -> RunData:
+    """The data with what CT needs to be normalised, learned from prepared training cases where it is not known yet.
+
+    Raises:
+      UserError: no training case has a labelled voxel.
+    """
     processes.first_does(lambda: preparation.check_classes(data.training, data.store, data.labels, data.dataset.place))
     if data.image.learned:
         return data
 
-    def learn() -> None:
+    def write() -> None:
         write_learned(workdir, data, preparation.learned_image(data.training, data.store, data.image))
 
-    processes.first_does(learn)
+    processes.first_does(write)
     return dataclasses.replace(data, fingerprint=read_fingerprint(config, workdir))

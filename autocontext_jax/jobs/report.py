@@ -14,7 +14,7 @@ from autocontext_jax.evaluation.report import beside_published
 from autocontext_jax.images import scans
 from autocontext_jax.images.formats import mask_suffix
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import RunData, read_data
+from autocontext_jax.jobs.run_folder import VALIDATION, RunData, read_data
 from autocontext_jax.training.phases import MODES
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 def report(config: RunConfig, workdir: Path) -> None:
     """Writes the page of a run's or an experiment's evaluation, and pictures of the best, median and worst case.
 
-    Of an experiment the cases are those of its end-to-end run, or of its first without one.
+    Of an experiment the cases are those of its end-to-end run, or of its first without one; of a cross-validation each
+    case is that of the fold that scored it.
 
     Raises:
       UserError: nothing was evaluated there; a scan or a mask is missing.
@@ -31,8 +32,9 @@ def report(config: RunConfig, workdir: Path) -> None:
     result = _read(workdir)
     modes = [mode for mode in MODES if (workdir / mode / "evaluation.json").exists()]
     run = workdir / modes[0] if modes else workdir
-    curves = {}
-    for name, folder in {mode: workdir / mode for mode in modes}.items() if modes else [("", workdir)]:
+    folds = {case: f"fold_{number}" for case, number in result.get("folds", {}).items()}
+    curves, runs = {}, modes or sorted(set(folds.values()))
+    for name, folder in {name: workdir / name for name in runs}.items() if runs else [("", workdir)]:
         curves[name] = [json.loads(line) for line in _found(folder / "metrics.jsonl").read_bytes().splitlines()]
     tables = _found(workdir / "table.md").read_text(encoding="utf-8")
     tables += "\n## Beside the paper's Table 2\n\n" + beside_published(_mean_dice(result, run))
@@ -41,9 +43,10 @@ def report(config: RunConfig, workdir: Path) -> None:
     pictures.boxes(workdir / "dice.png", result)
     data = read_data(config, workdir)
     for title, case in _best_median_worst(_read(run)).items():
-        columns = _surfaces(run, case, data)
-        surface_meshes.figure(run / "pictures" / f"{case}_surfaces.png", columns, classes, title=title)
-        shown.append(page.Shown(title, _found(run / "pictures" / f"{case}.png").read_bytes(), columns))
+        place = workdir / folds[case] / VALIDATION if folds else run
+        columns = _surfaces(place, case, data)
+        surface_meshes.figure(place / "pictures" / f"{case}_surfaces.png", columns, classes, title=title)
+        shown.append(page.Shown(title, _found(place / "pictures" / f"{case}.png").read_bytes(), columns))
     page.write_page(
         workdir / "report.html", title=workdir.resolve().name, tables=tables, result=result, curves=curves, cases=shown
     )

@@ -83,6 +83,18 @@ def chosen_step(config: RunConfig, workdir: Path) -> int:
     return processes.agree(choose)
 
 
+def latest_step(workdir: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none. Nothing in the run folder is changed."""
+
+    def look() -> int:
+        if not (workdir / "checkpoints").exists():
+            return 0
+        with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
+            return checkpoints.latest or 0
+
+    return processes.agree(look)
+
+
 def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> int:
     step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
     if step is None:

@@ -3,20 +3,20 @@
 Each job is imported when it is run: together their libraries take seconds to import, and no job needs them all.
 """
 
-import contextlib
 import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
 from autocontext_jax import processes
+from autocontext_jax.data import folds
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model import Model, load_file
 from autocontext_jax.inference.model_file import read_description
 from autocontext_jax.jobs.config_files import for_inference, read_config
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
-from autocontext_jax.jobs.lock import locked
+from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.predict import predict
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.saved_config import config_of_model
@@ -71,8 +71,12 @@ def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}): choose another folder") from None
     config = _with_absolute_paths(config)  # a later job may be started from another folder
-    with contextlib.ExitStack() as held:
-        processes.first_does(lambda: held.enter_context(locked(workdir)))
+    config, with_folds = processes.agree(lambda: _as_begun(config, workdir))
+    if with_folds:
+        from autocontext_jax.jobs.folds import cross_validate
+
+        return cross_validate(mode, config, workdir, extensions)
+    with locked_by_first(workdir):
         return _make(mode, config, workdir, extensions)
 
 
@@ -95,7 +99,7 @@ def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
     from autocontext_jax.jobs.run_folder import known_split
 
     workdir = paths.workdir
-    config = for_inference(config, _saved(workdir), workdir)
+    config = for_inference(config, _saved_with_model(workdir), workdir)
     split = processes.agree(lambda: known_split(workdir))
     return restore_model(config, workdir, split, extensions)[0]
 
@@ -106,7 +110,7 @@ def _image(paths: Paths) -> ImageSpec:
         return read_description(paths.model).image
     from autocontext_jax.jobs.run_folder import read_fingerprint
 
-    return read_fingerprint(_saved(paths.workdir), paths.workdir).image
+    return read_fingerprint(_saved_with_model(paths.workdir), paths.workdir).image
 
 
 def _from_file(path: Path, config: RunConfig, extensions: Extensions, options: dict[str, Any]) -> Model:
@@ -123,6 +127,43 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     root = ",".join(absolute(str(folder)) for folder in config.data.folders)
     data = dataclasses.replace(config.data, root=root, prepared=absolute(config.data.prepared))
     return dataclasses.replace(config, data=data)
+
+
+def _as_begun(config: RunConfig, workdir: Path) -> tuple[RunConfig, bool]:
+    """The configuration, and whether the run folder holds folds, each of which is a run of its own.
+
+    A folder in which an earlier version trained one fold of a file, without a folder for the fold, goes on as it is.
+
+    Raises:
+      UserError: the folder was begun as another kind.
+    """
+    saved, data = read_config(workdir), config.data
+    begun = saved.data if saved else None
+    if begun and begun.folds and begun.fold >= 0:
+        raise UserError(
+            f"--workdir {workdir} is fold {begun.fold} of a cross-validation; expected the folder of all folds: "
+            f"--workdir {workdir.resolve().parent} --config.data.fold={begun.fold}"
+        )
+    with_folds = data.has_folds and not config.experiment
+    if begun and begun.splits and not begun.folds and with_folds and not data.folds:
+        if data.fold not in (-1, begun.fold):
+            raise UserError(
+                f"config key data.fold is {data.fold}; expected {begun.fold}, of which --workdir {workdir} is the run: "
+                "choose another --workdir"
+            )
+        return dataclasses.replace(config, data=dataclasses.replace(data, fold=begun.fold)), False
+    holds_folds = begun.holds_folds if begun else (workdir / folds.FILE).exists()
+    if holds_folds and not with_folds:
+        raise UserError(
+            f"--workdir {workdir} holds the folds of a cross-validation ({folds.FILE}); expected their number, "
+            f"--config.data.folds={begun.folds if begun else 'N'}, or another --workdir"
+        )
+    if with_folds and not holds_folds and (begun or (workdir / "split.json").exists()):
+        key = f"data.folds is {data.folds}" if data.folds else f"data.splits is {data.splits}"
+        raise UserError(
+            f"config key {key}, and --workdir {workdir} belongs to a run without folds; expected another --workdir"
+        )
+    return config, with_folds
 
 
 def _make(mode: str, config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
@@ -161,8 +202,13 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
             paths.series,
         )
     workdir = paths.workdir
-    config = for_inference(config, _saved(workdir), workdir)
+    saved = _saved_with_model(workdir) if mode == "export" else _saved(workdir)
+    config = for_inference(config, saved, workdir)
     if mode == "evaluate":
+        if saved.data.holds_folds:
+            from autocontext_jax.jobs.folds import evaluate_folds
+
+            return evaluate_folds(config, workdir, extensions)
         from autocontext_jax.jobs.evaluate import evaluate
 
         return evaluate(config, workdir, extensions)
@@ -175,6 +221,17 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
 
     processes.first_does(lambda: report(config, workdir))
     return True
+
+
+def _saved_with_model(workdir: Path) -> RunConfig:
+    """`_saved` of a run folder that has a model."""
+    saved = _saved(workdir)
+    if saved.data.holds_folds:
+        raise UserError(
+            f"--workdir {workdir} holds the folds of a cross-validation, each with a model of its own; expected the "
+            f"folder of one: {workdir / 'fold_0'}"
+        )
+    return saved
 
 
 def _saved(workdir: Path) -> RunConfig:

@@ -35,8 +35,10 @@ class DataConfig:
       prepared: where prepared cases go; "" is `prepared/` in the run folder. Runs of equal `levels`, labels and
         normalisation can share one.
       validation_fraction: share of the training cases held out for validation.
-      splits: a file of folds (nnU-Net's splits_final.json) that says it instead.
-      fold: number of the fold in it, from 0.
+      folds: folds of a cross-validation, drawn as nnU-Net draws them, in place of that share; each is a run in a
+        folder `fold_N` of the run folder, see `jobs/folds.py`; 0 for none.
+      splits: a file of folds (nnU-Net's splits_final.json) to take instead of drawing them.
+      fold: number of the one fold to train, from 0; -1 trains every fold, one after the other.
       new_cases: what becomes of cases that were added to the data set after the run began: `ignore` names them and
         leaves them out; `train` takes them into training. They never join the validation or test cases.
       normalization: of each channel, where its name in dataset.json does not choose well: `CT`, `zscore`,
@@ -51,8 +53,9 @@ class DataConfig:
     outside_paths: bool = False
     prepared: str = ""
     validation_fraction: float = 0.1
+    folds: int = 0
     splits: str = ""
-    fold: int = 0
+    fold: int = -1
     new_cases: str = "ignore"
     normalization: tuple[str, ...] = ()
     window: tuple[float, ...] = ()
@@ -61,13 +64,29 @@ class DataConfig:
 
     def __post_init__(self):
         require(0 < self.validation_fraction < 1, self, "validation_fraction", "a fraction in (0, 1)")
-        for name in ("fold", "workers", "cache_mib"):
+        for name in ("folds", "workers", "cache_mib"):
             require(getattr(self, name) >= 0, self, name, "0 or more")
+        last = self.folds - 1
+        choice = f"one of 0 to {last}" if self.folds else "the number of a fold, from 0"
+        good = self.fold >= -1 and (not self.folds or self.fold <= last)
+        require(good, self, "fold", f"{choice}, or -1 for every fold")
+        expected = "-1, or folds to choose from: data.folds or data.splits"
+        require(self.fold < 0 or self.has_folds, self, "fold", expected)
         wrong = set(self.normalization) - set(NORMALIZATIONS)
         require(not wrong, self, "normalization", f"some of {', '.join(NORMALIZATIONS)}, one for each channel")
         good = not self.window or (len(self.window) == 2 and self.window[0] < self.window[1])
         require(good, self, "window", "(low, high) in HU with low < high, or ()")
         require(self.new_cases in ("ignore", "train"), self, "new_cases", "one of ignore, train")
+
+    @property
+    def has_folds(self) -> bool:
+        """Whether folds say which cases are for training and which for validation."""
+        return bool(self.folds or self.splits)
+
+    @property
+    def holds_folds(self) -> bool:
+        """Of a run folder: whether it holds folds, each in a folder of its own."""
+        return bool(self.folds) and self.fold < 0
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -217,6 +236,9 @@ class RunConfig:
     def __post_init__(self):
         require(self.seed >= 0, self, "seed", "0 or more")
         require(set(self.experiment) <= set(MODES), self, "experiment", f"some of {', '.join(MODES)}")
+        one_split = not self.data.folds and (self.data.fold >= 0 or not self.data.splits)
+        expected = "() with folds; to compare modes on one fold name a file and the fold, data.splits and data.fold"
+        require(not self.experiment or one_split, self, "experiment", expected)
         self._check_sizes()
         if self.predict.flip and not self.augmentation.flip:
             raise UserError(

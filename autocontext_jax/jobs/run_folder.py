@@ -14,24 +14,18 @@ from autocontext_jax.data.combination import read_datasets
 from autocontext_jax.data.datasets import Case, Dataset
 from autocontext_jax.data.fingerprint import FORMAT as fingerprint_format
 from autocontext_jax.data.fingerprint import Fingerprint, fingerprint, made_from
+from autocontext_jax.data.folds import read_fold
 from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.phantom.dataset import write_dataset
-from autocontext_jax.data.split import (
-    FORMAT,
-    Changes,
-    Split,
-    compare,
-    draw_validation,
-    make_split,
-    read_fold,
-    sides_of,
-)
+from autocontext_jax.data.split import FORMAT, Changes, Split, compare, draw_validation, make_split, sides_of
 from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.files import read_json, write_json, writing
 from autocontext_jax.images.spec import CT, ImageSpec, ct_image, image_spec
 from autocontext_jax.jobs.run_config import RunConfig
 
 log = logging.getLogger(__name__)
+
+VALIDATION = "validation"  # the folder of a fold's evaluation, as nnU-Net calls it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +82,25 @@ class RunData:
         """
         if test := self.test:
             return test, lambda number: counted(number, "test case")
+        return self.held_out(best=best)
+
+    def held_out(self, *, best: bool) -> tuple[Sequence[Case], Callable[[int], str]]:
+        """`scored` of the validation cases, also where there are test cases."""
         optimistic = ", which also chose the checkpoint: scores are optimistic" if best else ""
         return self.validation, lambda number: counted(number, "validation case") + optimistic
 
 
-def open_data(config: RunConfig, workdir: Path) -> RunData:
+def open_data(
+    config: RunConfig, workdir: Path, first_split: Callable[[RunConfig, Dataset], Split] | None = None
+) -> RunData:
     """The data of a run that may go on: splits the data set at the first start, compares it at every later one.
 
     Phantoms are generated first if the configuration says so.
+
+    Args:
+      config: of the run.
+      workdir: the run folder.
+      first_split: how the data set is split at the first start; None is as the configuration says.
 
     Raises:
       UserError: the data set cannot be read; cases of the split are lost; its classes have changed.
@@ -108,7 +113,10 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
         dataset = _read_dataset(config, workdir, generate=True)
         read.append(dataset)
         known = read_split(workdir)
-        split = _first_split(config, dataset) if known is None else _checked(config, dataset, known, workdir)
+        if known is None:
+            split = (first_split or _first_split)(config, _with_training(dataset))
+        else:
+            split = _checked(config, dataset, known, workdir)
         if split != known:
             write_json(workdir / "split.json", split.to_json())
         _take_fingerprint(config, workdir, dataset, split)
@@ -175,7 +183,7 @@ def _take_fingerprint(config: RunConfig, workdir: Path, dataset: Dataset, split:
         known = read_fingerprint(config, workdir)
         if known.made_from == made_from(cases, declared):
             return
-        if _has_begun(workdir):  # training refuses another configuration
+        if has_begun(workdir):  # training refuses another configuration
             names = [tuple(channel.name for channel in image.channels) for image in (declared, known.image)]
             if known.made_from and names[0] != names[1]:
                 raise UserError(
@@ -186,8 +194,8 @@ def _take_fingerprint(config: RunConfig, workdir: Path, dataset: Dataset, split:
     write_json(workdir / "fingerprint.json", fingerprint(cases, declared).to_json())
 
 
-def _has_begun(workdir: Path) -> bool:
-    """Whether a run, or one of an experiment's, has a checkpoint."""
+def has_begun(workdir: Path) -> bool:
+    """Whether a run, or one of an experiment's or of a cross-validation's, has a checkpoint."""
     steps = (*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*"))
     return any(path.name.isdigit() for path in steps)
 
@@ -230,13 +238,22 @@ def _read_dataset(config: RunConfig, workdir: Path, *, generate: bool = False) -
     return read_datasets(folders, outside_paths=config.data.outside_paths)
 
 
-def _first_split(config: RunConfig, dataset: Dataset) -> Split:
+def _with_training(dataset: Dataset) -> Dataset:
+    """The data set, if it has training cases.
+
+    Raises:
+      UserError: it has none.
+    """
     if not dataset.training:
         raise UserError(
             f"data set {dataset.place} has no training case, only test cases: expected images in imagesTr and their "
             "labels in labelsTr to train on; a trained run scores it by --mode evaluate "
             f"--config.evaluate.root={dataset.sources[0]}"
         )
+    return dataset
+
+
+def _first_split(config: RunConfig, dataset: Dataset) -> Split:
     if config.data.splits:
         training, validation = read_fold(dataset.training, Path(config.data.splits), config.data.fold)
     else:

@@ -18,8 +18,9 @@ from flax import nnx
 
 from autocontext_jax.data import preparation
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.folds import read_fold
 from autocontext_jax.data.labels import LabelSpec
-from autocontext_jax.data.split import draw_validation, make_split, read_fold, sides_of
+from autocontext_jax.data.split import draw_validation, make_split, sides_of
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError
