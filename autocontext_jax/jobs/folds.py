@@ -299,7 +299,8 @@ def _write_table(
                 missing.append(number)
         if missing:
             log.warning(
-                "folds %s are not trained and scored yet: the table is of the other folds", ", ".join(map(str, missing))
+                "not trained and scored yet, and not in the table: %s",
+                ", ".join(f"fold {number}" for number in missing),
             )
         if not cases:
             return
