@@ -202,7 +202,8 @@ def feed_differences(case: PreparedCase, levels: list[Level], spatial: SpatialRa
     """Context less image, HU, at each level after the first of a batch."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    loader = Loader([case], LoaderConfig(3, (EDGE,)), seed=1, sharding=sharding, spatial=spatial)
+    patch = cube(EDGE, len(levels))
+    loader = Loader([case], LoaderConfig(3, (EDGE,)), patch, seed=1, sharding=sharding, spatial=spatial)
     images, _, _ = next(loader)
     loader.close()
     images = [np.array(image[..., 0], np.float64) for image in images]

@@ -106,7 +106,7 @@ def small(monkeypatch):
     monkeypatch.setattr(boxes, "SMALLEST", 16)
     monkeypatch.setattr(scan_tiles, "FITS", 0)
     monkeypatch.setattr(Predictor, "_bytes_a_voxel", lambda self: 1.0)
-    monkeypatch.setattr(scan_tiles, "row_bytes", lambda *_: 0)
+    monkeypatch.setattr(scan_tiles, "row_bytes", lambda *_, step: 0)
     return lambda voxels: monkeypatch.setattr(scan_tiles, "free_bytes", lambda: voxels)
 
 

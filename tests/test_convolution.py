@@ -64,7 +64,7 @@ def test_convolution_equals_scipys_correlation(function, kernel):
 
 def test_gradient_of_a_bias_in_bfloat16_adds_up_in_float32():
     """Its terms nearly cancel: summed in bfloat16 the gradient of the head's bias was wrong by as much as itself."""
-    layer = convolution.Convolution(1, 1, size=1, bias=True, rngs=nnx.Rngs(0))
+    layer = convolution.Convolution(1, 1, size=(1, 1, 1), bias=True, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     x = jnp.zeros((2, 32, 32, 32, 1), jnp.bfloat16)
     cotangent = jnp.asarray(normal(0, *x.shape) + 0.01, jnp.bfloat16)
@@ -128,7 +128,7 @@ def test_convolution_without_onednn_is_the_same(size, monkeypatch):
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_convolution_module_adds_its_bias(size, bias):
-    module = convolution.Convolution(3, 4, size, bias=bias, rngs=nnx.Rngs(0))
+    module = convolution.Convolution(3, 4, (size,) * 3, bias=bias, rngs=nnx.Rngs(0))
     x, offset = normal(0, 1, 4, 3, 5, 3), np.zeros(4, np.float32)
     if bias:
         offset = normal(1, 4)

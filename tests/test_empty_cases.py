@@ -153,7 +153,7 @@ def test_a_centre_takes_six_numbers_and_is_anywhere_without_foreground(sampling)
 def test_patches_of_a_case_without_organs(tmp_path, sampling, fraction):
     cases = [prepared(tmp_path, "none", label_of()), prepared(tmp_path, "some", label_of(liver=LIVER))]
     margins = [((0, 0, 0), (0, 0, 0))] * 2
-    config = LoaderConfig(2, 8, sampling=sampling, background_fraction=fraction)
+    config = LoaderConfig(2, (8,), sampling=sampling, background_fraction=fraction)
     batches = host_batches(cases, config, cube(8, 2), margins, seed=0)
     labelled = np.array([batch["labels"][-1].any(axis=(1, 2, 3)) for _, batch in zip(range(20), batches, strict=False)])
     batches.close()
@@ -181,7 +181,7 @@ def run(tmp_path_factory) -> tuple[RunConfig, Path]:
     root = data_set(folder / "data", {**labels, "none_0": label_of(), "none_1": label_of()})
     folds = [{"train": ["full_0", "full_1", "none_0"], "val": ["full_2", "none_1"]}]
     (folder / "splits_final.json").write_text(json.dumps(folds), encoding="utf-8")
-    config = small(root, data={"splits": str(folder / "splits_final.json")}, loader={"sampling": "classes"})
+    config = small(root, data={"splits": str(folder / "splits_final.json"), "fold": 0}, loader={"sampling": "classes"})
     assert train(config, folder / "run", prepare(config, folder / "run"))
     return config, folder / "run"
 
@@ -203,7 +203,7 @@ def test_validation_on_cases_without_organs_alone(run, tmp_path):
     config, _ = run
     folds = [{"train": ["full_0", "full_1"], "val": ["none_0", "none_1"]}]
     (tmp_path / "splits.json").write_text(json.dumps(folds), encoding="utf-8")
-    config = small(Path(config.data.root), data={"splits": str(tmp_path / "splits.json")})
+    config = small(Path(config.data.root), data={"splits": str(tmp_path / "splits.json"), "fold": 0})
     assert train(config, tmp_path / "run", prepare(config, tmp_path / "run"))
     assert evaluate(config, tmp_path / "run")
     cases = json.loads((tmp_path / "run/evaluation.json").read_bytes())["cases"]

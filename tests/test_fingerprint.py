@@ -42,10 +42,10 @@ def test_median_and_range_along_the_patient_axes(tmp_path):
 
 
 def test_grids_in_mm_take_the_median():
-    grids = LevelGrids((4.0, 2.0), "mm").with_spacing((2.5, 0.8, 0.8))
-    assert grids.finest_spacing == (5.0, 1.6, 1.6)
-    assert grids.level_factors((2.5, 0.8, 0.8)) == ((4, 4, 4), (2, 2, 2))
-    assert grids.level_factors((5.0, 0.4, 0.8)) == ((2, 8, 4), (1, 4, 2))
+    grids = LevelGrids((4.0, 2.0), "mm").with_spacing((1.5, 0.8, 0.8))
+    assert grids.finest_spacing == (3.0, 1.6, 1.6)
+    assert grids.level_factors((1.5, 0.8, 0.8)) == ((4, 4, 4), (2, 2, 2))
+    assert grids.level_factors((3.0, 0.4, 0.8)) == ((2, 8, 4), (1, 4, 2))
     assert grids.with_spacing((9.0, 9.0, 9.0)) == grids  # once known it stays
     own = LevelGrids((4.0, 2.0), "voxels")
     assert own.with_spacing((2.5, 0.8, 0.8)) == own

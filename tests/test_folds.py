@@ -244,7 +244,7 @@ def small(root: Path, fold: int = -1, *, number: int = 2, splits: str = "", **se
         {
             "data": {"root": str(root), "workers": 1, "folds": number, "fold": fold, "splits": splits},
             "levels": {"factors": (1,)},
-            "loader": {"patch_size": 8, "batch_size": 1},
+            "loader": {"patch_size": (8,), "batch_size": 1},
             "augmentation": {"rotation": 0.0, "translation": 0.0, "elastic_sigma": 0.0},
             "model": {"base_channels": 2, "depth": 1},
             "predict": {"tile": 16, "checkpoint": "latest"},

@@ -118,9 +118,8 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 def weights(workdir: Path, config, step: int):
     """Parameters and running averages."""
-    model = make_model(
-        config, config.levels, LabelSpec.plain(("background", *ORGANS)), CT, BACKBONES[config.model.backbone]
-    )
+    labels, grids = LabelSpec.plain(("background", *ORGANS)), config.levels.with_spacing(config.phantom.spacing)
+    model = make_model(config, grids, labels, CT, BACKBONES[config.model.backbone])
     _, params, statistics = nnx.split(model, nnx.Param, ...)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=4)) as checkpoints:
         return checkpoints.restore_weights(step, params, statistics)
