@@ -242,7 +242,8 @@ def nnunet(flags: argparse.Namespace, dataset: Dataset, folder: Path) -> dict[st
     plans, description = (json.loads((place / name).read_bytes()) for name in ("nnUNetPlans.json", "dataset.json"))
 
     def trainer(epochs: int) -> nnUNetTrainer:
-        made = nnUNetTrainer(plans, "3d_fullres", "all", description, torch.device("cpu"))
+        own = plans | {"continue_training": False}  # the trainer takes this entry out again
+        made = nnUNetTrainer(own, "3d_fullres", "all", description, torch.device("cpu"))
         made.num_epochs, made.num_iterations_per_epoch, made.num_val_iterations_per_epoch = epochs, 25, 1
         made.save_every = 10**6
         return made
