@@ -16,7 +16,7 @@ Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 CUBES: Spacing = (1.0, 1.0, 1.0)  # voxels that are as long along each axis
-SLICES: Spacing = (math.inf, 1.0, 1.0)  # slices that are seen one by one
+SLICE_BY_SLICE: Spacing = (math.inf, 1.0, 1.0)  # of networks that see each slice by itself
 
 
 def level_shape(native_shape: Triple, factors: Spacing) -> Triple:
@@ -46,6 +46,22 @@ def halvings(spacing: Spacing, count: int) -> tuple[Triple, ...]:
     return tuple(steps)
 
 
+def level_steps(spacing: Spacing, levels: int) -> tuple[Triple, ...]:
+    """For each of S levels, coarsest first, its voxels for one of the level before along each axis; 1 at the coarsest.
+
+    Args:
+      spacing: of the finest level.
+      levels: S.
+    """
+    return (1, 1, 1), *reversed(halvings(spacing, levels - 1))
+
+
+def level_scales(spacing: Spacing, levels: int) -> tuple[Triple, ...]:
+    """For each level, coarsest first, the voxels of the finest level for one of it; arguments as `level_steps`."""
+    steps = level_steps(spacing, levels)
+    return tuple(product(steps[level:]) for level in range(1, levels + 1))
+
+
 def times(spacing: Spacing, factors: Spacing) -> Spacing:
     """The spacing of a grid whose voxels are so many times as long."""
     z, y, x = (along * factor for along, factor in zip(spacing, factors, strict=True))
@@ -73,14 +89,9 @@ class PyramidPatch:
     spacing: Spacing = CUBES
 
     @property
-    def halvings(self) -> tuple[Triple, ...]:
-        """For each level but the coarsest, coarsest first, the voxels of it for one voxel of the level before."""
-        return tuple(reversed(halvings(self.spacing, self.levels - 1)))
-
-    @property
     def scales(self) -> tuple[Triple, ...]:
-        """For each level, coarsest first, the voxels of the finest level for one voxel of it."""
-        return tuple(product(self.halvings[level:]) for level in range(self.levels))
+        """See `level_scales`."""
+        return level_scales(self.spacing, self.levels)
 
     @property
     def thickness(self) -> Spacing:
@@ -111,7 +122,7 @@ class PyramidPatch:
             offset = (nesting - 1) * size / 2
             coarsest.append(round_half_up((voxel + 0.5 - size / 2 - offset) / nesting))
         starts = [(coarsest[0], coarsest[1], coarsest[2])]
-        for step in self.halvings:
+        for step in level_steps(self.spacing, self.levels)[1:]:
             starts.append(next_level_start(starts[-1], self.shape, step))
         return tuple(starts)
 

@@ -1,7 +1,6 @@
 """The command line: flags -> one job. `autocontext --help` explains it."""
 
 import itertools
-import re
 import sys
 from pathlib import Path
 
@@ -106,12 +105,10 @@ def _parse(argv: list[str]) -> None:
         CONFIG.value.to_dict()  # a file that could not be loaded says so only when it is used
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, SyntaxError, MemoryError) as error:
         # MemoryError: so many brackets that Python's parser gives up.
-        if old := re.search("field 'flip'.* (True|False) is of original type", str(error)):  # in a config file
-            raise UserError(
-                f'config key augmentation.flip is {old[1]}; expected the axes to mirror along: write "x" in place of '
-                'True, "" in place of False'
-            ) from error
-        raise UserError(f"command line: {' '.join(str(error).split())}") from error
+        from autocontext_jax.jobs.help import of_another_type
+
+        text = " ".join(str(error).split())
+        raise UserError(of_another_type(text) or f"command line: {text}") from error
 
 
 def _with_saved_config(argv: list[str]) -> list[str]:

@@ -3,11 +3,11 @@ import re
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from autocontext_jax.data import datasets
 from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.labels import LabelSpec
-from autocontext_jax.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -58,14 +58,6 @@ def msd(tmp_path):
     touch(tmp_path, "imagesTs/t.nii.gz", "imagesTr/._a.nii.gz", "labelsTr/._a.nii.gz")
     describe(tmp_path, MSD)
     return tmp_path
-
-
-def refused(call, *parts):
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert str(part) in str(caught.value)
 
 
 @pytest.mark.parametrize(("key", "number", "folder"), [("numTraining", 3, "imagesTr"), ("numTest", 1, "imagesTs")])

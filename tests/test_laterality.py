@@ -4,6 +4,7 @@ import pytest
 
 from autocontext_jax.data.augmentation_ranges import AugmentationConfig
 from autocontext_jax.data.labels import LabelSpec
+from autocontext_jax.jobs.train import warn_of_sides
 from autocontext_jax.planning.laterality import find_laterality
 
 PAIRS = [
@@ -97,3 +98,27 @@ def test_pairs_beside_names_without_a_partner():
         "lung_lower_lobe_right=lung_lower_lobe_left",
     )
     assert found.unpaired == ("lung_middle_lobe_right",)
+
+
+@pytest.mark.parametrize(
+    ("flip", "pairs", "named"),
+    [
+        ("x", (), "right_kidney, left_kidney, left_atrium"),
+        ("zyx", ("left_kidney=right_kidney",), "left_atrium"),
+        ("zy", (), ""),
+        ("", (), ""),
+    ],
+)
+def test_training_warns_of_sides_that_do_not_change(flip, pairs, named, caplog):
+    classes = ("liver", "left_kidney", "right_kidney", "left_atrium")
+    warn_of_sides(AugmentationConfig(flip=flip, flip_pairs=pairs), classes)
+    found = [record.message for record in caplog.records]
+    assert len(found) == bool(named)
+    assert all(f"change with it: {named}: pair them in augmentation.flip_pairs" in message for message in found)
+
+
+def test_pairs_that_are_all_named_are_no_reason_to_warn(caplog):
+    warn_of_sides(
+        AugmentationConfig(flip="x", flip_pairs=("RightParotid=LeftParotid",)), ("RightParotid", "LeftParotid")
+    )
+    assert not caplog.records

@@ -19,8 +19,7 @@ from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.painting import make_phantom
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.geometry import CUBES, PyramidPatch, Spacing, cube, next_level_start
-from autocontext_jax.geometry import SLICES as SLICES_ALONE
+from autocontext_jax.geometry import CUBES, SLICE_BY_SLICE, PyramidPatch, Spacing, cube, next_level_start
 from autocontext_jax.images import scans
 from autocontext_jax.images.spec import AIR
 from autocontext_jax.inference.predictor import Predictor, crop
@@ -38,7 +37,7 @@ from autocontext_jax.training.state import Batch, create_state, inference_model,
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 EDGE, CLASSES = 16, 3
-PATCH_2D = PyramidPatch((1, EDGE, EDGE), 2, SLICES_ALONE)
+PATCH_2D = PyramidPatch((1, EDGE, EDGE), 2, SLICE_BY_SLICE)
 FLAT = ((1.0, 2.0, 2.0), (1.0, 1.0, 1.0))  # native voxels per voxel of two levels in 2D
 
 
@@ -59,7 +58,7 @@ def at_inference(model: Pyramid) -> Pyramid:
     return inference_model(graph, params, statistics)
 
 
-@pytest.mark.parametrize("spacing", [SLICES_ALONE, CUBES, (6.0, 1.0, 1.0), (1.0, 3.0, 1.0)])
+@pytest.mark.parametrize("spacing", [SLICE_BY_SLICE, CUBES, (6.0, 1.0, 1.0), (1.0, 3.0, 1.0)])
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_any_levels_train_and_predict(levels, spacing):
     optimizer = optax.adam(1e-2)
@@ -116,7 +115,7 @@ def test_a_flat_pool_and_its_gradient():
 
 @pytest.mark.parametrize("backbone", [UNet, ResidualUNet, FCN])
 def test_no_slice_sees_another(backbone):
-    model = at_inference(pyramid(2, SLICES_ALONE, backbone))
+    model = at_inference(pyramid(2, SLICE_BY_SLICE, backbone))
     kernels = [leaf for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)) if leaf.ndim == 5]
     assert {kernel.shape[:3] for kernel in kernels if kernel.shape[:3] == (1, 2, 2)}  # deconvolutions
     assert all(1 in (kernel.shape[0], kernel.shape[1]) for kernel in kernels)
@@ -134,7 +133,7 @@ def test_no_slice_sees_another(backbone):
 
 def test_patches_nest_in_plane_and_keep_their_slice():
     for centre in ((0, 0, 0), (7, 12, 31), (-3, 40, 5)):
-        flat = PyramidPatch((1, EDGE, EDGE), 3, SLICES_ALONE).starts(centre)
+        flat = PyramidPatch((1, EDGE, EDGE), 3, SLICE_BY_SLICE).starts(centre)
         deep = cube(EDGE, 3).starts(centre)
         assert [start[0] for start in flat] == [centre[0]] * 3
         assert [start[1:] for start in flat] == [start[1:] for start in deep]
@@ -194,7 +193,7 @@ def test_augmentation_stays_in_its_slice_and_moves_levels_together():
 
 @pytest.mark.parametrize("tile", [EDGE, 0])
 def test_a_scan_is_predicted_slice_by_slice(tile):
-    model = at_inference(pyramid(2, SLICES_ALONE))
+    model = at_inference(pyramid(2, SLICE_BY_SLICE))
     scan = (300 * normal(5, SLICES + 2, 40, 30)).astype(np.int16)
     predictor = Predictor(model, PredictorConfig(tile), align=(1, 2, 2))
     whole = predictor.masks(scan[None], FLAT, levels=(1, 2))
@@ -205,7 +204,7 @@ def test_a_scan_is_predicted_slice_by_slice(tile):
 
 
 def test_one_tile_of_slices_is_the_model_itself():
-    model = at_inference(pyramid(2, SLICES_ALONE))
+    model = at_inference(pyramid(2, SLICE_BY_SLICE))
     scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
     predictor = Predictor(model, PredictorConfig(32), align=(1, 2, 2))
     (coarse, fine), _ = predictor.tiles.plan(scan.shape, FLAT, scan)

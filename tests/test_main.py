@@ -343,13 +343,22 @@ def test_another_config_in_the_same_work_directory(whole_job):
 
 def test_a_missing_config_file(tmp_path):
     assert "configs/nope.py" in one_line_error(run("--workdir", tmp_path, config="configs/nope.py"))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("config.augmentation.flip = True", "augmentation.flip is True; expected str: axes along which"),
+        ("config.loader.patch_size = 64", "loader.patch_size is 64; expected tuple[int, ...]: (z, y, x) voxels of"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_file(tmp_path, line, expected):
     (tmp_path / "old.py").write_text(
         "from autocontext_jax.jobs.config_files import default_config\n\n\n"
-        "def get_config():\n    config = default_config()\n    config.augmentation.flip = True\n    return config\n",
+        f"def get_config():\n    config = default_config()\n    {line}\n    return config\n",
         encoding="utf-8",
     )
-    message = one_line_error(run("--workdir", tmp_path, config=str(tmp_path / "old.py")))
-    assert 'config key augmentation.flip is True; expected the axes to mirror along: write "x"' in message
+    assert f"config key {expected}" in one_line_error(run("--workdir", tmp_path, config=str(tmp_path / "old.py")))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from autocontext_jax.data.datasets import Case, Dataset
 from autocontext_jax.data.labels import LabelSpec
@@ -17,15 +18,6 @@ from autocontext_jax.data.split import (
     make_split,
     sides_of,
 )
-from autocontext_jax.errors import UserError
-
-
-def refused(call, *parts):
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert str(part) in str(caught.value)
 
 
 def cases_of(count):

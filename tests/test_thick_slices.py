@@ -44,7 +44,7 @@ def test_thick_slices_are_halved_last():
     assert halvings(THICK, 4) == ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
     assert halvings((2.0, 1.0, 1.0), 2) == ((1, 2, 2), (2, 2, 2))  # twice is not less than twice
     assert halvings((1.9999999, 1.0, 1.0), 1) == ((1, 2, 2),)  # as a header rounds it
-    assert halvings(geometry.SLICES, 3) == ((1, 2, 2),) * 3
+    assert halvings(geometry.SLICE_BY_SLICE, 3) == ((1, 2, 2),) * 3
     assert halvings(THICK, 0) == ()
 
 
@@ -82,7 +82,7 @@ def test_some_levels_are_those_of_all():
         own = PyramidConfig(levels=len(levels), spacing=some.relative_spacing)
         whole = PyramidConfig(levels=4, spacing=grids.relative_spacing)
         for number, level in enumerate(levels, start=1):
-            assert own.level_spacing(number) == pytest.approx(whole.level_spacing(level))
+            assert own.spacings[number - 1] == pytest.approx(whole.spacings[level - 1])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -98,7 +98,7 @@ def test_patches_share_their_centre(spacing):
         for middle in middles:
             np.testing.assert_array_equal(middle, middles[-1])
         assert (np.abs(middles[-1] - centre - 0.5) <= np.array(patch.scales[0]) / 2).all()
-        for start, finer, step in zip(starts, starts[1:], patch.halvings, strict=False):
+        for start, finer, step in zip(starts, starts[1:], geometry.level_steps(spacing, 4)[1:], strict=False):
             assert finer == geometry.next_level_start(start, patch.shape, step)
 
 
@@ -120,7 +120,7 @@ def test_moved_levels_stay_together_within_their_margins(spacing):
     numbers, mm = np.full(3, 7, np.uint32), np.array([spacing] * 3, np.float32)
     moved, _ = run_augment(jax.random.key(0), numbers, mm, tuple(images), labels)
     coarse, fine = (np.asarray(image[..., 0]) for image in moved)
-    step = patch.halvings[0]
+    step = geometry.level_steps(spacing, 2)[1]
     inner = tuple(
         slice(n // 4, 3 * n // 4) if by == 2 else slice(None) for n, by in zip(patch.shape, step, strict=True)
     )
@@ -188,8 +188,8 @@ def config_of(root: Path, **changes):
     config = default_config()
     config.data.root, config.data.window = str(root), (-500.0, 500.0)
     config.levels.factors = (2, 1)
-    config.loader.patch_size, config.loader.batch_size = (6, 16, 16), 2
-    config.model.base_channels, config.model.depth = 2, 3
+    config.loader.patch_size, config.loader.batch_size = (4, 8, 8), 2
+    config.model.base_channels, config.model.depth = 2, 2
     config.train.steps = config.train.checkpoint_every = 4
     config.train.validation_patches = 2
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
@@ -199,7 +199,7 @@ def config_of(root: Path, **changes):
 @pytest.fixture(scope="module")
 def thick_set(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("thick")
-    write_dataset(root, training=3, test=1, size=(14, 60, 60), spacing=(24.0, 5.0, 5.0), seed=0)
+    write_dataset(root, training=3, test=1, size=(12, 32, 32), spacing=(15.0, 5.0, 5.0), seed=0)
     return root
 
 
@@ -217,12 +217,12 @@ def test_thick_phantoms_train_evaluate_predict_and_export(thick_set, tmp_path):
     model.predict(scan, output=tmp_path / "mask.nii.gz", progress=False)
     found = scans.read_label(tmp_path / "mask.nii.gz", values=range(256), like=grid, case="mask")
     np.testing.assert_array_equal(found, expected)
-    assert model.description.levels.relative_spacing == (24, 5, 5)
+    assert model.description.levels.relative_spacing == (15, 5, 5)
 
 
 @pytest.mark.parametrize(
     ("size", "parts"),
-    [((6, 16, 18), ("(2, 4, 4)", "(6, 16, 16)")), ((3, 16, 16), ("(2, 4, 4)", "(2, 16, 16)"))],
+    [((4, 8, 10), ("(2, 4, 4)", "(4, 8, 8)")), ((3, 8, 8), ("(2, 4, 4)", "(2, 8, 8)"))],
 )
 def test_a_patch_that_cannot_be_halved_is_refused_when_the_scans_are_known(thick_set, tmp_path, size, parts):
     with pytest.raises(UserError) as refusal:
@@ -247,7 +247,7 @@ def test_run_folders_of_before_are_read(tmp_path):
 
 
 def test_scales_of_an_axis_that_is_not_seen():
-    patch = PyramidPatch((1, 16, 16), 3, geometry.SLICES)
+    patch = PyramidPatch((1, 16, 16), 3, geometry.SLICE_BY_SLICE)
     assert patch.scales == ((1, 4, 4), (1, 2, 2), (1, 1, 1))
     assert patch.thickness == (math.inf, 1, 1)
     assert all(margin[0] == 0 for margin in crop_margins(patch, (1, 1, 1), SpatialRanges()))

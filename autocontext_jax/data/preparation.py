@@ -165,7 +165,7 @@ def _digest(case: Case, grids: LevelGrids, labels: LabelSpec, image: ImageSpec) 
     numbers = [[float(number) for number in row or ()] for row in (grids.factors, grids.finest_spacing)]
     files = dataclasses.astuple(case.files or labels.files)
     made_from = [FORMAT, labels.classes, labels.members, files, case.annotated, numbers, grids.spatial_dims]
-    made_from.append(grids.patch((1, 1, 1)).scales)
+    made_from.append(grids.scales)
     made_from.append(image.stored_as)
     digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16)
     digest.update((case.checksum or content_checksum(case)).encode())

@@ -1,6 +1,7 @@
 """What the labelled cases of a data set are: how large and how finely sampled, and how large and thick their classes.
 
-A planner chooses spacing, levels and patches from it. It reads label maps, so that it is made only where one asks.
+For a planner, which chooses spacing, levels and patches from it. It reads label maps, which takes a while, so that no
+other job makes it.
 """
 
 import concurrent.futures

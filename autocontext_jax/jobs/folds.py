@@ -153,7 +153,7 @@ def _checked_folds(config: RunConfig, data: RunData, workdir: Path) -> tuple[Fol
     """The folds that the folder was begun with.
 
     Raises:
-      UserError: the configuration asks for others, or their file was changed.
+      UserError: the configuration names other folds, or the file of the folds was changed.
     """
     path, names = workdir / FILE, [case.name for case in data.dataset.training]
     folds = read_folds(names, path)

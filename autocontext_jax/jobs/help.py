@@ -1,6 +1,8 @@
 """What --help and --help-keys print."""
 
 import dataclasses
+import itertools
+import re
 import signal
 import textwrap
 import typing
@@ -58,6 +60,34 @@ def show(argv: Sequence[str], flags: dict[str, str]) -> None:
 def key_list() -> str:
     """The text of --help-keys: each key of a configuration with its type, its default and its meaning."""
     return "\n".join(_lines(RunConfig, RunConfig(), "")) + "\n"
+
+
+# What ml_collections says where a config file sets a key to a value of another type than the default's.
+OTHER_TYPE = re.compile(
+    r"field '(?P<name>\w+)'.*?\)\. (?P<value>.*) is of original type .* to type <class '(?P<type>\w+)'>"
+)
+
+
+def of_another_type(message: str) -> str:
+    """One line for a value of another type in a config file, with what the key means.
+
+    Args:
+      message: of the error that ml_collections raised.
+
+    Returns:
+      "" if it is about something else.
+    """
+    match = OTHER_TYPE.search(message)
+    if match is None:
+        return ""
+    lines = key_list().splitlines()
+    key = re.compile(rf"(?P<key>(\w+\.)*{match['name']}): (?P<type>{match['type']}\b.*?) = .*")
+    for number, line in enumerate(lines):
+        if found := key.fullmatch(line):
+            meaning = itertools.takewhile(lambda text: text.startswith("    "), lines[number + 1 :])
+            explained_as = " ".join(text.strip() for text in meaning)
+            return f"config key {found['key']} is {match['value']}; expected {found['type']}: {explained_as}"
+    return ""
 
 
 def _lines(kind: type, defaults: typing.Any, prefix: str) -> list[str]:

@@ -275,8 +275,8 @@ class RunConfig:
         """
         pyramid = PyramidConfig(levels=len(grids.factors), spacing=grids.relative_spacing)
         units = divisor(self.model.alone(), pyramid)
-        halved = grids.patch((1, 1, 1)).scales[0]
-        expected = tuple(max(unit, 4 if times > 1 else 1) for unit, times in zip(units, halved, strict=True))
+        # Along an axis that levels halve, the finer patch starts a quarter of its size into the coarser one.
+        expected = tuple(max(unit, 4 if by > 1 else 1) for unit, by in zip(units, grids.scales[0], strict=True))
         sizes, space = self.patch_shape, self.mesh.space
         if grids.spatial_dims == 2 and sizes[0] != 1:
             raise UserError(

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from autocontext_jax import processes
+from autocontext_jax.data.augmentation_ranges import AugmentationConfig
 from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.loader import Loader
 from autocontext_jax.data.store.reader import PreparedCase
-from autocontext_jax.errors import UserError
+from autocontext_jax.errors import UserError, some
 from autocontext_jax.evaluation import pictures
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
@@ -26,6 +27,7 @@ from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData
 from autocontext_jax.jobs.signals import StopSignal
+from autocontext_jax.planning.laterality import find_laterality
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.logging import MetricsLog, StepLog
 from autocontext_jax.training.optimizers import learning_rate, make_optimizer
@@ -77,6 +79,7 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
     if done >= len(phases) * config.train.steps:
         log.info("trained already: step %d of %d", done, len(phases) * config.train.steps)
         return True
+    warn_of_sides(config.augmentation, data.classes[1:])
     mesh = training_mesh(config)
 
     # ---- phases: each begins with what the one before saved last
@@ -86,6 +89,25 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
             for number, phase in enumerate(phases)
             if (checkpoints.latest or 0) < (number + 1) * config.train.steps
         )
+
+
+def warn_of_sides(augmentation: AugmentationConfig, classes: Sequence[str]) -> None:
+    """Warns where left and right are exchanged in patches, but not the names of classes that have a side.
+
+    Args:
+      augmentation: of the run.
+      classes: names, without the background.
+    """
+    if "x" not in augmentation.flip:
+        return
+    exchanged = {name for pair in augmentation.flip_pairs for name in pair.split("=")}
+    sides = find_laterality(classes)
+    named = [name for pair in sides.pairs for name in pair.split("=")] + list(sides.unpaired)
+    if forgotten := [name for name in named if name not in exchanged]:
+        log.warning(
+            "augmentation.flip exchanges left and right, and by their names these classes have a side that does not "
+            "change with it: %s: pair them in augmentation.flip_pairs, or leave x out", some(forgotten),
+        )  # fmt: skip
 
 
 def _train_phase(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from autocontext_jax.errors import require
-from autocontext_jax.geometry import CUBES, Spacing, Triple, halvings, product, times
+from autocontext_jax.geometry import CUBES, Spacing, Triple, level_scales, level_steps, times
 from autocontext_jax.images.spec import CT, ImageSpec
 from autocontext_jax.models.activations import ACTIVATIONS, activate
 from autocontext_jax.models.blocks import NetworkConfig
@@ -52,12 +52,13 @@ class PyramidConfig:
 
     @property
     def steps(self) -> tuple[Triple, ...]:
-        """For each level, coarsest first, its voxels for one of the level before along each axis; 1 at the coarsest."""
-        return (1, 1, 1), *reversed(halvings(self.spacing, self.levels - 1))
+        """See `geometry.level_steps`."""
+        return level_steps(self.spacing, self.levels)
 
-    def level_spacing(self, level: int) -> Spacing:
-        """Of a level along (z, y, x), in the unit of `spacing`."""
-        return times(self.spacing, product(self.steps[level:]))
+    @property
+    def spacings(self) -> tuple[Spacing, ...]:
+        """Of each level along (z, y, x), coarsest first, in the unit of `spacing`."""
+        return tuple(times(self.spacing, scale) for scale in level_scales(self.spacing, self.levels))
 
 
 class Pyramid(nnx.Module):
@@ -79,8 +80,8 @@ class Pyramid(nnx.Module):
         context_channels = 0 if config.context == "none" else config.classes
         self.networks = nnx.List(
             [
-                network(channels + (context_channels if level > 1 else 0), config.level_spacing(level), rngs)
-                for level in range(1, config.levels + 1)
+                network(channels + (context_channels if number else 0), spacing, rngs)
+                for number, spacing in enumerate(config.spacings)
             ]
         )
         for stream in _random_streams(self):
@@ -164,8 +165,7 @@ def make_pyramid(network: Any, config: Any, pyramid: PyramidConfig, *, seed: int
 
 def divisor(network: NetworkConfig, pyramid: PyramidConfig) -> Triple:
     """What the size of a patch or tile along each axis must be a multiple of, so that every network can pool it."""
-    spacings = [pyramid.level_spacing(level) for level in range(1, pyramid.levels + 1)]
-    every = [dataclasses.replace(network, spacing=spacing).divisor for spacing in spacings]
+    every = [dataclasses.replace(network, spacing=spacing).divisor for spacing in pyramid.spacings]
     z, y, x = (max(along) for along in zip(*every, strict=True))  # powers of two
     return z, y, x
 

@@ -42,8 +42,8 @@ def _max_and_corner(x: jax.Array, step: Triple) -> tuple[jax.Array, jax.Array]:
 
 def _corner(x: jax.Array, number: int, step: Triple) -> jax.Array:
     """The voxels that have this number in their blocks."""
-    z, y, x_ = np.unravel_index(number, step)
-    return x[:, z :: step[0], y :: step[1], x_ :: step[2]]
+    starts = np.unravel_index(number, step)
+    return x[:, *(slice(start, None, by) for start, by in zip(starts, step, strict=True))]
 
 
 def _max_pool_backward(step, chosen, gradient):

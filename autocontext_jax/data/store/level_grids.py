@@ -6,8 +6,16 @@ import math
 from collections.abc import Sequence
 
 from autocontext_jax.errors import require
-from autocontext_jax.geometry import CUBES, PyramidPatch, Spacing, halved_axes, times
-from autocontext_jax.geometry import SLICES as SEEN_AS_SLICES
+from autocontext_jax.geometry import (
+    CUBES,
+    SLICE_BY_SLICE,
+    PyramidPatch,
+    Spacing,
+    Triple,
+    halved_axes,
+    level_scales,
+    times,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +80,14 @@ class LevelGrids:
         """The finest level's spacing as networks and patches depend on it, see `geometry`."""
         assert self.known, "grids in mm need `with_spacing`"
         if self.unit == "voxels" or not self.anisotropic:
-            return CUBES if self.spatial_dims == 3 else SEEN_AS_SLICES
+            return CUBES if self.spatial_dims == 3 else SLICE_BY_SLICE
         z, y, x = self.finest_spacing
         return (z if self.spatial_dims == 3 else math.inf), y, x
+
+    @property
+    def scales(self) -> tuple[Triple, ...]:
+        """For each level, coarsest first, the voxels of the finest level for one of it along (z, y, x)."""
+        return level_scales(self.relative_spacing, len(self.factors))
 
     def only(self, levels: Sequence[int]) -> "LevelGrids":
         """The grids of some consecutive levels, from 1 = coarsest, of these."""
@@ -82,10 +95,10 @@ class LevelGrids:
         if not self.finest_spacing:
             return dataclasses.replace(self, factors=factors)
         z, y, x = self.finest_spacing
-        scale = self.patch((1, 1, 1)).scales[levels[-1] - 1]
-        return dataclasses.replace(self, factors=factors, finest_spacing=times((z, y, x), scale))
+        finest = times((z, y, x), self.scales[levels[-1] - 1])
+        return dataclasses.replace(self, factors=factors, finest_spacing=finest)
 
-    def patch(self, shape: tuple[int, int, int]) -> PyramidPatch:
+    def patch(self, shape: Triple) -> PyramidPatch:
         """The pyramid patch of these grids with so many voxels."""
         return PyramidPatch(shape, len(self.factors), self.relative_spacing)
 
@@ -100,4 +113,4 @@ class LevelGrids:
             finest = (z, y, x)
         if self.spatial_dims == 2:
             finest = (1.0, *finest[1:])
-        return tuple(times(finest, scale) for scale in self.patch((1, 1, 1)).scales)
+        return tuple(times(finest, scale) for scale in self.scales)

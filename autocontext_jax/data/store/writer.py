@@ -41,7 +41,7 @@ def write_case(
     labels: LabelSpec,
     *,
     image: ImageSpec = CT,
-    origin: Spacing = (0.0, 0.0, 0.0),
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0),
     direction: Sequence[float] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
     known: Sequence[bool] = (),
     digest: str = "",
