@@ -145,8 +145,14 @@ def trained_pyramid(spacing: geometry.Spacing, levels: int = 2, depth: int = 2) 
     return inference_model(graph, params, statistics)
 
 
-@pytest.mark.parametrize("spacing", [THICK, (1.0, 4.0, 1.0)])
-def test_tiles_and_boxes_predict_what_one_tile_does(spacing):
+@pytest.mark.parametrize(
+    ("spacing", "divided"),
+    [
+        (THICK, [PredictorConfig(tile=64, margin=24), PredictorConfig(margin=24, memory=0.001)]),
+        ((1.0, 4.0, 1.0), [PredictorConfig(margin=24, memory=0.001)]),
+    ],
+)
+def test_tiles_and_boxes_predict_what_one_tile_does(spacing, divided):
     """Beyond the field of view of the networks nothing depends on how a scan is divided."""
     model = trained_pyramid(spacing)
     pyramid, network = model.config, NetworkConfig(base_channels=2, depth=2)
@@ -154,11 +160,7 @@ def test_tiles_and_boxes_predict_what_one_tile_does(spacing):
     factors = PyramidPatch((1, 1, 1), 2, spacing).scales
     scan = np.random.default_rng(1).normal(0, 300, (14, 70, 60)).astype(np.int16)
     found = []
-    for config in (
-        PredictorConfig(margin=24),
-        PredictorConfig(tile=64, margin=24),
-        PredictorConfig(margin=24, memory=0.001),
-    ):
+    for config in (PredictorConfig(margin=24), *divided):
         predictor = Predictor(model, config, align=align, blend=lambda size: unseen_border(size, 12))
         found.append(predictor.mask_and_maps(scan[None], factors)[1])
         tiles, _ = predictor.tiles.plan(scan.shape, factors, scan)
