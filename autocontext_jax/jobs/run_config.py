@@ -207,6 +207,29 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What is chosen for the data set and the device, see `jobs/plan.py`.
+
+    Attributes:
+      automatic: whether a plan chooses every key that was left at its default.
+      minutes: of wall clock that the whole job may take, from reading the data set to the evaluation; 0 leaves
+        `train.steps` as it is, and plans a step for a day. Of several folds, all together.
+      memory: GiB of a device that a training step may take; 0 is what it has free, of a CPU half of that.
+      keep: further keys that stay as they are, such as ("levels.factors",), though they have their default value. Those
+        of the command line are among them.
+    """
+
+    automatic: bool = False
+    minutes: float = 0.0
+    memory: float = 0.0
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("minutes", "memory"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that a run is configured by.
 
@@ -218,6 +241,7 @@ class RunConfig:
 
     seed: int = 0
     experiment: tuple[str, ...] = ()
+    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     phantom: PhantomConfig = dataclasses.field(default_factory=PhantomConfig)
     levels: LevelGrids = dataclasses.field(default_factory=lambda: LevelGrids(unit="mm"))
@@ -239,6 +263,13 @@ class RunConfig:
         one_split = not self.data.folds and (self.data.fold >= 0 or not self.data.splits)
         expected = "() with folds; to compare modes on one fold name a file and the fold, data.splits and data.fold"
         require(not self.experiment or one_split, self, "experiment", expected)
+        good = self.plan.automatic or not (self.plan.minutes or self.plan.memory)
+        require(good, self, "plan", "plan.automatic with plan.minutes or plan.memory, as configs/auto.py has it")
+        if self.experiment and self.plan.minutes:
+            raise UserError(
+                f"config key plan.minutes is {self.plan.minutes:g}; expected 0 with an experiment, whose modes take "
+                "times of their own: set train.steps"
+            )
         self._check_sizes()
         if self.predict.flip and not self.augmentation.flip:
             raise UserError(
