@@ -17,8 +17,9 @@ from autocontext_jax.jobs import config_files, run
 from autocontext_jax.jobs.evaluate import evaluation_folder
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.plan import apply_plan, read_plan
-from autocontext_jax.jobs.run_config import PlanConfig, config_from_dict
+from autocontext_jax.jobs.run_config import config_from_dict
 from autocontext_jax.jobs.saved_config import get_config
+from autocontext_jax.planning.plan import PlanConfig
 
 Named = Mapping[str, Any]
 

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from refusals import refused
 import autocontext_jax as ac
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.jobs import plan as job
+from autocontext_jax.jobs import timing
 from autocontext_jax.jobs.config_files import (
     config_from_flat,
     default_config,
@@ -105,6 +107,32 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     assert read_plan(workdir) == plan
     used = config_from_flat(from_config_dict(default_config()), {"plan.automatic": True})
     assert for_inference(used, config, workdir) == config
+
+
+def test_a_signal_while_the_training_is_timed_ends_the_job(phantoms, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(timing, "train", lambda *arguments: False)
+    monkeypatch.setattr("autocontext_jax.jobs.train.train", None)  # is not reached
+    assert run("all", automatic(phantoms, plan__minutes=5.0, data__workers=1), Paths(tmp_path))
+    assert not read_plan(tmp_path).timed
+    assert not (tmp_path / timing.FOLDER).exists()
+
+
+@pytest.mark.parametrize(("scoring", "runs"), [(0.0, 1), (100.0, 1), (50.0, 2)])
+def test_the_steps_are_those_that_the_rest_of_the_time_allows(phantoms, tmp_path, quick, monkeypatch, scoring, runs):
+    config = automatic(phantoms, plan__minutes=10.0)
+    data = open_data(config, tmp_path)
+    config = make_plan(config, tmp_path, data, NO_EXTENSIONS, runs=runs)
+    monkeypatch.setattr(timing, "_time_training", lambda *arguments: (0.25, 20.0))
+    monkeypatch.setattr(timing, "_time_evaluation", lambda *arguments: scoring)
+    started = time.monotonic() - 60  # planning and preparing took a minute
+    fitted = timing.fit_minutes(
+        config, tmp_path, data, NO_EXTENSIONS, started=started, runs=runs, evaluates="run" if scoring else ""
+    )
+    expected = (0.97 * (540 / runs - scoring) - 20) / 0.25
+    assert fitted.train.steps == pytest.approx(expected, abs=4)
+    assert fitted.train.checkpoint_every == -(-fitted.train.steps // 10)
+    again = timing.fit_minutes(fitted, tmp_path, data, NO_EXTENSIONS, started=started - 100, runs=runs)
+    assert again == fitted  # timed once
 
 
 def test_the_config_file_of_a_plan_is_the_planned_configuration(phantoms, tmp_path, quick):

@@ -14,7 +14,8 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.files import read_json, write_json
 from autocontext_jax.geometry import halved_axes
 from autocontext_jax.inference.tiling import PredictorConfig
-from autocontext_jax.jobs.run_config import PlanConfig, RunConfig, config_from_dict
+from autocontext_jax.jobs.run_config import RunConfig, config_from_dict
+from autocontext_jax.planning.plan import PlanConfig
 from autocontext_jax.sections import as_dict, flat_keys
 
 FORMAT = 3  # of config.json

@@ -101,10 +101,13 @@ def cross_validate(mode: str, config: RunConfig, workdir: Path, extensions: Exte
             first = _run(config, workdir, data, folds, chosen[0])
             processes.first_does(lambda: _make_folder(first.folder))
             first = _begin(first)
-            config = fit_minutes(
+            fitted = fit_minutes(
                 config, workdir, first.data, extensions, started=started, runs=len(chosen),
                 evaluates="validation" if mode == "all" else "",
             )  # fmt: skip
+            if fitted is None:
+                return True  # ended by a signal
+            config = fitted
         processes.first_does(lambda: write_config(config, workdir))
     good = True
     for number in chosen:

@@ -194,7 +194,10 @@ def _make(mode: str, config: RunConfig, workdir: Path, extensions: Extensions, s
         from autocontext_jax.jobs.timing import fit_minutes
 
         evaluates = "run" if mode == "all" else ""
-        config = fit_minutes(config, workdir, data, extensions, started=started, evaluates=evaluates)
+        fitted = fit_minutes(config, workdir, data, extensions, started=started, evaluates=evaluates)
+        if fitted is None:
+            return True  # ended by a signal
+        config = fitted
     from autocontext_jax.jobs.train import train
 
     if not train(config, workdir, data, extensions) or mode == "train":

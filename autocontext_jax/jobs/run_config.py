@@ -15,6 +15,7 @@ from autocontext_jax.images.spec import NORMALIZATIONS
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig, divisor
+from autocontext_jax.planning.plan import PlanConfig
 from autocontext_jax.sections import from_dict
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import OptimizerConfig
@@ -204,29 +205,6 @@ class ExportConfig:
 
     def __post_init__(self):
         require(all("=" in code for code in self.codes), self, "codes", "texts of the form CLASS=SCHEME:VALUE:MEANING")
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanConfig:
-    """What is chosen for the data set and the device, see `jobs/plan.py`.
-
-    Attributes:
-      automatic: whether a plan chooses every key that was left at its default.
-      minutes: of wall clock that the whole job may take, from reading the data set to the evaluation; 0 leaves
-        `train.steps` as it is, and plans a step for a day. Of several folds, all together.
-      memory: GiB of a device that a training step may take; 0 is what it has free, of a CPU half of that.
-      keep: further keys that stay as they are, such as ("levels.factors",), though they have their default value. Those
-        of the command line are among them.
-    """
-
-    automatic: bool = False
-    minutes: float = 0.0
-    memory: float = 0.0
-    keep: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        for name in ("minutes", "memory"):
-            require(getattr(self, name) >= 0, self, name, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def fit_minutes(
     started: float,
     runs: int = 1,
     evaluates: str = "",
-) -> RunConfig:
+) -> RunConfig | None:
     """The planned configuration with so many training steps that the job ends in time.
 
     A few steps are trained, checkpoint and validation with them, and two scans are predicted and scored, in a folder of
@@ -55,16 +55,22 @@ def fit_minutes(
       started: when the job did, of `time.monotonic`.
       runs: that share the minutes.
       evaluates: what follows the training: "run" or "validation", see `evaluate`; "" nothing.
+
+    Returns:
+      None if a signal ended it.
     """
+    folder = workdir / FOLDER
+    processes.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a start that was killed
     plan = read_plan(workdir)
     if not config.plan.minutes or plan is None or plan.timed or has_begun(workdir) or "train.steps" in plan.given:
         return config
-    folder = workdir / FOLDER
     log.info("timing the training and the evaluation")
-    processes.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))
     try:
         timed = time.monotonic()
-        step, beside = _time_training(config, folder, data, extensions)
+        trained = _time_training(config, folder, data, extensions)
+        if trained is None:
+            return None
+        step, beside = trained
         scoring = _time_evaluation(config, folder, data, extensions, evaluates) if evaluates else 0.0
         spent = time.monotonic() - timed
     finally:
@@ -88,8 +94,13 @@ def fit_minutes(
     return config_from_flat(config, {key: choice.value for key, choice in chosen.made.items()})
 
 
-def _time_training(config: RunConfig, folder: Path, data: RunData, extensions: Extensions) -> tuple[float, float]:
-    """Seconds of a step, and seconds of a run beside its steps: start, compilation, validations and checkpoints."""
+def _time_training(
+    config: RunConfig, folder: Path, data: RunData, extensions: Extensions
+) -> tuple[float, float] | None:
+    """Seconds of a step, and seconds of a run beside its steps: start, compilation, validations and checkpoints.
+
+    None if a signal ended it.
+    """
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +112,8 @@ def _time_training(config: RunConfig, folder: Path, data: RunData, extensions: E
     changes = {"train.steps": steps, "train.checkpoint_every": steps, "train.log_every": steps // ROWS}
     short = config_from_flat(config, {**changes, "optimizer.warmup": 1, "train.keep": 1})
     started = time.monotonic()
-    train(short, folder, data, extensions)
+    if not train(short, folder, data, extensions):
+        return None
     whole = time.monotonic() - started
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()][:ROWS]
     rates = np.array([row["patches_per_second"] for row in rows])

@@ -5,7 +5,32 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from autocontext_jax.errors import require
+
 FORMAT = 1  # of plan.json
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What is chosen for the data set and the device, see `jobs/plan.py`.
+
+    Attributes:
+      automatic: whether a plan chooses every key that was left at its default.
+      minutes: of wall clock that the whole job may take, from reading the data set to the evaluation; 0 leaves
+        `train.steps` as it is, and plans a step for a day. Of several folds, all together.
+      memory: GiB of a device that a training step may take; 0 is what it has free, of a CPU half of that.
+      keep: further keys that stay as they are, such as ("levels.factors",), though they have their default value. Those
+        of the command line are among them.
+    """
+
+    automatic: bool = False
+    minutes: float = 0.0
+    memory: float = 0.0
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("minutes", "memory"):
+            require(getattr(self, name) >= 0, self, name, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
