@@ -40,7 +40,7 @@ def test_a_loaded_model_has_these_weights_and_values(file):
 
 
 def test_options_are_checked(file):
-    assert ac.load(file, networks=NETWORKS, tile=12).description.tiling.tile == 12
+    assert ac.load(file, networks=NETWORKS, tile=12).description.tiling.tile == (12,)
     with pytest.raises(UserError, match=r"option tyle is unknown; expected one of .*tile"):
         ac.load(file, networks=NETWORKS, tyle=12)
     with pytest.raises(UserError, match=r"margin is -1; expected a number from 0"):
@@ -123,7 +123,11 @@ def test_arrays_of_every_kind_of_number(file, kind):
 
 def test_options_may_be_numbers_of_numpy(file):
     model = ac.load(file, networks=NETWORKS, tile=np.int64(12), margin=np.float32(4), flip=np.bool_(False))
-    assert (model.description.tiling.tile, model.description.tiling.margin) == (12, 4)
+    assert (model.description.tiling.tile, model.description.tiling.margin) == ((12,), 4)
+    sizes = ac.load(file, networks=NETWORKS, tile=np.array([4, 8, 12]))
+    assert sizes.description.tiling.tile == (4, 8, 12)
+    with pytest.raises(UserError, match=r"predict\.tile is \(4, 8, 10\); expected multiples of \(4, 4, 4\)"):
+        ac.load(file, networks=NETWORKS, tile=[4, 8, 10])
     with pytest.raises(UserError, match="option checkpoint is given with a model file"):
         ac.load(file, networks=NETWORKS, checkpoint="best")
 

@@ -105,6 +105,7 @@ def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> 
 def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
     network, learned = extensions.network(config), read_fingerprint(config, workdir)
     grids = config.levels.with_spacing(learned.spacing)
+    config.check_tile(grids)
     pyramid = nnx.eval_shape(lambda: make_model(config, grids, split.labels, learned.image, network))
     graph, *like = nnx.split(pyramid, nnx.Param, ...)
     # Restored to every device, whatever mesh it was trained on; each process then works on its own first one.

@@ -1,6 +1,7 @@
 """The auto-context pyramid: one network per level, which sees the coarser level's maps (Roth et al., section 2.2)."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.errors import require
-from autocontext_jax.geometry import CUBES, Spacing, Triple, level_scales, level_steps, times
+from autocontext_jax.errors import UserError, require
+from autocontext_jax.geometry import CUBES, Spacing, Triple, along_axes, level_scales, level_steps, product, times
 from autocontext_jax.images.spec import CT, ImageSpec
 from autocontext_jax.models.activations import ACTIVATIONS, activate
 from autocontext_jax.models.blocks import NetworkConfig
@@ -168,6 +169,36 @@ def divisor(network: NetworkConfig, pyramid: PyramidConfig) -> Triple:
     every = [dataclasses.replace(network, spacing=spacing).divisor for spacing in pyramid.spacings]
     z, y, x = (max(along) for along in zip(*every, strict=True))  # powers of two
     return z, y, x
+
+
+def check_size(name: str, size: tuple[int, ...], network: NetworkConfig, pyramid: PyramidConfig) -> None:
+    """A patch or tile must halve as often as levels and networks halve it along each axis.
+
+    Args:
+      name: what a message calls the size, such as "config key predict.tile".
+      size: voxels (z, y, x), or one number, see `geometry.along_axes`.
+      network: of every level.
+      pyramid: how the levels are connected, with the spacing of the finest.
+
+    Raises:
+      UserError: it does not halve so often; in 2D also if z is not 1.
+    """
+    flat = math.isinf(pyramid.spacing[0])
+    shape = along_axes(size, 2 if flat else 3)
+    if flat and shape[0] != 1:
+        raise UserError(
+            f"{name} is {shape}; expected 1 along z, since levels.spatial_dims is 2: choose {(1, *shape[1:])}"
+        )
+    # Along an axis that levels halve, the finer patch starts a quarter of its size into the coarser one.
+    units = divisor(network, pyramid)
+    halved = product(pyramid.steps)
+    expected = tuple(max(unit, 4 if by > 1 else 1) for unit, by in zip(units, halved, strict=True))
+    if any(along % unit for along, unit in zip(shape, expected, strict=True)):
+        nearest = tuple(unit * max(1, along // unit) for along, unit in zip(shape, expected, strict=True))
+        raise UserError(
+            f"{name} is {shape}; expected multiples of {expected} along (z, y, x), since model.depth is "
+            f"{network.depth}: choose {nearest}"
+        )
 
 
 def _random_streams(model: nnx.Module) -> list[Any]:
