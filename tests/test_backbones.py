@@ -1,5 +1,7 @@
 """The U-Net's published size, and what holds for every backbone."""
 
+import itertools
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from flax import nnx
 from random_models import with_random_weights
 
-from autocontext_jax.models.blocks import NetworkConfig
+from autocontext_jax.models.blocks import NORMS, NetworkConfig
 from autocontext_jax.models.fcn import FCN
 from autocontext_jax.models.residual_unet import ResidualUNet
 from autocontext_jax.models.unet import UNet
@@ -46,6 +48,9 @@ def test_parameters_with_batch_norm(width, depth, inputs, classes):
     model = abstract(UNet, inputs, classes, NetworkConfig(base_channels=width, depth=depth))
     assert count(model) == kernels + 2 * normalised + ends[0] * classes + classes
     assert count(model, nnx.BatchStat) == 2 * normalised
+    for norm in ("instance", "group"):
+        own = abstract(UNet, inputs, classes, NetworkConfig(base_channels=width, depth=depth, norm=norm))
+        assert jax.tree.map(jnp.shape, nnx.state(own)) == jax.tree.map(jnp.shape, nnx.state(model, nnx.Param))
 
 
 def test_parameters_of_the_other_backbones():
@@ -72,8 +77,10 @@ def test_parameters_of_the_other_backbones():
     assert count(abstract(FCN, 1, 8, NetworkConfig())) == plain + 64 * 8 + 8
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize(
+    ("backbone", "norm"),
+    [*itertools.product(BACKBONES, ["batch", "none"]), (ResidualUNet, "instance"), (FCN, "group")],
+)
 def test_every_parameter_of_a_backbone_learns(backbone, norm):
     model = with_random_weights(
         lambda: backbone(2, 3, NetworkConfig(base_channels=2, depth=3, norm=norm), rngs=nnx.Rngs(0)), seed=0
@@ -85,7 +92,7 @@ def test_every_parameter_of_a_backbone_learns(backbone, norm):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(1, 64, 64, 64), (3, 16, 40, 24)])
 def test_output_has_the_inputs_size(backbone, norm, shape):
     graph, state = nnx.split(abstract(backbone, 2, 5, NetworkConfig(norm=norm, dtype="bfloat16")))
@@ -97,6 +104,9 @@ def test_output_has_the_inputs_size(backbone, norm, shape):
 
 def test_divisor():
     assert [NetworkConfig(depth=depth).divisor for depth in (1, 2, 4)] == [1, 2, 8]
+    assert {norm: NetworkConfig(depth=4, norm=norm).smallest for norm in NORMS} == {
+        "batch": 8, "instance": 16, "group": 8, "none": 8,
+    }  # fmt: skip
 
 
 def test_bfloat16_logits_are_float32_and_near():

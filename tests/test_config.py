@@ -168,7 +168,7 @@ BAD = [
     ("train.frozen_batch_stats", 2.0),
     ("augmentation.probability", 1.1),
     ("pyramid.context", "hard"),
-    ("model.norm", "group"),
+    ("model.norm", "layer"),
     ("model.dtype", "float16"),
     ("optimizer.schedule", "step"),
     ("predict.checkpoint", "newest"),
@@ -224,6 +224,26 @@ def test_the_size_that_a_refusal_proposes_is_good():
         with pytest.raises(UserError) as refusal:
             changed(loader__patch_size=size)
         changed(loader__patch_size=int(str(refusal.value).rsplit(" ", 1)[1]))
+
+
+@pytest.mark.parametrize("key", ["loader.patch_size", "predict.tile"])
+def test_instance_norm_needs_more_than_one_voxel(key):
+    """At the lowest of four resolutions a patch of 8 voxels is a single one, which is its own mean."""
+    sizes = {"loader__patch_size": 32, "predict__tile": 0}
+    for norm in ("batch", "group"):
+        changed(**sizes | {key.replace(".", "__"): 8}, model__norm=norm)
+    changed(**sizes | {key.replace(".", "__"): 16}, model__norm="instance")
+    with pytest.raises(UserError, match=rf"config key {key} is 8; expected at least 16, since model\.norm is instance"):
+        changed(**sizes | {key.replace(".", "__"): 8}, model__norm="instance")
+
+
+@pytest.mark.parametrize(
+    ("norm", "tile", "expected"),
+    [("instance", 0, 48), ("group", 0, 48), ("batch", 0, 0), ("none", 0, 0), ("instance", 96, 96), ("batch", 96, 96)],
+)
+def test_the_tile_is_the_training_patch_where_results_depend_on_it(norm, tile, expected):
+    config = changed(model__norm=norm, loader__patch_size=48, predict__tile=tile, predict__margin=5)
+    assert config.tiling() == dataclasses.replace(config.predict, tile=expected)
 
 
 # ---- run folders ----

@@ -230,6 +230,8 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     if unknown := [name for name in options if name not in (*allowed, "flip")]:
         raise UserError(f"option {unknown[0]} is unknown; expected one of {', '.join([*allowed, 'flip'])}")
     values = own | {name: value for name, value in options.items() if name != "flip"}
+    if description.network.normalizes_by_sample and values["tile"] == 0:
+        values["tile"] = tiling.tile
     try:
         config = PredictorConfig(**values)
     except InvalidField as error:
@@ -237,6 +239,8 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     unit = max(4, description.network.divisor)
     if config.tile % unit:
         raise UserError(f"option tile is {config.tile}; expected a multiple of {unit}")
+    if 0 < config.tile < (smallest := description.network.smallest):
+        raise UserError(f"option tile is {config.tile}; expected at least {smallest}, with instance normalisation")
     flip = bool(options.get("flip", tiling.flip))
     if flip and not tiling.flip_classes:
         raise UserError("option flip is True; expected False: the network has not learned from exchanged sides")

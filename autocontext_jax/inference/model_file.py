@@ -77,7 +77,7 @@ class Tiling:
     """How scans are divided into tiles unless the caller says otherwise, see `tiling.PredictorConfig`.
 
     Attributes:
-      tile: edge length of cubes in voxels; 0 chooses boxes.
+      tile: edge length of cubes in voxels; 0 chooses boxes. Of a network that normalises by each sample it is not 0.
       margin: voxels by which a tile reaches beyond the middle between it and the next.
       crop_to_body: whether only the box around the body is predicted.
       flip: whether every tile is also predicted with left and right exchanged.
@@ -141,6 +141,8 @@ class Description:
         flipped = self.tiling.flip_classes
         require(not flipped or sorted(flipped) == list(range(len(self.classes))), self, "tiling",
                 "a permutation of the classes as flip_classes, or none")  # fmt: skip
+        require(self.tiling.tile > 0 or not self.network.normalizes_by_sample, self, "tiling",
+                f"a tile with the norm {self.network.norm}, on whose size results depend")  # fmt: skip
 
     @property
     def regions(self) -> bool:

@@ -27,8 +27,9 @@ class PredictorConfig:
     """How scans are divided into tiles.
 
     Attributes:
-      tile: edge length in voxels of tiles that are cubes; 0 chooses boxes for each level of each scan, see `boxes`. It
-        can differ from the training patch. In 2D a tile is a stack of 4 squares.
+      tile: edge length in voxels of tiles that are cubes; 0 chooses boxes for each level of each scan, see `boxes`, but
+        with `model.norm` instance or group cubes as large as the training patch: there results depend on it. In 2D a
+        tile is a stack of 4 squares.
       margin: voxels by which a tile reaches beyond the middle between it and the next; of cubes at most a quarter.
       memory: GB that the boxes of a level may take on the device; 0 means a part of what is free.
       crop_to_body: whether only the box around the body is predicted, see `body`. Outside it is background.

@@ -53,7 +53,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
     levels = dataclasses.replace(
         levels, factors=factors, finest_spacing=tuple(mm * ratio for mm in levels.finest_spacing)
     )
-    network = dataclasses.asdict(config.model.alone())
+    network, tiling = dataclasses.asdict(config.model.alone()), config.tiling()
     return Description(
         name=workdir.resolve().name,
         license=config.export.license,
@@ -64,10 +64,10 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
         levels=levels,
         trained_spacing=(learned.smallest, learned.largest),
         tiling=Tiling(
-            config.predict.tile,
-            config.predict.margin,
-            config.predict.crop_to_body,
-            config.predict.flip,
+            tiling.tile,
+            tiling.margin,
+            tiling.crop_to_body,
+            tiling.flip,
             config.augmentation.flip_classes(labels),
         ),
         training=_training(config, split, step),

@@ -9,9 +9,11 @@ from flax import nnx
 from autocontext_jax.errors import require
 from autocontext_jax.models.convolution import Convolution, Deconvolution
 from autocontext_jax.models.fixed_normalization import convolution_relu, deconvolution_relu
-from autocontext_jax.models.normalization import BatchNormReLU
+from autocontext_jax.models.normalization import BatchNormReLU, GroupNormReLU, group_size
 from autocontext_jax.models.resizing import depth_to_space
 from autocontext_jax.sections import DERIVED
+
+NORMS = ("batch", "instance", "group", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,11 @@ class NetworkConfig:
     Attributes:
       base_channels: of the first convolution; 32 in the paper.
       depth: number of resolutions inside the network; 4 in the paper. A patch edge must be a multiple of 2^(depth - 1).
-      norm: `batch` or `none`; without normalisation the 3^3 convolutions have a bias.
-      momentum: of the running averages that inference uses.
+      norm: the normalisation after each 3^3 convolution and deconvolution. `batch`: by statistics of the batch, at
+        inference by running averages of them. `instance`: each sample's channels by their own mean and variance;
+        `group`: each sample's groups of channels by theirs, of 8 channels or of the largest number below that divides
+        them. Both are the same at inference. In 2D each slice is a sample. `none`: the 3^3 convolutions have a bias.
+      momentum: of batch norm's running averages.
       dtype: compute type of activations; parameters, statistics, softmax and loss stay float32. Accelerators multiply
         `float32` in a shorter type unless JAX_DEFAULT_MATMUL_PRECISION is `highest`: TF32 on GPUs, bfloat16 on TPUs.
       spatial_dims: number of spatial dimensions: 3, or 2 with kernels of 3^2 and 2^2 instead of 3^3 and 2^3.
@@ -38,7 +43,7 @@ class NetworkConfig:
     def __post_init__(self):
         require(1 <= self.base_channels <= 4096, self, "base_channels", "a number from 1 to 4096")
         require(1 <= self.depth <= 10, self, "depth", "a number from 1 to 10")
-        require(self.norm in ("batch", "none"), self, "norm", "one of batch, none")
+        require(self.norm in NORMS, self, "norm", f"one of {', '.join(NORMS)}")
         require(0 <= self.momentum < 1, self, "momentum", "a fraction in [0, 1)")
         require(self.dtype in ("float32", "bfloat16"), self, "dtype", "one of float32, bfloat16")
 
@@ -52,22 +57,44 @@ class NetworkConfig:
         return 2 ** (self.depth - 1)
 
     @property
+    def smallest(self) -> int:
+        """The smallest edge of a patch or tile. A single voxel less its own mean is 0, whatever it was."""
+        return self.divisor * (2 if self.norm == "instance" else 1)
+
+    @property
+    def normalizes_by_sample(self) -> bool:
+        """Whether statistics are those of each sample, at inference too: results then depend on a tile's size."""
+        return self.norm in ("instance", "group")
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """Channels of each resolution's result in the analysis path: 64, 128, 256, 512 in the paper."""
         return tuple(self.base_channels * 2 ** (resolution + 1) for resolution in range(self.depth))
+
+
+def make_norm(channels: int, config: NetworkConfig) -> BatchNormReLU | GroupNormReLU | None:
+    """The normalisation of so many channels, with its ReLU; None without one."""
+    if config.norm == "none":
+        return None
+    if config.norm == "batch":
+        return BatchNormReLU(channels, momentum=config.momentum)
+    # In 2D each of the D slices is a sample, as no layer connects them.
+    sample_axes = 1 if config.spatial_dims == 3 else 2
+    group = group_size(channels) if config.norm == "group" else 1
+    return GroupNormReLU(channels, group=group, sample_axes=sample_axes)
 
 
 class ConvolutionBlock(nnx.Module):
     """A 3^3 convolution, normalisation and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, config: NetworkConfig, rngs: nnx.Rngs):
-        batch = config.norm == "batch"
-        self.layer = Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=not batch, rngs=rngs)
-        self.norm = BatchNormReLU(outputs, momentum=config.momentum) if batch else None
+        bias = config.norm == "none"
+        self.layer = Convolution(inputs, outputs, spatial_dims=config.spatial_dims, bias=bias, rngs=rngs)
+        self.norm = make_norm(outputs, config)
 
     def __call__(self, *xs: jax.Array) -> jax.Array:
         """Arrays [B, D, H, W, C], concatenated along their channels -> the layer's result, normalised."""
-        if self.norm is not None and self.norm.use_running_average:
+        if isinstance(self.norm, BatchNormReLU) and self.norm.use_running_average:
             return convolution_relu(xs, self.layer.kernel[...], *self.norm.affine())
         x = self.layer(jnp.concatenate(xs, axis=-1) if len(xs) > 1 else xs[0])
         return jax.nn.relu(x) if self.norm is None else self.norm(x)
@@ -78,11 +105,11 @@ class UpsamplingBlock(nnx.Module):
 
     def __init__(self, channels: int, config: NetworkConfig, rngs: nnx.Rngs):
         self.layer = Deconvolution(channels, channels, spatial_dims=config.spatial_dims, rngs=rngs)
-        self.norm = BatchNormReLU(channels, momentum=config.momentum) if config.norm == "batch" else None
+        self.norm = make_norm(channels, config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, C] -> [B, 2D, 2H, 2W, C], in 2D [B, D, 2H, 2W, C]."""
-        if self.norm is not None and self.norm.use_running_average:
+        if isinstance(self.norm, BatchNormReLU) and self.norm.use_running_average:
             return deconvolution_relu(x, self.layer.kernel[...], *self.norm.affine())
         # Before depth-to-space, which then needs no pass of its own.
         blocks = self.layer(x)
