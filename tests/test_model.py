@@ -132,7 +132,7 @@ def test_the_files_own_tile_is_the_default_where_results_depend_on_it(file):
     assert ac.load(file, networks=NETWORKS, tile=0).description.tiling.tile == 0  # batch norm: boxes
     own = described(file, model__network__norm="instance", model__network__depth=3)
     assert [ac.load(own, networks=NETWORKS, tile=tile).description.tiling.tile for tile in (0, 12)] == [8, 12]
-    with pytest.raises(UserError, match="option tile is 4; expected at least 8, with instance normalisation"):
+    with pytest.raises(UserError, match=r"tile is 4; expected at least 8, since model\.norm is instance"):
         ac.load(own, networks=NETWORKS, tile=4)
 
 

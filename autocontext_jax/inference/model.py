@@ -239,8 +239,6 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     unit = max(4, description.network.divisor)
     if config.tile % unit:
         raise UserError(f"option tile is {config.tile}; expected a multiple of {unit}")
-    if 0 < config.tile < (smallest := description.network.smallest):
-        raise UserError(f"option tile is {config.tile}; expected at least {smallest}, with instance normalisation")
     flip = bool(options.get("flip", tiling.flip))
     if flip and not tiling.flip_classes:
         raise UserError("option flip is True; expected False: the network has not learned from exchanged sides")
