@@ -203,7 +203,7 @@ BAD = [
     ("train.frozen_batch_stats", 2.0),
     ("augmentation.probability", 1.1),
     ("pyramid.context", "hard"),
-    ("model.norm", "group"),
+    ("model.norm", "layer"),
     ("model.dtype", "float16"),
     ("optimizer.schedule", "step"),
     ("predict.checkpoint", "newest"),
@@ -264,6 +264,39 @@ def test_the_size_that_a_refusal_proposes_is_good(key):
         good = ast.literal_eval(str(refusal.value).rpartition("choose ")[2])
         config = changed(**{key: good}, **others)
         assert config.patch_shape == good or config.predict.tile == good
+
+
+@pytest.mark.parametrize("key", ["loader.patch_size", "predict.tile"])
+def test_instance_norm_needs_more_than_one_voxel(key):
+    """At the lowest of four resolutions a patch of 8 voxels is a single one, which is its own mean."""
+    thick = {"levels__unit": "mm", "levels__finest_spacing": (5.0, 1.0, 1.0)}
+    flat = {"levels__spatial_dims": 2, "levels__unit": "voxels"}
+    for single, others in (((8,), {}), ((8, 8, 8), {}), ((4, 8, 8), thick), ((1, 8, 8), flat)):
+        key_of_size = {key.replace(".", "__"): single}
+        for norm in ("batch", "group"):
+            changed(**key_of_size, **others, model__norm=norm)
+        with pytest.raises(UserError, match=rf"config key {key} is .* expected a larger.*norm is instance") as refusal:
+            changed(**key_of_size, **others, model__norm="instance")
+        larger = ast.literal_eval(str(refusal.value).rpartition("choose ")[2])
+        for enough in (larger, (single[0], 8, 16) if others else larger):
+            changed(**{key.replace(".", "__"): enough}, **others, model__norm="instance")
+
+
+@pytest.mark.parametrize(
+    ("norm", "tile", "expected"),
+    [("instance", 0, 48), ("group", 0, 48), ("batch", 0, 0), ("none", 0, 0), ("instance", 96, 96), ("batch", 96, 96)],
+)
+def test_the_tile_is_the_training_patch_where_results_depend_on_it(norm, tile, expected):
+    config = changed(model__norm=norm, loader__patch_size=(48, 48, 48), predict__tile=(tile,), predict__margin=5)
+    shape = (48, 48, 48) if expected == 48 else (expected,)
+    assert config.tiling() == dataclasses.replace(config.predict, tile=shape)
+
+
+def test_a_tile_that_is_the_training_patch_has_its_shape():
+    thick = changed(model__norm="instance", loader__patch_size=(12, 64, 48))
+    assert thick.tiling().tile == (12, 64, 48)
+    flat = changed(model__norm="group", loader__patch_size=(48,), levels__spatial_dims=2)
+    assert flat.tiling().tile == (1, 48, 48)
 
 
 # ---- run folders ----

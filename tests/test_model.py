@@ -132,6 +132,14 @@ def test_options_may_be_numbers_of_numpy(file):
         ac.load(file, networks=NETWORKS, checkpoint="best")
 
 
+def test_the_files_own_tile_is_the_default_where_results_depend_on_it(file):
+    assert ac.load(file, networks=NETWORKS, tile=0).description.tiling.tile == (0,)  # batch norm: boxes
+    own = described(file, model__network__norm="instance", model__network__depth=3)
+    assert [ac.load(own, networks=NETWORKS, tile=tile).description.tiling.tile for tile in (0, 12)] == [(8,), (12,)]
+    with pytest.raises(UserError, match=r"tile is \(4, 4, 4\); expected a larger one, since model\.norm is instance"):
+        ac.load(own, networks=NETWORKS, tile=4)
+
+
 def test_names_of_the_package_are_not_taken_over(file):
     with pytest.raises(UserError, match="networks holds the name 'unet', which is the package's own"):
         ac.load(file, networks={"unet": Scale})

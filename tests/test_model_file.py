@@ -137,6 +137,7 @@ def test_a_missing_part_is_named(file, part):
         ({"model__tiling__flip_axes": "xz"}, r"key model\.tiling\.flip_axes is 'xz'; expected some of the letters"),
         ({"model__tiling__flip_axes": True}, r"key model\.tiling\.flip_axes is True; expected a text"),
         ({"model__tiling__margin": -2}, r"key model\.tiling\.margin is -2; expected a number from 0"),
+        ({"model__network__norm": "group", "model__tiling__tile": 0}, "expected a tile with the norm group"),
         ({"model__planted": 1}, r"key model\.planted is unknown"),
         ({"model": 3}, "expected a section"),
         ({"parts": None}, "is not what was written"),

@@ -188,6 +188,29 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, activatio
     assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[-1] - whole[-1]).max() > 1e-3
 
 
+def test_with_statistics_of_each_sample_a_tile_is_what_the_network_gives_for_it(monkeypatch):
+    """A scan of one tile; of two tiles, in blocks that do not overlap, each as if it were alone."""
+    model, factors = trained_pyramid(1, norm="instance"), cubed(1)
+    voxels = scan((16, 16, 32))
+
+    def whole_weight(size: int) -> Blend:
+        return Blend(np.ones(size))
+
+    def tile_maps(voxels):
+        predictor = Predictor(model, PredictorConfig((16,), 0, **WHOLE), align=(2,) * 3, blend=whole_weight)
+        return tiled_maps(predictor, voxels, factors, monkeypatch)[0]
+
+    halves = voxels[..., :16], voxels[..., 16:]
+    forward = jax.jit(lambda images: jax.nn.softmax(model.level(1, images, None)))
+    expected = np.asarray(forward(np.stack(halves)[..., None]))
+    assert expected.std(axis=(0, 1, 2, 3)).min() > 0.005
+    np.testing.assert_allclose(tile_maps(halves[0]), expected[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(tile_maps(voxels), np.concatenate(expected, axis=2), rtol=0, atol=1e-5)
+    # The statistics are the tile's own: those of both halves together are others.
+    together = forward(voxels[None, ..., None])[0]
+    assert np.abs(together - np.concatenate(expected, axis=2)).max() > 1e-3
+
+
 @pytest.mark.parametrize(("axes", "activation"), [("zyx", "softmax"), ("zy", "sigmoid")])
 def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(axes, activation, monkeypatch):
     """In whole pairs of voxels on both levels, so that pooling meets the same ones."""

@@ -230,6 +230,8 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
     if unknown := [name for name in options if name not in (*allowed, "flip")]:
         raise UserError(f"option {unknown[0]} is unknown; expected one of {', '.join([*allowed, 'flip'])}")
     values = own | {name: value for name, value in options.items() if name != "flip"}
+    if description.network.normalizes_by_sample and values["tile"] == PredictorConfig.tile:
+        values["tile"] = tiling.tile
     try:
         config = PredictorConfig(**values)
     except InvalidField as error:

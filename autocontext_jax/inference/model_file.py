@@ -78,7 +78,8 @@ class Tiling:
     """How scans are divided into tiles unless the caller says otherwise, see `tiling.PredictorConfig`.
 
     Attributes:
-      tile: (z, y, x) voxels, or one number for all axes; (0,) chooses boxes.
+      tile: (z, y, x) voxels, or one number for all axes; (0,) chooses boxes, which a network that normalises by each
+        sample cannot have.
       margin: voxels by which a tile reaches beyond the middle between it and the next.
       crop_to_body: whether only the box around the body is predicted.
       flip: whether every tile is also predicted mirrored, along all combinations of `flip_axes`.
@@ -148,6 +149,9 @@ class Description:
         numbers = list(range(len(self.classes))) if "x" in self.tiling.flip_axes else []
         require(sorted(flipped) == numbers, self, "tiling",
                 "a permutation of the classes as flip_classes if x is one of flip_axes, else none")  # fmt: skip
+        boxes = PredictorConfig(self.tiling.tile).boxes
+        require(not boxes or not self.network.normalizes_by_sample, self, "tiling",
+                f"a tile with the norm {self.network.norm}, on whose size results depend")  # fmt: skip
 
     @property
     def regions(self) -> bool:

@@ -29,8 +29,9 @@ class PredictorConfig:
 
     Attributes:
       tile: (z, y, x) voxels of a tile, the same at every level; it can differ from the training patch. One number,
-        (64,), is that of all axes; (0,) chooses boxes for each level of each scan, see `boxes`. In 2D z is 1, and four
-        slices are predicted at a time.
+        (64,), is that of all axes; (0,) chooses boxes for each level of each scan, see `boxes`; with `model.norm`
+        instance or group it is the training patch, since results depend on it. In 2D z is 1, and four slices are
+        predicted at a time.
       margin: voxels by which a tile reaches beyond the middle between it and the next; at most a quarter of a `tile`.
       memory: GB that the boxes of a level may take on the device; 0 means a part of what is free.
       crop_to_body: whether only the box around the body is predicted, see `body`. Outside it is background.

@@ -115,7 +115,7 @@ def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: E
     weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
     description = describe(config, workdir, split, learned, step)
-    return Model(description, inference_model(graph, *weights), config.predict), step
+    return Model(description, inference_model(graph, *weights), config.tiling()), step
 
 
 def _restore_weights(config: RunConfig, workdir: Path, like: Any) -> tuple[int, Any]:

@@ -121,7 +121,7 @@ class TrainConfig:
       steps: of each phase; `separate` has one phase a level, the other modes have one.
       frozen_batch_stats: last share of the steps that normalise by the running averages, as inference does (Wu and
         Johnson, 2021). With few patches a step, batch statistics are so far from them that small classes come out too
-        large.
+        large. With another `model.norm` than `batch` all steps normalise as inference does, whatever it is.
       non_finite: what follows a loss or gradient that is not finite: `stop`, with its cases named and all that was
         saved kept, or `skip`, which goes on without that step.
       deterministic: whether a run that goes on from a checkpoint repeats the same bits on GPUs too, where XLA otherwise
@@ -302,6 +302,16 @@ class RunConfig:
     def model_levels(self) -> tuple[int, ...]:
         """The pyramid's levels that the model has, from 1 = coarsest."""
         return self.phases()[-1].levels
+
+    def tiling(self) -> PredictConfig:
+        """How whole scans are predicted: networks that normalise by each sample see tiles of the training patch's size.
+
+        Their statistics depend on how much a tile shows. nnU-Net (Isensee et al., 2021) has instance norm and does the
+        same. `predict.tile` may be another size.
+        """
+        if not self.predict.boxes or not self.model.normalizes_by_sample:
+            return self.predict
+        return dataclasses.replace(self.predict, tile=self.patch_shape)
 
     def phase_loss(self, phase: Phase) -> LossConfig:
         """A phase's loss: only the levels that learn count."""

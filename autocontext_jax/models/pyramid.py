@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -166,9 +167,13 @@ def make_pyramid(network: Any, config: Any, pyramid: PyramidConfig, *, seed: int
 
 def divisor(network: NetworkConfig, pyramid: PyramidConfig) -> Triple:
     """What the size of a patch or tile along each axis must be a multiple of, so that every network can pool it."""
-    every = [dataclasses.replace(network, spacing=spacing).divisor for spacing in pyramid.spacings]
-    z, y, x = (max(along) for along in zip(*every, strict=True))  # powers of two
+    z, y, x = (max(along) for along in zip(*_divisors(network, pyramid), strict=True))  # powers of two
     return z, y, x
+
+
+def _divisors(network: NetworkConfig, pyramid: PyramidConfig) -> list[Triple]:
+    """Of each level's network."""
+    return [dataclasses.replace(network, spacing=spacing).divisor for spacing in pyramid.spacings]
 
 
 def check_size(name: str, size: tuple[int, ...], network: NetworkConfig, pyramid: PyramidConfig) -> None:
@@ -181,7 +186,7 @@ def check_size(name: str, size: tuple[int, ...], network: NetworkConfig, pyramid
       pyramid: how the levels are connected, with the spacing of the finest.
 
     Raises:
-      UserError: it does not halve so often; in 2D also if z is not 1.
+      UserError: it does not halve so often; in 2D z is not 1; with instance normalisation a single voxel would be left.
     """
     flat = math.isinf(pyramid.spacing[0])
     shape = along_axes(size, 2 if flat else 3)
@@ -198,6 +203,13 @@ def check_size(name: str, size: tuple[int, ...], network: NetworkConfig, pyramid
         raise UserError(
             f"{name} is {shape}; expected multiples of {expected} along (z, y, x), since model.depth is "
             f"{network.depth}: choose {nearest}"
+        )
+    fewest = min(math.prod(map(operator.floordiv, shape, own)) for own in _divisors(network, pyramid))
+    if network.norm == "instance" and fewest == 1:
+        larger = tuple(along if flat and axis == 0 else 2 * along for axis, along in enumerate(shape))
+        raise UserError(
+            f"{name} is {shape}; expected a larger one, since model.norm is instance and at the lowest resolution of "
+            f"model.depth {network.depth} it is a single voxel, which has no variance: choose {larger}"
         )
 
 
