@@ -158,7 +158,9 @@ def _change(config: ConfigDict, options: Named, sections: tuple[str, ...]) -> No
         if owner is None:
             known = [key for section in sections for key in config[section]]
             raise UserError(f"option {name} is unknown; expected one of {', '.join(known)}")
-        if isinstance(value, np.generic):
-            value = value.item()
+        if isinstance(value, np.generic | np.ndarray):
+            value = value.tolist()
+        if isinstance(owner[name], tuple) and isinstance(value, int):
+            value = (value,)  # such as tile=64
         with owner.ignore_type():  # the typed configuration checks it
             owner[name] = str(value) if isinstance(value, Path) else value

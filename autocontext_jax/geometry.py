@@ -19,6 +19,17 @@ CUBES: Spacing = (1.0, 1.0, 1.0)  # voxels that are as long along each axis
 SLICE_BY_SLICE: Spacing = (math.inf, 1.0, 1.0)  # of networks that see each slice by itself
 
 
+def along_axes(size: tuple[int, ...], spatial_dims: int = 3) -> Triple:
+    """Voxels (z, y, x) of a patch or tile from how a configuration says it.
+
+    Args:
+      size: (z, y, x), or one number for all axes that the networks look along; in 2D z is then 1.
+      spatial_dims: 3 or 2.
+    """
+    z, y, x = size if len(size) == 3 else (size[0] if spatial_dims == 3 else 1, size[0], size[0])
+    return z, y, x
+
+
 def level_shape(native_shape: Triple, factors: Spacing) -> Triple:
     """Voxels of a level's grid over a scan of `native_shape`; a last partial voxel counts."""
     # The tolerance keeps 100 / (2.5 / 0.5) from becoming 21 voxels through rounding.

@@ -44,12 +44,12 @@ class Sizes:
     steps: int = 10
     phantoms: tuple[int, tuple[int, int, int], tuple[float, float, float]] = (3, (96, 160, 160), (4.0, 2.4, 2.4))
     scan: tuple[int, int, int] = (300, 512, 512)
-    tile: int = 0
+    tile: tuple[int, ...] = (0,)
 
 
 SMALL = Sizes(
     matrix=128, vector=2**16, check={"width": 2, "depth": 2, "edge": 8, "batch": 1}, width=2, depth=2, edge=8, batch=1,
-    batches=(2,), steps=1, phantoms=(2, (24, 24, 24), (12.0, 12.0, 12.0)), scan=(12, 24, 24), tile=16,
+    batches=(2,), steps=1, phantoms=(2, (24, 24, 24), (12.0, 12.0, 12.0)), scan=(12, 24, 24), tile=(16,),
 )  # fmt: skip
 
 

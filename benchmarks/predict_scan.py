@@ -139,7 +139,7 @@ def make_model(flags: argparse.Namespace) -> Any:
 
 def our_predictor(flags: argparse.Namespace, model: Pyramid) -> Callable[[np.ndarray], np.ndarray]:
     """From [D, H, W] int16 to its mask."""
-    config = PredictorConfig(flags.our_tile, memory=flags.memory)
+    config = PredictorConfig((flags.our_tile,), memory=flags.memory)
     predictor = Predictor(model, config, align=(8, 8, 8))
     factors = tuple((factor,) * 3 for factor in flags.factors)
     return lambda voxels: predictor.masks(voxels[None], factors)[len(factors)]

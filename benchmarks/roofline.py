@@ -116,7 +116,7 @@ def program(flags: argparse.Namespace) -> Program:
     )
     if flags.program == "train":
         return TrainingStep(make_model, patch_size=(flags.edge,) * 3, batch_size=flags.batch, space=flags.space)
-    return TilePrediction(make_model, tile=flags.edge, plane=flags.plane, level=flags.level)
+    return TilePrediction(make_model, tile=(flags.edge,) * 3, plane=flags.plane, level=flags.level)
 
 
 def with_size(made: Program, what: str, size: int) -> Program:
@@ -124,7 +124,7 @@ def with_size(made: Program, what: str, size: int) -> Program:
     if isinstance(made, TilePrediction):
         if what == "batch":
             raise UserError("--fit batch: a tile is predicted alone, without a batch; use --fit edge")
-        return dataclasses.replace(made, tile=size)
+        return dataclasses.replace(made, tile=(size,) * 3)
     if what == "batch":
         return dataclasses.replace(made, batch_size=size)
     return dataclasses.replace(made, patch_size=(size,) * 3)

@@ -102,7 +102,7 @@ def make_files(folder: Path, size: int, width: int) -> None:
         name="model", license="CC0-1.0", classes=tuple(ClassDescription(f"class {n}", n) for n in range(8)),
         network=NetworkDescription(name="unet", base_channels=width), pyramid=PyramidConfig(), image=ct_image(),
         levels=LevelGrids((2.0, 1.0)), trained_spacing=((1.0,) * 3, (1.0,) * 3),
-        tiling=Tiling(0, PredictorConfig.margin, crop_to_body=True, flip=False), training={}, evaluation={},
+        tiling=Tiling((0,), PredictorConfig.margin, crop_to_body=True, flip=False), training={}, evaluation={},
     )  # fmt: skip
     pyramid = make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0)
     pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))

@@ -43,7 +43,7 @@ DESCRIPTION_OF_SCALE = Description(
     image=ct_image((-100.0, 100.0)),
     levels=LevelGrids((2.0, 1.0)),
     trained_spacing=((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
-    tiling=Tiling(8, 2, crop_to_body=True, flip=False),
+    tiling=Tiling((8,), 2, crop_to_body=True, flip=False),
     training={"steps": 3},
     evaluation={},
 )

@@ -49,7 +49,7 @@ config.model.backbone, config.model.depth = "MyNet", 2
 config.loss.extra = (("squared_error", 0.5),)
 config.train.steps = config.train.checkpoint_every = 20
 config.train.validation_patches = 2
-config.predict.tile = 32
+config.predict.tile = (32,)
 networks = {"MyNet": MyNet}
 ac.train(config, "run", networks=networks, losses={"squared_error": squared_error})
 result = ac.evaluate("run", networks=networks, metrics={"predicted_volume": predicted_volume}, tolerance=4.0)

@@ -1,5 +1,7 @@
 """The U-Net's published size, and what holds for every backbone."""
 
+import itertools
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from flax import nnx
 from random_models import with_random_weights
 
-from autocontext_jax.models.blocks import NetworkConfig
+from autocontext_jax.models.blocks import NORMS, NetworkConfig
 from autocontext_jax.models.fcn import FCN
 from autocontext_jax.models.residual_unet import ResidualUNet
 from autocontext_jax.models.unet import UNet
@@ -46,6 +48,9 @@ def test_parameters_with_batch_norm(width, depth, inputs, classes):
     model = abstract(UNet, inputs, classes, NetworkConfig(base_channels=width, depth=depth))
     assert count(model) == kernels + 2 * normalised + ends[0] * classes + classes
     assert count(model, nnx.BatchStat) == 2 * normalised
+    for norm in ("instance", "group"):
+        own = abstract(UNet, inputs, classes, NetworkConfig(base_channels=width, depth=depth, norm=norm))
+        assert jax.tree.map(jnp.shape, nnx.state(own)) == jax.tree.map(jnp.shape, nnx.state(model, nnx.Param))
 
 
 def test_parameters_of_the_other_backbones():
@@ -72,8 +77,10 @@ def test_parameters_of_the_other_backbones():
     assert count(abstract(FCN, 1, 8, NetworkConfig())) == plain + 64 * 8 + 8
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize(
+    ("backbone", "norm"),
+    [*itertools.product(BACKBONES, ["batch", "none"]), (FCN, "instance")],
+)
 def test_every_parameter_of_a_backbone_learns(backbone, norm):
     model = with_random_weights(
         lambda: backbone(2, 3, NetworkConfig(base_channels=2, depth=3, norm=norm), rngs=nnx.Rngs(0)), seed=0
@@ -84,8 +91,30 @@ def test_every_parameter_of_a_backbone_learns(backbone, norm):
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
+def test_a_tile_of_background_has_finite_logits_and_gradients():
+    """Each sample has statistics of its own, here of a single value; noise of rounding's size changes little."""
+    config = NetworkConfig(base_channels=2, depth=2, norm="instance")
+    model = with_random_weights(lambda: UNet(1, 3, config, rngs=nnx.Rngs(0)), seed=0)
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def run(params, x):
+        def total(params):
+            logits = nnx.merge(graph, params, copy=True)(x)
+            return jnp.sum(logits[..., 0] ** 2), logits
+
+        (_, logits), gradients = jax.value_and_grad(total, has_aux=True)(params)
+        return logits, gradients
+
+    constant = np.full((2, 12, 8, 8, 1), -1, np.float32)
+    noisy = constant + 1e-6 * np.random.default_rng(0).normal(size=constant.shape).astype(np.float32)
+    (logits, gradients), (others, _) = run(params, constant), run(params, noisy)
+    assert all(np.isfinite(leaf).all() for leaf in (logits, *jax.tree.leaves(gradients)))
+    assert np.abs(logits - others).max() < 1e-2
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(1, 64, 64, 64), (3, 16, 40, 24)])
 def test_output_has_the_inputs_size(backbone, norm, shape):
     graph, state = nnx.split(abstract(backbone, 2, 5, NetworkConfig(norm=norm, dtype="bfloat16")))

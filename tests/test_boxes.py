@@ -315,14 +315,14 @@ def test_a_device_that_holds_no_tile_is_told_in_one_line(small):
     predictor._programs = [exhausted(5)]
     with pytest.raises(UserError, match=r"too little free memory for a tile of \d+x\d+x\d+ voxels"):
         predictor.masks(scan((40, 40, 40))[None], cubed(1))
-    cubes = Predictor(Pointwise(1), PredictorConfig(tile=16), align=(2,) * 3)
+    cubes = Predictor(Pointwise(1), PredictorConfig(tile=(16,)), align=(2,) * 3)
     cubes._programs = [exhausted(5)]
     with pytest.raises(UserError, match=r"a tile of 16x16x16 voxels.*or a smaller predict\.tile"):
         cubes.masks(scan((40, 40, 40))[None], cubed(1))
 
 
 def test_other_errors_of_the_device_are_not_hidden():
-    predictor = Predictor(Pointwise(1), PredictorConfig(tile=16), align=(2,) * 3)
+    predictor = Predictor(Pointwise(1), PredictorConfig(tile=(16,)), align=(2,) * 3)
 
     def fails(*arguments):
         raise jax.errors.JaxRuntimeError("INTERNAL: no")

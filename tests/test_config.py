@@ -179,8 +179,13 @@ BAD = [
     ("loader.patch_size", (0,)),
     ("loader.patch_size", (-8,)),
     ("loader.patch_size", (36,)),  # a multiple of 4, not of 2^3
-    ("predict.tile", 100),
-    ("predict.tile", -4),
+    ("predict.tile", (100,)),
+    ("predict.tile", (-4,)),
+    ("predict.tile", ()),
+    ("predict.tile", (64, 64)),
+    ("predict.tile", (0, 64, 64)),
+    ("predict.tile", (64, 64, 4104)),
+    ("predict.tile", 64),
     ("train.mode", "all"),
     ("levels.factors", ()),
     ("levels.factors", (4, 3)),
@@ -198,7 +203,7 @@ BAD = [
     ("train.frozen_batch_stats", 2.0),
     ("augmentation.probability", 1.1),
     ("pyramid.context", "hard"),
-    ("model.norm", "group"),
+    ("model.norm", "layer"),
     ("model.dtype", "float16"),
     ("optimizer.schedule", "step"),
     ("predict.checkpoint", "newest"),
@@ -249,11 +254,49 @@ def test_bad_values_are_refused_by_name(key, value):
     assert "\n" not in message
 
 
-def test_the_size_that_a_refusal_proposes_is_good():
-    for size in (36, 100):
+@pytest.mark.parametrize("key", ["loader__patch_size", "predict__tile"])
+def test_the_size_that_a_refusal_proposes_is_good(key):
+    thick = {"levels__unit": "mm", "levels__finest_spacing": (5.0, 1.0, 1.0)}
+    flat = {"levels__spatial_dims": 2, "levels__unit": "voxels"}
+    for size, others in (((36,), {}), ((100,), {}), ((4, 36, 96), thick), ((3, 40, 40), thick), ((4, 48, 40), flat)):
         with pytest.raises(UserError) as refusal:
-            changed(loader__patch_size=(size,))
-        changed(loader__patch_size=ast.literal_eval(str(refusal.value).rpartition("choose ")[2]))
+            changed(**{key: size}, **others)
+        good = ast.literal_eval(str(refusal.value).rpartition("choose ")[2])
+        config = changed(**{key: good}, **others)
+        assert config.patch_shape == good or config.predict.tile == good
+
+
+@pytest.mark.parametrize("key", ["loader.patch_size", "predict.tile"])
+def test_instance_norm_needs_more_than_one_voxel(key):
+    """At the lowest of four resolutions a patch of 8 voxels is a single one, which is its own mean."""
+    thick = {"levels__unit": "mm", "levels__finest_spacing": (5.0, 1.0, 1.0)}
+    flat = {"levels__spatial_dims": 2, "levels__unit": "voxels"}
+    for single, others in (((8,), {}), ((8, 8, 8), {}), ((4, 8, 8), thick), ((1, 8, 8), flat)):
+        key_of_size = {key.replace(".", "__"): single}
+        for norm in ("batch", "group"):
+            changed(**key_of_size, **others, model__norm=norm)
+        with pytest.raises(UserError, match=rf"config key {key} is .* expected a larger.*norm is instance") as refusal:
+            changed(**key_of_size, **others, model__norm="instance")
+        larger = ast.literal_eval(str(refusal.value).rpartition("choose ")[2])
+        for enough in (larger, (single[0], 8, 16) if others else larger):
+            changed(**{key.replace(".", "__"): enough}, **others, model__norm="instance")
+
+
+@pytest.mark.parametrize(
+    ("norm", "tile", "expected"),
+    [("instance", 0, 48), ("group", 0, 48), ("batch", 0, 0), ("none", 0, 0), ("instance", 96, 96), ("batch", 96, 96)],
+)
+def test_the_tile_is_the_training_patch_where_results_depend_on_it(norm, tile, expected):
+    config = changed(model__norm=norm, loader__patch_size=(48, 48, 48), predict__tile=(tile,), predict__margin=5)
+    shape = (48, 48, 48) if expected == 48 else (expected,)
+    assert config.tiling() == dataclasses.replace(config.predict, tile=shape)
+
+
+def test_a_tile_that_is_the_training_patch_has_its_shape():
+    thick = changed(model__norm="instance", loader__patch_size=(12, 64, 48))
+    assert thick.tiling().tile == (12, 64, 48)
+    flat = changed(model__norm="group", loader__patch_size=(48,), levels__spatial_dims=2)
+    assert flat.tiling().tile == (1, 48, 48)
 
 
 # ---- run folders ----
@@ -331,9 +374,10 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
 
 CHANGEABLE = {
     "data__root": "elsewhere", "data__outside_paths": True, "data__prepared": "there", "data__workers": 3,
-    "data__cache_mib": 1, "data__new_cases": "train", "loader__threads": 1, "loader__prefetch": 1, "predict__tile": 64,
-    "predict__margin": 8, "predict__crop_to_body": False, "predict__checkpoint": "latest", "train__steps": 5,
-    "train__log_every": 1, "train__checkpoint_every": 2, "train__keep": 9, "train__deterministic": False,
+    "data__cache_mib": 1, "data__new_cases": "train", "loader__threads": 1, "loader__prefetch": 1,
+    "predict__tile": (64,), "predict__margin": 8, "predict__crop_to_body": False, "predict__checkpoint": "latest",
+    "train__steps": 5, "train__log_every": 1, "train__checkpoint_every": 2, "train__keep": 9,
+    "train__deterministic": False,
 }  # fmt: skip
 
 
@@ -347,9 +391,9 @@ def test_keys_that_a_later_start_may_change(tmp_path):
 
 def test_inference_takes_the_runs_own_keys_but_those_it_may_change(tmp_path):
     saved = changed(loss__cross_entropy=0.5, optimizer__learning_rate=0.01, augmentation__flip="x")
-    given = changed(predict__tile=64, evaluate__tolerance=3.0, data__root="moved", loader__batch_size=1)
+    given = changed(predict__tile=(64,), evaluate__tolerance=3.0, data__root="moved", loader__batch_size=1)
     config = configuration.for_inference(given, saved, tmp_path)
-    assert (config.predict.tile, config.evaluate.tolerance, config.data.root) == (64, 3.0, "moved")
+    assert (config.predict.tile, config.evaluate.tolerance, config.data.root) == ((64,), 3.0, "moved")
     assert (config.loss, config.optimizer, config.loader) == (saved.loss, saved.optimizer, saved.loader)
     # A config file given again without --config.data.root does not take the run's data set away.
     at = changed(data__root="/data", augmentation__flip="x")
@@ -368,4 +412,4 @@ def test_configurations_from_before_tiles_were_boxes_are_read(tmp_path):
         content["config"]["predict"].pop(key)
     write_json(tmp_path / "config.json", content)
     predict = configuration.read_config(tmp_path).predict
-    assert (predict.tile, predict.margin, predict.crop_to_body) == (96, RunConfig().predict.margin, False)
+    assert (predict.tile, predict.margin, predict.crop_to_body) == ((96,), RunConfig().predict.margin, False)

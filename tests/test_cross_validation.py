@@ -71,7 +71,7 @@ def small(root: Path, fold: int = -1, *, number: int = 2, splits: str = "", **se
             "loader": {"patch_size": (8,), "batch_size": 1},
             "augmentation": {"rotation": 0.0, "translation": 0.0, "elastic_sigma": 0.0},
             "model": {"base_channels": 2, "depth": 1},
-            "predict": {"tile": 16, "checkpoint": "latest"},
+            "predict": {"tile": (16,), "checkpoint": "latest"},
             "train": {"steps": 4, "checkpoint_every": 2, "log_every": 1, "validation_patches": 1},
         }
     )

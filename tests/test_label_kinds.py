@@ -72,7 +72,7 @@ def config_of(root: str, factors: tuple[int, ...], steps: int) -> RunConfig:
             "augmentation": {"rotation": 0.0, "translation": 0.0, "elastic_sigma": 0.0, "flip": "yx"},
             "model": {"base_channels": 4, "depth": 1},
             "optimizer": {"learning_rate": 0.01},
-            "predict": {"tile": 16, "flip": True},
+            "predict": {"tile": (16,), "flip": True},
             "train": {
                 "steps": steps,
                 "frozen_batch_stats": 0.3,

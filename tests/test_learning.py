@@ -52,7 +52,7 @@ def learn(folder: Path, *, learning_rate: float) -> dict:
     config.optimizer.learning_rate, config.optimizer.schedule = learning_rate, "cosine"
     config.train.steps = config.train.checkpoint_every = 300
     config.train.validation_patches = 2
-    config.predict.tile = 32
+    config.predict.tile = (32,)
     assert run("all", from_config_dict(config), Paths(folder / "run"))
     return json.loads((folder / "run" / "evaluation.json").read_bytes())
 

@@ -79,7 +79,7 @@ def test_any_levels_train_and_predict(levels, spacing):
         assert any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True))
 
     predictor = Predictor(
-        inference_model(graph, state.params, state.batch_stats), PredictorConfig(EDGE), align=(2,) * 3
+        inference_model(graph, state.params, state.batch_stats), PredictorConfig((EDGE,)), align=(2,) * 3
     )
     factors = PyramidPatch((deep, EDGE, EDGE), levels, spacing).scales
     scan = (200 * normal(9, 6, 20, 28)).astype(np.int16)
@@ -194,7 +194,7 @@ def test_augmentation_stays_in_its_slice_and_moves_levels_together():
     np.testing.assert_allclose(coarse[:, :, inner, inner], means, atol=0.1)
 
 
-@pytest.mark.parametrize("tile", [EDGE, 0])
+@pytest.mark.parametrize("tile", [(1, EDGE, EDGE), (0,)])
 def test_a_scan_is_predicted_slice_by_slice(tile):
     model = at_inference(pyramid(2, SLICE_BY_SLICE))
     scan = (300 * normal(5, SLICES + 2, 40, 30)).astype(np.int16)
@@ -209,7 +209,7 @@ def test_a_scan_is_predicted_slice_by_slice(tile):
 def test_one_tile_of_slices_is_the_model_itself():
     model = at_inference(pyramid(2, SLICE_BY_SLICE))
     scan = (300 * normal(6, SLICES, 32, 32)).astype(np.int16)
-    predictor = Predictor(model, PredictorConfig(32), align=(1, 2, 2))
+    predictor = Predictor(model, PredictorConfig((32,)), align=(1, 2, 2))
     (coarse, fine), _ = predictor.tiles.plan(scan.shape, FLAT, scan)
     assert [len(axis.starts) for axis in (*coarse, *fine)] == [1] * 6
     start = [int(axis.starts[0]) for axis in coarse]

@@ -572,7 +572,7 @@ def test_a_model_file_predicts_without_its_run(whole_job, tmp_path):
     assert result.returncode == 0, result.stderr
     message = one_line_error(use(*predict, "--config.model.depth=3", cwd=tmp_path))
     assert "config key model.depth is given with --model" in message
-    assert "tile is 30; expected a multiple of 4" in one_line_error(
+    assert "tile is (30, 30, 30); expected multiples of (4, 4, 4)" in one_line_error(
         use(*predict, "--config.predict.tile=30", cwd=tmp_path)
     )
     moved.write_bytes(moved.read_bytes()[:-1000])

@@ -40,7 +40,7 @@ def test_a_loaded_model_has_these_weights_and_values(file):
 
 
 def test_options_are_checked(file):
-    assert ac.load(file, networks=NETWORKS, tile=12).description.tiling.tile == 12
+    assert ac.load(file, networks=NETWORKS, tile=12).description.tiling.tile == (12,)
     with pytest.raises(UserError, match=r"option tyle is unknown; expected one of .*tile"):
         ac.load(file, networks=NETWORKS, tyle=12)
     with pytest.raises(UserError, match=r"margin is -1; expected a number from 0"):
@@ -123,9 +123,21 @@ def test_arrays_of_every_kind_of_number(file, kind):
 
 def test_options_may_be_numbers_of_numpy(file):
     model = ac.load(file, networks=NETWORKS, tile=np.int64(12), margin=np.float32(4), flip=np.bool_(False))
-    assert (model.description.tiling.tile, model.description.tiling.margin) == (12, 4)
+    assert (model.description.tiling.tile, model.description.tiling.margin) == ((12,), 4)
+    sizes = ac.load(file, networks=NETWORKS, tile=np.array([4, 8, 12]))
+    assert sizes.description.tiling.tile == (4, 8, 12)
+    with pytest.raises(UserError, match=r"predict\.tile is \(4, 8, 10\); expected multiples of \(4, 4, 4\)"):
+        ac.load(file, networks=NETWORKS, tile=[4, 8, 10])
     with pytest.raises(UserError, match="option checkpoint is given with a model file"):
         ac.load(file, networks=NETWORKS, checkpoint="best")
+
+
+def test_the_files_own_tile_is_the_default_where_results_depend_on_it(file):
+    assert ac.load(file, networks=NETWORKS, tile=0).description.tiling.tile == (0,)  # batch norm: boxes
+    own = described(file, model__network__norm="instance", model__network__depth=3)
+    assert [ac.load(own, networks=NETWORKS, tile=tile).description.tiling.tile for tile in (0, 12)] == [(8,), (12,)]
+    with pytest.raises(UserError, match=r"tile is \(4, 4, 4\); expected a larger one, since model\.norm is instance"):
+        ac.load(own, networks=NETWORKS, tile=4)
 
 
 def test_names_of_the_package_are_not_taken_over(file):

@@ -130,13 +130,14 @@ def test_a_missing_part_is_named(file, part):
         ({"model__classes__1__value": 0}, "classes of different values"),
         ({"model__classes__1__color": [1, 2, 300]}, "three numbers from 0 to 255"),
         ({"model__network__depth": "4"}, r"key model\.network\.depth is '4'; expected a whole number"),
-        ({"model__tiling__tile": 9}, "tile is 9; expected a multiple of 4"),
+        ({"model__tiling__tile": 9}, r"tile is \(9, 9, 9\); expected multiples of \(4, 4, 4\)"),
         ({"model__tiling__flip": True}, "has not learned from mirrored patches"),
         ({"model__tiling__flip_classes": [0, 0]}, "a permutation of the classes"),
         ({"model__tiling__flip_axes": "zx"}, "a permutation of the classes"),
         ({"model__tiling__flip_axes": "xz"}, r"key model\.tiling\.flip_axes is 'xz'; expected some of the letters"),
         ({"model__tiling__flip_axes": True}, r"key model\.tiling\.flip_axes is True; expected a text"),
         ({"model__tiling__margin": -2}, r"key model\.tiling\.margin is -2; expected a number from 0"),
+        ({"model__network__norm": "group", "model__tiling__tile": 0}, "expected a tile with the norm group"),
         ({"model__planted": 1}, r"key model\.planted is unknown"),
         ({"model": 3}, "expected a section"),
         ({"parts": None}, "is not what was written"),
@@ -228,8 +229,12 @@ def test_files_from_before_tiles_were_boxes_are_read(file):
     tiling = {"tile": 8, "overlap": 0.5, "plane": 16, "flip": False, "flip_classes": []}
     model = load_file(described(file, model__tiling=tiling), NETWORKS, {})
     found = model.description.tiling
-    assert (found.tile, found.margin, found.crop_to_body) == (8, PredictorConfig.margin, False)
-    assert model.predict(SCAN, spacing=(1, 1, 1), progress=False).shape == SCAN.shape
+    assert (found.tile, found.margin, found.crop_to_body) == ((8,), PredictorConfig.margin, False)
+    mask = model.predict(SCAN, spacing=(1, 1, 1), progress=False)
+    for tile, same in (([8, 8, 8], True), ([4, 8, 12], False)):
+        model = load_file(described(file, model__tiling=tiling | {"tile": tile}), NETWORKS, {})
+        assert model.description.tiling.tile == tuple(tile)
+        assert np.array_equal(mask, model.predict(SCAN, spacing=(1, 1, 1), progress=False)) or not same
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -254,7 +259,7 @@ def test_regions_change_sides_without_the_background(tmp_path):
         ClassDescription("background", 0),
         *(ClassDescription(n, v, members=(v,)) for n, v in (("a", 1), ("b", 2))),
     )
-    tiling = Tiling(8, 2, crop_to_body=False, flip=True, flip_classes=(0, 2, 1), flip_axes="zyx")
+    tiling = Tiling((8,), 2, crop_to_body=False, flip=True, flip_classes=(0, 2, 1), flip_axes="zyx")
     description = dataclasses.replace(DESCRIPTION_OF_SCALE, classes=classes, tiling=tiling)
     write_model(tmp_path / "m.autocontext", description, WEIGHTS_OF_SCALE, "")
     assert read_model(tmp_path / "m.autocontext")[0] == description

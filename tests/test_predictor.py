@@ -170,7 +170,7 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, activatio
     model, voxels = trained_pyramid(levels, activation=activation), scan(shape)
 
     def predictor(blend=borders) -> Predictor:
-        return Predictor(model, PredictorConfig(40, SIGHT, **WHOLE), align=(2,) * 3, blend=blend)
+        return Predictor(model, PredictorConfig((40,), SIGHT, **WHOLE), align=(2,) * 3, blend=blend)
 
     tiled = tiled_maps(predictor(), voxels, factors, monkeypatch)
     axes = plan_of(predictor(), voxels, factors)
@@ -188,11 +188,34 @@ def test_tiled_prediction_equals_whole_scan_prediction(factors, shape, activatio
     assert np.abs(tiled_maps(narrower, voxels, factors, monkeypatch)[-1] - whole[-1]).max() > 1e-3
 
 
+def test_with_statistics_of_each_sample_a_tile_is_what_the_network_gives_for_it(monkeypatch):
+    """A scan of one tile; of two tiles, in blocks that do not overlap, each as if it were alone."""
+    model, factors = trained_pyramid(1, norm="instance"), cubed(1)
+    voxels = scan((16, 16, 32))
+
+    def whole_weight(size: int) -> Blend:
+        return Blend(np.ones(size))
+
+    def tile_maps(voxels):
+        predictor = Predictor(model, PredictorConfig((16,), 0, **WHOLE), align=(2,) * 3, blend=whole_weight)
+        return tiled_maps(predictor, voxels, factors, monkeypatch)[0]
+
+    halves = voxels[..., :16], voxels[..., 16:]
+    forward = jax.jit(lambda images: jax.nn.softmax(model.level(1, images, None)))
+    expected = np.asarray(forward(np.stack(halves)[..., None]))
+    assert expected.std(axis=(0, 1, 2, 3)).min() > 0.005
+    np.testing.assert_allclose(tile_maps(halves[0]), expected[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(tile_maps(voxels), np.concatenate(expected, axis=2), rtol=0, atol=1e-5)
+    # The statistics are the tile's own: those of both halves together are others.
+    together = forward(voxels[None, ..., None])[0]
+    assert np.abs(together - np.concatenate(expected, axis=2)).max() > 1e-3
+
+
 @pytest.mark.parametrize(("axes", "activation"), [("zyx", "softmax"), ("zy", "sigmoid")])
 def test_seen_in_a_mirror_too_a_mirrored_scan_gives_mirrored_maps(axes, activation, monkeypatch):
     """In whole pairs of voxels on both levels, so that pooling meets the same ones."""
     factors, voxels, classes = cubed(2, 1), scan((16, 20, 32)), (0, 2, 1) if "x" in axes else (0, 1, 2)
-    model, config = trained_pyramid(2, activation=activation), PredictorConfig(40, SIGHT, **WHOLE)
+    model, config = trained_pyramid(2, activation=activation), PredictorConfig((40,), SIGHT, **WHOLE)
 
     def finest(voxels, mirroring=ONCE):
         predictor = Predictor(model, config, align=(2,) * 3, blend=borders, mirroring=mirroring)
@@ -270,7 +293,7 @@ SCANS = {
 def test_masks_of_a_pointwise_model_are_exact(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
-    predictor = Predictor(Pointwise(levels), PredictorConfig(16, margin), align=(4,) * 3)
+    predictor = Predictor(Pointwise(levels), PredictorConfig((16,), margin), align=(4,) * 3)
     masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, levels + 1)))
     assert list(masks) == list(range(1, levels + 1))
     for level, factor in enumerate(factors, start=1):
@@ -290,7 +313,7 @@ def test_masks_of_a_pointwise_model_are_exact(name, margin):
 def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
     shape, factors = SCANS[name]
     levels, voxels = len(factors), scan(shape)
-    predictor = Predictor(PointwiseRegions(levels), PredictorConfig(16, margin), align=(4,) * 3)
+    predictor = Predictor(PointwiseRegions(levels), PredictorConfig((16,), margin), align=(4,) * 3)
     masks = predictor.masks(voxels[None], factors, levels=tuple(range(1, levels + 1)))
     for level, factor in enumerate(factors, start=1):
         maps = enlarged(pointwise_regions(downsample_image(voxels, factor)), factor, shape)
@@ -313,7 +336,7 @@ def test_masks_of_regions_are_exact_and_the_last_in_order_wins(name, margin):
 
 def test_levels_default_to_the_finest():
     voxels, factors = scan((12, 20, 18)), cubed(4, 2)
-    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=(2,) * 3)
+    predictor = Predictor(Pointwise(2), PredictorConfig((16,)), align=(2,) * 3)
     every = predictor.masks(voxels[None], factors, levels=(1, 2))
     assert (every[1] != every[2]).any()
     for levels in (None, ()):
@@ -325,7 +348,7 @@ def test_levels_default_to_the_finest():
 
 def test_progress_counts_tiles_to_their_total():
     seen = []
-    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=(2,) * 3)
+    predictor = Predictor(Pointwise(2), PredictorConfig((16,)), align=(2,) * 3)
     predictor.masks(scan((12, 20, 18))[None], cubed(2, 1), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 2
     assert seen == sorted(seen)
@@ -350,7 +373,7 @@ class Context(nnx.Module):
 def test_context_lies_where_it_belongs(shape, margin):
     """Beyond the scan the coarser level says air, not its outermost voxel: hence the padding before enlarging."""
     voxels, factors = scan(shape), cubed(2, 1)
-    predictor = Predictor(Context(), PredictorConfig(16, margin), align=(4,) * 3)
+    predictor = Predictor(Context(), PredictorConfig((16,), margin), align=(4,) * 3)
     mask = predictor.masks(voxels[None], factors)[2]
     coarse = np.pad(downsample_image(voxels, factors[0]), 2, constant_values=AIR)
     maps = enlarged(pointwise_maps(coarse), factors[0], [n + 8 for n in shape])[tuple(slice(4, 4 + n) for n in shape)]
@@ -365,7 +388,7 @@ def test_context_lies_where_it_belongs(shape, margin):
 
 @pytest.mark.parametrize("factors", [cubed(2, 1), cubed(4, 2), ((6.0, 2.6, 2.6), (3.0, 1.3, 1.3))])
 def test_scans_of_any_length_compile_nothing_after_the_first(factors):
-    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig(16), align=(2,) * 3)
+    predictor = Predictor(trained_pyramid(2, width=1, depth=1), PredictorConfig((16,)), align=(2,) * 3)
     with count_compilations() as first:
         predictor.masks(scan((30, 41, 52))[None], factors, levels=(1, 2))
     assert first  # the count does count
@@ -379,7 +402,7 @@ def test_scans_of_any_length_compile_nothing_after_the_first(factors):
 
 
 def test_device_memory_does_not_grow_with_the_scan():
-    predictor = Predictor(Pointwise(2), PredictorConfig(16), align=(2,) * 3)
+    predictor = Predictor(Pointwise(2), PredictorConfig((16,)), align=(2,) * 3)
 
     def most_alive(depth: int) -> int:
         gc.collect()  # what other tests left behind
@@ -399,7 +422,7 @@ def test_device_memory_does_not_grow_with_the_scan():
 def test_without_norm_there_is_nothing_to_average():
     voxels = scan((9, 12, 10))
     model = trained_pyramid(1, width=1, depth=1, norm="none")
-    predictor = Predictor(model, PredictorConfig(16), align=(2,) * 3)
+    predictor = Predictor(model, PredictorConfig((16,)), align=(2,) * 3)
     assert predictor.masks(voxels[None], cubed(1))[1].shape == voxels.shape
 
 
@@ -428,7 +451,7 @@ def masks_of_several_devices() -> None:
     voxels = scan((50, 48, 44))
     boxes = Predictor(model, PredictorConfig(), align=(2,) * 3)
     expected_of_boxes = boxes.masks(voxels[None], cubed(2, 1))[2]
-    several = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirroring=Mirroring("x", (0, 2, 1)))
+    several = Predictor(model, PredictorConfig(tile=(32,)), align=(2,) * 3, mirroring=Mirroring("x", (0, 2, 1)))
     found = several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
     programs = several.compilations()
     several.masks(voxels[None], cubed(2, 1), levels=(1, 2))
@@ -436,7 +459,7 @@ def masks_of_several_devices() -> None:
     devices = jax.local_devices()
     assert len(devices) == 3
     jax.local_devices = lambda: devices[:1]
-    alone = Predictor(model, PredictorConfig(tile=32), align=(2,) * 3, mirroring=Mirroring("x", (0, 2, 1)))
+    alone = Predictor(model, PredictorConfig(tile=(32,)), align=(2,) * 3, mirroring=Mirroring("x", (0, 2, 1)))
     for level, mask in alone.masks(voxels[None], cubed(2, 1), levels=(1, 2)).items():
         np.testing.assert_array_equal(found[level], mask)
     alone = Predictor(model, PredictorConfig(), align=(2,) * 3)

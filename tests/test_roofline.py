@@ -150,7 +150,7 @@ def test_the_real_programs_are_read_to_the_end(program, monkeypatch):
     make_model = functools.partial(make_pyramid, levels=2, classes=3, width=2)
     programs = {
         "train": compiled.TrainingStep(make_model, patch_size=(16, 16, 16), batch_size=1),
-        "predict": compiled.TilePrediction(make_model, tile=16, plane=32),
+        "predict": compiled.TilePrediction(make_model, tile=(16, 16, 16), plane=32),
     }
     lowered, elsewhere = programs[program].lower(np.array(jax.devices("cpu")[:1]))
     module = hlo_text.parse(lowered.compile().as_text())

@@ -62,7 +62,7 @@ def small(root: Path, **sections) -> RunConfig:
             "levels": {"factors": (2, 1)},
             "loader": {"patch_size": (8,), "batch_size": 1},
             "model": {"base_channels": 2, "depth": 1},
-            "predict": {"tile": 16},
+            "predict": {"tile": (16,)},
             "train": {"steps": 4, "checkpoint_every": 2, "log_every": 1, "validation_patches": 1, "keep": 4},
         }
     )

@@ -1,6 +1,7 @@
 """Results do not depend on how many devices share the work, nor on what they share; and what they tell each other."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from autocontext_jax import processes
-from autocontext_jax.models.blocks import NetworkConfig
+from autocontext_jax.models.blocks import ConvolutionBlock, NetworkConfig, UpsamplingBlock
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import LossConfig
@@ -31,6 +32,7 @@ CLASSES, EDGE, BATCH = 3, 16, 4
 # By plain gradients, so that the parameters say what these were; the momentum is a state to split.
 OPTIMIZER = optax.sgd(1.0, momentum=0.9)
 # (data, space), and whether the optimiser's state is split.
+SAMPLE_NORMS, MESHES = ("instance", "group"), ((1, 1), (4, 2))
 LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (4, 2, False), (4, 2, True)]
 
 
@@ -78,8 +80,50 @@ def train_a_step(layout: tuple[int, int, bool]) -> tuple[list[str], dict[str, np
     return sorted(specs), jax.device_get(found), compiled.as_text()
 
 
+class TwoBlocks(nnx.Module):
+    """Every place where a network normalises: after a convolution, and before a deconvolution's voxels are in place."""
+
+    def __init__(self, norm: str):
+        config, rngs = NetworkConfig(norm=norm), nnx.Rngs(0)
+        self.first, self.second = (
+            ConvolutionBlock(1, 16, (3, 3, 3), config, rngs),
+            UpsamplingBlock(16, (2, 2, 2), config, rngs),
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.first(x))
+
+
+def two_blocks(norm: str, data: int, space: int) -> dict[str, np.ndarray]:
+    """Their result on a mesh, and the gradients of their parameters."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: TwoBlocks(norm)))
+    rng = np.random.default_rng(0)
+    # By large biases no voxel lies near a ReLU's kink, as in `initial_state`.
+    params = jax.tree.map(
+        lambda leaf: np.float32(rng.normal(0, 0.3, leaf.shape) if leaf.ndim > 1 else rng.uniform(6, 7, leaf.shape)),
+        params,
+    )
+    x, weights = (np.float32(rng.normal(size=(BATCH, *(edge,) * 3, channels))) for edge, channels in ((8, 1), (16, 16)))
+    x *= np.float32([1, 3, 10, 30])[:, None, None, None, None]  # each sample has statistics of its own
+
+    def total(params, x, weights):
+        y = nnx.merge(graph, params, copy=True)(x)
+        return jnp.sum(weights * y), y
+
+    mesh = make_mesh(data, space)
+    with jax.set_mesh(mesh):
+        placed = [place(array, batch_sharding(mesh)) for array in (x, weights)]
+        compiled = jax.jit(jax.grad(total, has_aux=True)).lower(params, *placed).compile()
+        assert "all-gather" not in compiled.as_text()
+        gradients, y = compiled(params, *placed)
+    found = {f"gradient/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(gradients))}
+    return jax.device_get(found | {"result": y})
+
+
 def main(folder: str) -> None:
     """What the subprocess runs, with eight devices."""
+    for norm, (data, space) in itertools.product(SAMPLE_NORMS, MESHES):
+        np.savez(f"{folder}/{norm}_{data}_{space}.npz", **two_blocks(norm, data, space))
     for number, layout in enumerate(LAYOUTS):
         shards, found, program = train_a_step(layout)
         np.savez(f"{folder}/{number}.npz", **found)
@@ -107,8 +151,8 @@ def one_of_two(address: str, index: str, folder: str) -> None:
         np.savez(f"{folder}/processes.npz", **found)
 
 
-def assert_those_of_one_device(folder: Path, name: str) -> None:
-    one, several = np.load(folder / "0.npz"), np.load(folder / name)
+def assert_those_of_one_device(folder: Path, name: str, one_device: str = "0.npz") -> None:
+    one, several = np.load(folder / one_device), np.load(folder / name)
     assert one.files == several.files
     for key in one.files:
         scale = max(1, float(np.abs(one[key]).max()))
@@ -137,6 +181,11 @@ def test_two_processes_have_the_losses_gradients_and_statistics_of_one_device(re
 @pytest.mark.parametrize("number", range(1, len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS[1:]])
 def test_losses_gradients_and_statistics_are_those_of_one_device(results, number):
     assert_those_of_one_device(results, f"{number}.npz")
+
+
+@pytest.mark.parametrize("norm", SAMPLE_NORMS)
+def test_with_statistics_of_each_sample_results_and_gradients_are_those_of_one_device(results, norm):
+    assert_those_of_one_device(results, f"{norm}_4_2.npz", f"{norm}_1_1.npz")
 
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])

@@ -23,7 +23,7 @@ from autocontext_jax.files import write_json
 from autocontext_jax.geometry import PyramidPatch, halvings
 from autocontext_jax.images import scans
 from autocontext_jax.inference.predictor import Predictor
-from autocontext_jax.inference.tiling import PredictorConfig
+from autocontext_jax.inference.tiling import PredictorConfig, tile_shape
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, read_config, write_config
 from autocontext_jax.jobs.evaluate import evaluate
 from autocontext_jax.jobs.prepare import prepare
@@ -148,7 +148,7 @@ def trained_pyramid(spacing: geometry.Spacing, levels: int = 2, depth: int = 2) 
 @pytest.mark.parametrize(
     ("spacing", "divided"),
     [
-        (THICK, [PredictorConfig(tile=64, margin=24), PredictorConfig(margin=24, memory=0.001)]),
+        (THICK, [PredictorConfig(tile=(48, 64, 56), margin=24), PredictorConfig(margin=24, memory=0.001)]),
         ((1.0, 4.0, 1.0), [PredictorConfig(margin=24, memory=0.001)]),
     ],
 )
@@ -170,6 +170,27 @@ def test_tiles_and_boxes_predict_what_one_tile_does(spacing, divided):
     assert found[0].std() > 0.01
     for maps in found[1:]:
         # Maps pass from level to level in half precision, which these networks amplify.
+        assert np.abs(maps - found[0]).max() < 0.05
+        assert np.abs(maps - found[0]).mean() < 2e-4
+
+
+def test_where_nothing_halves_an_axis_a_tile_may_have_any_size_along_it():
+    """These kernels are flat too, so that every number of planes gives the same."""
+    spacing = (10.0, 1.0, 1.0)
+    model = trained_pyramid(spacing)
+    scan = np.random.default_rng(1).normal(0, 300, (7, 20, 36)).astype(np.int16)
+    found = []
+    for planes in (1, 3, 4):
+        predictor = Predictor(
+            model, PredictorConfig((planes, 16, 24)), align=divisor(NetworkConfig(depth=2), model.config)
+        )
+        factors = PyramidPatch((1, 1, 1), 2, spacing).scales
+        found.append(predictor.mask_and_maps(scan[None], factors)[1])
+        tiles, _ = predictor.tiles.plan(scan.shape, factors, scan)
+        assert [tile_shape(axes) for axes in tiles] == [(planes, 16, 24)] * 2
+    assert found[0].std() > 0.01
+    for maps in found[1:]:
+        # As above, maps pass on in half precision.
         assert np.abs(maps - found[0]).max() < 0.05
         assert np.abs(maps - found[0]).mean() < 2e-4
 
@@ -206,7 +227,7 @@ def thick_set(tmp_path_factory) -> Path:
 
 
 def test_thick_phantoms_train_evaluate_predict_and_export(thick_set, tmp_path):
-    config = config_of(thick_set)
+    config = config_of(thick_set, predict__tile=(2, 16, 12))
     data = prepare(config, tmp_path)
     assert train(config, tmp_path, data)
     assert evaluate(config, tmp_path)
@@ -220,17 +241,23 @@ def test_thick_phantoms_train_evaluate_predict_and_export(thick_set, tmp_path):
     found = scans.read_label(tmp_path / "mask.nii.gz", values=range(256), like=grid, case="mask")
     np.testing.assert_array_equal(found, expected)
     assert model.description.levels.relative_spacing == (15, 5, 5)
+    assert model.description.tiling.tile == (2, 16, 12)
 
 
 @pytest.mark.parametrize(
-    ("size", "parts"),
-    [((4, 8, 10), ("(2, 4, 4)", "(4, 8, 8)")), ((3, 8, 8), ("(2, 4, 4)", "(2, 8, 8)"))],
+    ("key", "size", "nearest"),
+    [
+        ("loader.patch_size", (4, 8, 10), (4, 8, 8)),
+        ("loader.patch_size", (3, 8, 8), (2, 8, 8)),
+        ("predict.tile", (2, 16, 30), (2, 16, 28)),
+        ("predict.tile", (1, 16, 16), (2, 16, 16)),
+    ],
 )
-def test_a_patch_that_cannot_be_halved_is_refused_when_the_scans_are_known(thick_set, tmp_path, size, parts):
+def test_a_size_that_cannot_be_halved_is_refused_when_the_scans_are_known(thick_set, tmp_path, key, size, nearest):
     with pytest.raises(UserError) as refusal:
-        prepare(config_of(thick_set, loader__patch_size=size), tmp_path)
-    for part in ("loader.patch_size", *parts):
-        assert part in str(refusal.value)
+        prepare(config_of(thick_set, **{key.replace(".", "__"): size}), tmp_path)
+    assert f"config key {key} is {size}; expected multiples of (2, 4, 4) along (z, y, x)" in str(refusal.value)
+    assert str(refusal.value).endswith(f"choose {nearest}")
 
 
 def test_run_folders_of_before_are_read(tmp_path):
@@ -239,12 +266,12 @@ def test_run_folders_of_before_are_read(tmp_path):
     write_config(from_config_dict(config), tmp_path)
     saved = json.loads((tmp_path / "config.json").read_bytes())
     del saved["checksum"], saved["config"]["levels"]["anisotropic"]
-    saved["config"]["loader"]["patch_size"] = 32
+    saved["config"]["loader"]["patch_size"], saved["config"]["predict"]["tile"] = 32, 40
     write_json(tmp_path / "config.json", saved)
     for spacing, anisotropic in (((2.5, 1.3, 1.3), True), (THICK, False)):
         write_json(tmp_path / "fingerprint.json", {"format": 1, "spacing": spacing})
         read = read_config(tmp_path)
-        assert read.patch_shape == (32, 32, 32)
+        assert (read.patch_shape, read.predict.tile) == ((32, 32, 32), (40,))
         assert read.levels.anisotropic is anisotropic
 
 

@@ -96,6 +96,6 @@ def choose_box(
     return next((box for _, voxels, box in options if voxels <= LARGEST and fits(box)), smallest)
 
 
-def cube_stride(edge: int, margin: int, align: int) -> int:
-    """The distance between the starts of tiles that are cubes, whose margin is at most a quarter of them."""
-    return max(align, max(edge - 2 * margin, edge // 2) // align * align)
+def tile_stride(size: int, margin: int, align: int) -> int:
+    """The distance between the starts of tiles of a given size along an axis; their margin is at most a quarter."""
+    return max(align, max(size - 2 * margin, size // 2) // align * align)

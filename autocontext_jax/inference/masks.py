@@ -88,7 +88,8 @@ class MaskWriter:
           chunk: [n, canvas height, canvas width, K], maps; see `predictor` for the canvas.
         """
         before = chunk[:1] if self._last_of_previous is None else self._last_of_previous
-        self._last_of_previous = chunk[-1:]
+        # A copy, because the chunk's memory is used again; a single plane would be the chunk itself.
+        self._last_of_previous = jnp.array(chunk[-1:])
         # A plane of the scan lies between two planes of the level and needs both. After the last chunk all are there.
         chunk_end = z + chunk.shape[0]
         end = int(np.searchsorted(self._z_low, chunk_end - 1)) if chunk_end < self._high else len(self._z_low)

@@ -30,7 +30,7 @@ from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tile_programs import ONCE, Mirroring
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
-from autocontext_jax.models.pyramid import Pyramid, divisor, make_pyramid
+from autocontext_jax.models.pyramid import Pyramid, check_size, divisor, make_pyramid
 from autocontext_jax.training.state import inference_model
 
 # By this factor the spacing of a scan may be outside the range of the training scans without a warning.
@@ -225,18 +225,19 @@ def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Descrip
       UserError: an unknown option, a wrong value.
     """
     tiling = description.tiling
-    own = {"tile": tiling.tile, "margin": tiling.margin, "crop_to_body": tiling.crop_to_body}
+    own: dict[str, Any] = {"tile": tiling.tile, "margin": tiling.margin, "crop_to_body": tiling.crop_to_body}
     allowed = [field.name for field in dataclasses.fields(PredictorConfig)]
     if unknown := [name for name in options if name not in (*allowed, "flip")]:
         raise UserError(f"option {unknown[0]} is unknown; expected one of {', '.join([*allowed, 'flip'])}")
     values = own | {name: value for name, value in options.items() if name != "flip"}
+    if description.network.normalizes_by_sample and values["tile"] == PredictorConfig.tile:
+        values["tile"] = tiling.tile
     try:
         config = PredictorConfig(**values)
     except InvalidField as error:
         raise UserError(f"option {error.field} is {error.found!r}; expected {error.expected}") from None
-    unit = max(4, *description.network.divisor)
-    if config.tile % unit:
-        raise UserError(f"option tile is {config.tile}; expected a multiple of {unit}")
+    if not config.boxes:
+        check_size("option tile", config.tile, description.network.alone(), description.full_pyramid)
     flip = bool(options.get("flip", tiling.flip))
     if flip and not tiling.flip_axes:
         raise UserError("option flip is True; expected False: the network has not learned from mirrored patches")

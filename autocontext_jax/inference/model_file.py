@@ -78,7 +78,8 @@ class Tiling:
     """How scans are divided into tiles unless the caller says otherwise, see `tiling.PredictorConfig`.
 
     Attributes:
-      tile: edge length of cubes in voxels; 0 chooses boxes.
+      tile: (z, y, x) voxels, or one number for all axes; (0,) chooses boxes, which a network that normalises by each
+        sample cannot have.
       margin: voxels by which a tile reaches beyond the middle between it and the next.
       crop_to_body: whether only the box around the body is predicted.
       flip: whether every tile is also predicted mirrored, along all combinations of `flip_axes`.
@@ -87,7 +88,7 @@ class Tiling:
       flip_axes: along which the network has learned from mirrored patches, letters of "zyx"; "" for none.
     """
 
-    tile: int
+    tile: tuple[int, ...]
     margin: int
     crop_to_body: bool
     flip: bool
@@ -148,6 +149,9 @@ class Description:
         numbers = list(range(len(self.classes))) if "x" in self.tiling.flip_axes else []
         require(sorted(flipped) == numbers, self, "tiling",
                 "a permutation of the classes as flip_classes if x is one of flip_axes, else none")  # fmt: skip
+        boxes = PredictorConfig(self.tiling.tile).boxes
+        require(not boxes or not self.network.normalizes_by_sample, self, "tiling",
+                f"a tile with the norm {self.network.norm}, on whose size results depend")  # fmt: skip
 
     @property
     def regions(self) -> bool:
@@ -226,6 +230,8 @@ def _described(path: Path, content: dict[str, Any]) -> Description:
         # The first files have other fields: their tiles were cubes that overlapped by a share of them, everywhere.
         for name in ("overlap", "plane"):
             tiling.pop(name, None)
+        if isinstance(edge := tiling.get("tile"), int):
+            tiling["tile"] = [edge]  # once the edge of cubes
         tiling.setdefault("margin", PredictorConfig.margin)
         tiling.setdefault("crop_to_body", False)
         tiling.setdefault("flip_axes", "x" if tiling.get("flip_classes") else "")  # once the only axis

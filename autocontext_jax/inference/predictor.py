@@ -46,7 +46,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from autocontext_jax.data.body import THRESHOLD
 from autocontext_jax.data.resampling import downsample_image
-from autocontext_jax.geometry import Triple
+from autocontext_jax.geometry import Triple, product
 from autocontext_jax.inference.boxes import SMALLEST
 from autocontext_jax.inference.context import MAP_DTYPE, Chunks, ContextWindow
 from autocontext_jax.inference.masks import MaskWriter, native_maps, native_masks
@@ -94,7 +94,9 @@ class Predictor:
         self._pyramid: PyramidConfig = model.config
         self._levels, self._classes = self._pyramid.levels, self._pyramid.classes
         self._seen = [math.isfinite(spacing) for spacing in self._pyramid.spacing]
-        z, y, x = (max(2 if seen else 1, along) for seen, along in zip(self._seen, align, strict=True))
+        # Starts are even along axes that levels halve; those of boxes along all, so that sizes are few.
+        even = self._seen if config.boxes else [by > 1 for by in product(self._pyramid.steps)]
+        z, y, x = (max(1 + two, along) for two, along in zip(even, align, strict=True))
         self._align = z, y, x
         self.tiles = ScanTiles(config, self._pyramid, align=self._align, blend=blend, bytes_a_voxel=self._bytes_a_voxel)
         devices = jax.local_devices()

@@ -10,8 +10,8 @@ import numpy as np
 
 from autocontext_jax.data.body import Interval, body_box
 from autocontext_jax.errors import UserError
-from autocontext_jax.geometry import Triple, level_shape
-from autocontext_jax.inference.boxes import Box, choose_box, cube_stride
+from autocontext_jax.geometry import Triple, along_axes, level_shape
+from autocontext_jax.inference.boxes import Box, choose_box, tile_stride
 from autocontext_jax.inference.tile_memory import free_bytes, row_bytes
 from autocontext_jax.inference.tiling import (
     SLICES,
@@ -93,8 +93,8 @@ class ScanTiles:
         """
         size = max((tile_shape(axes) for axes in tiles), key=math.prod)
         voxels, name = math.prod(size), "x".join(map(str, size))
-        if self._config.tile or voxels >= self._too_large:
-            smaller = ", or a smaller predict.tile" if self._config.tile else ""
+        if not self._config.boxes or voxels >= self._too_large:
+            smaller = "" if self._config.boxes else ", or a smaller predict.tile"
             raise UserError(
                 f"the device has too little free memory for a tile of {name} voxels; expected more of it{smaller}"
             )
@@ -104,16 +104,16 @@ class ScanTiles:
     def _choose(self, regions: Sequence[Interval]) -> list[tuple[Blend, int]]:
         """The tiles of a level along z, y, x, see `boxes`."""
         config, seen = self._config, np.isfinite(self._pyramid.spacing)
-        if config.tile:
-            sizes = [config.tile] * 3
-            strides = [cube_stride(config.tile, config.margin, along) for along in self._align]
-        else:
+        if config.boxes:
             # Along an axis that the networks do not look along a tile is a stack of slices.
             covered = [region if looks else (0, SLICES) for region, looks in zip(regions, seen, strict=True)]
             box = choose_box(
                 covered, margin=config.margin, align=self._align, blend=self._blend, fits=self._fits, step=self._step
             )
             sizes, strides = list(box.size), list(box.stride)
+        else:
+            sizes = list(along_axes(config.tile))
+            strides = [tile_stride(size, config.margin, unit) for size, unit in zip(sizes, self._align, strict=True)]
         return [
             (self._blend(size), stride) if looks else (Blend(np.ones(SLICES, np.float32)), SLICES)
             for size, stride, looks in zip(sizes, strides, seen, strict=True)

@@ -28,22 +28,30 @@ class PredictorConfig:
     """How scans are divided into tiles.
 
     Attributes:
-      tile: voxels along every axis of a tile; 0 chooses boxes for each level of each scan, see `boxes`. It can differ
-        from the training patch. In 2D a tile is a stack of 4 squares.
-      margin: voxels by which a tile reaches beyond the middle between it and the next; of cubes at most a quarter.
+      tile: (z, y, x) voxels of a tile, the same at every level; it can differ from the training patch. One number,
+        (64,), is that of all axes; (0,) chooses boxes for each level of each scan, see `boxes`; with `model.norm`
+        instance or group it is the training patch, since results depend on it. In 2D z is 1, and four slices are
+        predicted at a time.
+      margin: voxels by which a tile reaches beyond the middle between it and the next; at most a quarter of a `tile`.
       memory: GB that the boxes of a level may take on the device; 0 means a part of what is free.
       crop_to_body: whether only the box around the body is predicted, see `body`. Outside it is background.
     """
 
-    tile: int = 0
+    tile: tuple[int, ...] = (0,)
     margin: int = 8
     memory: float = 0.0
     crop_to_body: bool = True
 
     def __post_init__(self):
-        for name, largest in (("tile", 4096), ("margin", 512)):
-            require(0 <= getattr(self, name) <= largest, self, name, f"a number from 0 to {largest}")
+        good = self.boxes or (len(self.tile) in (1, 3) and all(1 <= size <= 4096 for size in self.tile))
+        require(good, self, "tile", "(z, y, x), each from 1 to 4096, or one number for all, such as (64,), or (0,)")
+        require(0 <= self.margin <= 512, self, "margin", "a number from 0 to 512")
         require(self.memory >= 0, self, "memory", "GB, 0 or more")
+
+    @property
+    def boxes(self) -> bool:
+        """Whether sizes are chosen for each level of each scan."""
+        return self.tile == (0,)
 
 
 @dataclasses.dataclass(frozen=True)

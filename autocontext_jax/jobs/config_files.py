@@ -103,6 +103,9 @@ def read_config(workdir: Path) -> RunConfig | None:
     if isinstance(saved, dict) and isinstance(loader := saved.get("loader"), dict):
         size = loader.get("patch_size")
         loader |= {"patch_size": [size]} if isinstance(size, int) else {}  # patches were cubes
+    if isinstance(saved, dict) and isinstance(predict := saved.get("predict"), dict):
+        edge = predict.get("tile")
+        predict |= {"tile": [edge]} if isinstance(edge, int) else {}  # and so were tiles
     augmentation = saved.get("augmentation") if isinstance(saved, dict) else None
     if isinstance(augmentation, dict) and isinstance(flip := augmentation.get("flip"), bool):
         augmentation["flip"] = "x" if flip else ""  # once the only axis

@@ -49,7 +49,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
     )
     # Only the levels that the model has; its finest level need not be the run's.
     levels = config.levels.with_spacing(learned.spacing).only(config.model_levels())
-    network = dataclasses.asdict(config.model.alone())
+    network, tiling = dataclasses.asdict(config.model.alone()), config.tiling()
     return Description(
         name=workdir.resolve().name,
         license=config.export.license,
@@ -60,10 +60,10 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
         levels=levels,
         trained_spacing=(learned.smallest, learned.largest),
         tiling=Tiling(
-            config.predict.tile,
-            config.predict.margin,
-            config.predict.crop_to_body,
-            config.predict.flip,
+            tiling.tile,
+            tiling.margin,
+            tiling.crop_to_body,
+            tiling.flip,
             config.augmentation.flip_classes(labels),
             config.augmentation.flip,
         ),

@@ -39,6 +39,7 @@ def prepare_cases(config: RunConfig, data: RunData) -> None:
     cases = processes.mine([*data.training, *data.validation])
     levels = config.levels.with_spacing(data.fingerprint.spacing)
     config.check_patch(levels)
+    config.check_tile(levels)
     workers = config.data.workers or runtime.available_cpus()
     with tqdm(total=len(cases), desc="prepare", unit="scan", disable=not processes.is_first()) as bar:
 

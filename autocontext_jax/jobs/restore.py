@@ -105,6 +105,7 @@ def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> 
 def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
     network, learned = extensions.network(config), read_fingerprint(config, workdir)
     grids = config.levels.with_spacing(learned.spacing)
+    config.check_tile(grids)
     pyramid = nnx.eval_shape(lambda: make_model(config, grids, split.labels, learned.image, network))
     graph, *like = nnx.split(pyramid, nnx.Param, ...)
     # Restored to every device, whatever mesh it was trained on; each process then works on its own first one.
@@ -114,7 +115,7 @@ def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: E
     weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
     description = describe(config, workdir, split, learned, step)
-    return Model(description, inference_model(graph, *weights), config.predict), step
+    return Model(description, inference_model(graph, *weights), config.tiling()), step
 
 
 def _restore_weights(config: RunConfig, workdir: Path, like: Any) -> tuple[int, Any]:

@@ -10,11 +10,11 @@ from autocontext_jax.data.phantom.dataset import PhantomConfig
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError, require
 from autocontext_jax.files import exists
-from autocontext_jax.geometry import Triple
+from autocontext_jax.geometry import Triple, along_axes
 from autocontext_jax.images.spec import NORMALIZATIONS
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
-from autocontext_jax.models.pyramid import PyramidConfig, divisor
+from autocontext_jax.models.pyramid import PyramidConfig, check_size, divisor
 from autocontext_jax.planning.plan import PlanConfig
 from autocontext_jax.sections import from_dict
 from autocontext_jax.training.losses import LossConfig
@@ -122,7 +122,7 @@ class TrainConfig:
       steps: of each phase; `separate` has one phase a level, the other modes have one.
       frozen_batch_stats: last share of the steps that normalise by the running averages, as inference does (Wu and
         Johnson, 2021). With few patches a step, batch statistics are so far from them that small classes come out too
-        large.
+        large. With another `model.norm` than `batch` all steps normalise as inference does, whatever it is.
       non_finite: what follows a loss or gradient that is not finite: `stop`, with its cases named and all that was
         saved kept, or `skip`, which goes on without that step.
       deterministic: whether a run that goes on from a checkpoint repeats the same bits on GPUs too, where XLA otherwise
@@ -269,9 +269,7 @@ class RunConfig:
     @property
     def patch_shape(self) -> Triple:
         """Voxels (z, y, x) of a patch."""
-        size = self.loader.patch_size
-        z, y, x = size if len(size) == 3 else (size[0] if self.levels.spatial_dims == 3 else 1, size[0], size[0])
-        return z, y, x
+        return along_axes(self.loader.patch_size, self.levels.spatial_dims)
 
     def check_patch(self, grids: LevelGrids) -> None:
         """Patches must halve as often as levels and networks do, on each device that shares their depth.
@@ -282,42 +280,29 @@ class RunConfig:
         Raises:
           UserError: they do not.
         """
-        pyramid = PyramidConfig(levels=len(grids.factors), spacing=grids.relative_spacing)
-        units = divisor(self.model.alone(), pyramid)
-        # Along an axis that levels halve, the finer patch starts a quarter of its size into the coarser one.
-        expected = tuple(max(unit, 4 if by > 1 else 1) for unit, by in zip(units, grids.scales[0], strict=True))
-        sizes, space = self.patch_shape, self.mesh.space
-        if grids.spatial_dims == 2 and sizes[0] != 1:
+        network, pyramid = self.model.alone(), _connected(grids)
+        check_size("config key loader.patch_size", self.loader.patch_size, network, pyramid)
+        unit, planes, space = divisor(network, pyramid)[0], self.patch_shape[0], self.mesh.space
+        if planes % (space * unit) or (space > 1 and grids.spatial_dims == 2):
+            choices = [n for n in range(2, planes) if planes % (n * unit) == 0]
             raise UserError(
-                f"config key loader.patch_size is {sizes}; expected 1 along z, since levels.spatial_dims is 2: choose "
-                f"{(1, *sizes[1:])}"
+                f"config key mesh.space is {space}; expected devices that each take a multiple of {unit} of the "
+                f"{planes} planes of loader.patch_size, in 3D: choose 1 or one of {choices}"
             )
-        if any(size % unit for size, unit in zip(sizes, expected, strict=True)):
-            nearest = tuple(unit * max(1, size // unit) for size, unit in zip(sizes, expected, strict=True))
-            raise UserError(
-                f"config key loader.patch_size is {sizes}; expected multiples of {expected} along (z, y, x), since "
-                f"model.depth is {self.model.depth}: choose {nearest}"
-            )
-        if sizes[0] % (space * units[0]) or (space > 1 and grids.spatial_dims == 2):
-            choices = [n for n in range(2, sizes[0]) if sizes[0] % (n * units[0]) == 0]
-            raise UserError(
-                f"config key mesh.space is {space}; expected devices that each take a multiple of {units[0]} of the "
-                f"{sizes[0]} planes of loader.patch_size, in 3D: choose 1 or one of {choices}"
-            )
+
+    def check_tile(self, grids: LevelGrids) -> None:
+        """A tile that is given must halve as often too; arguments and errors as `check_patch`."""
+        if not self.predict.boxes:
+            check_size("config key predict.tile", self.predict.tile, self.model.alone(), _connected(grids))
 
     def _check_sizes(self) -> None:
         """What can be checked of patches and tiles before the scans are known."""
-        if self.levels.known:
-            self.check_patch(self.levels)
-        elif len(set(self.patch_shape)) == 1 or self.levels.spatial_dims == 2:
-            # Of a cube the finest axis, whichever it is, is halved each time.
-            self.check_patch(dataclasses.replace(self.levels, anisotropic=False))
-        unit, edge = max(4, *self.model.divisor), self.predict.tile
-        if edge % unit:
-            raise UserError(
-                f"config key predict.tile is {edge}; expected a multiple of {unit}, since model.depth is "
-                f"{self.model.depth}: choose {unit * max(1, edge // unit)}"
-            )
+        cubes = dataclasses.replace(self.levels, anisotropic=False)
+        for size, check in ((self.loader.patch_size, self.check_patch), (self.predict.tile, self.check_tile)):
+            if self.levels.known:
+                check(self.levels)
+            elif len(set(size)) == 1 or self.levels.spatial_dims == 2:
+                check(cubes)  # of a cube the finest axis, whichever it is, is halved each time
 
     def phases(self) -> tuple[Phase, ...]:
         """What the run trains, in order; the last phase runs every level that the model has."""
@@ -327,11 +312,26 @@ class RunConfig:
         """The pyramid's levels that the model has, from 1 = coarsest."""
         return self.phases()[-1].levels
 
+    def tiling(self) -> PredictConfig:
+        """How whole scans are predicted: networks that normalise by each sample see tiles of the training patch's size.
+
+        Their statistics depend on how much a tile shows. nnU-Net (Isensee et al., 2021) has instance norm and does the
+        same. `predict.tile` may be another size.
+        """
+        if not self.predict.boxes or not self.model.normalizes_by_sample:
+            return self.predict
+        return dataclasses.replace(self.predict, tile=self.patch_shape)
+
     def phase_loss(self, phase: Phase) -> LossConfig:
         """A phase's loss: only the levels that learn count."""
         weights = self.loss.level_weights or (1.0,) * len(self.levels.factors)
         learning = tuple(float(weights[level - 1]) * (level in phase.learning) for level in phase.levels)
         return dataclasses.replace(self.loss, level_weights=learning)
+
+
+def _connected(grids: LevelGrids) -> PyramidConfig:
+    """The levels of known grids, as far as sizes of patches and tiles depend on them."""
+    return PyramidConfig(levels=len(grids.factors), spacing=grids.relative_spacing)
 
 
 def config_from_dict(values: Any) -> RunConfig:

@@ -42,7 +42,7 @@ def config_of_model(path: Path) -> RunConfig:
         model=ModelConfig(**dataclasses.asdict(network.alone())),
         pyramid=description.pyramid,
         levels=description.levels,
-        loader=dataclasses.replace(default.loader, patch_size=(max(64, *network.divisor),)),
+        loader=dataclasses.replace(default.loader, patch_size=(max(64, *(2 * unit for unit in network.divisor)),)),
         augmentation=dataclasses.replace(default.augmentation, flip=tiling.flip_axes),
         predict=dataclasses.replace(
             default.predict,

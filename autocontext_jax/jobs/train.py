@@ -199,7 +199,9 @@ def _train_phase(
         )
         for kind in (graph, frozen_graph)
     )
-    frozen_after = end - round(config.train.frozen_batch_stats * config.train.steps)
+    # Without running averages both steps are the same: a second one would only be compiled.
+    frozen_share = config.train.frozen_batch_stats if jax.tree.leaves(shapes.batch_stats) else 0.0
+    frozen_after = end - round(frozen_share * config.train.steps)
     validation_step = make_validation_step(
         graph, loss, everywhere, extra_losses=extra_losses, targets=targets, deterministic=deterministic
     )

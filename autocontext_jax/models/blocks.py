@@ -1,6 +1,7 @@
 """What every backbone is built from: its size and numerics, and blocks of layer, normalisation and ReLU."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from autocontext_jax.errors import require
 from autocontext_jax.geometry import CUBES, Spacing, Triple, halvings, product
 from autocontext_jax.models.convolution import Convolution, Deconvolution
 from autocontext_jax.models.fixed_normalization import convolution_relu, deconvolution_relu
-from autocontext_jax.models.normalization import BatchNormReLU
+from autocontext_jax.models.normalization import BatchNormReLU, GroupNormReLU, group_size
 from autocontext_jax.models.resizing import depth_to_space
 from autocontext_jax.sections import DERIVED
+
+NORMS = ("batch", "instance", "group", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +26,11 @@ class NetworkConfig:
       base_channels: of the first convolution; 32 in the paper.
       depth: number of resolutions inside the network; 4 in the paper. The size of a patch must be a multiple of
         2^(depth - 1), along the axis of thick slices of less.
-      norm: `batch` or `none`; without normalisation the 3^3 convolutions have a bias.
-      momentum: of the running averages that inference uses.
+      norm: the normalisation after each 3^3 convolution and deconvolution. `batch`: by statistics of the batch, at
+        inference by running averages of them. `instance`: each sample's channels by their own mean and variance;
+        `group`: each sample's groups of channels by theirs, of 8 channels or of the largest number below that divides
+        them. Both are the same at inference. In 2D each slice is a sample. `none`: the 3^3 convolutions have a bias.
+      momentum: of batch norm's running averages.
       dtype: compute type of activations; parameters, statistics, softmax and loss stay float32. Accelerators multiply
         `float32` in a shorter type unless JAX_DEFAULT_MATMUL_PRECISION is `highest`: TF32 on GPUs, bfloat16 on TPUs.
       spacing: of the network's input along (z, y, x), in any unit; infinite along an axis that it does not look along.
@@ -41,7 +47,7 @@ class NetworkConfig:
     def __post_init__(self):
         require(1 <= self.base_channels <= 4096, self, "base_channels", "a number from 1 to 4096")
         require(1 <= self.depth <= 10, self, "depth", "a number from 1 to 10")
-        require(self.norm in ("batch", "none"), self, "norm", "one of batch, none")
+        require(self.norm in NORMS, self, "norm", f"one of {', '.join(NORMS)}")
         require(0 <= self.momentum < 1, self, "momentum", "a fraction in [0, 1)")
         require(self.dtype in ("float32", "bfloat16"), self, "dtype", "one of float32, bfloat16")
 
@@ -69,9 +75,26 @@ class NetworkConfig:
         return product(self.steps)
 
     @property
+    def normalizes_by_sample(self) -> bool:
+        """Whether statistics are those of each sample, at inference too: results then depend on a tile's size."""
+        return self.norm in ("instance", "group")
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """Channels of each resolution's result in the analysis path: 64, 128, 256, 512 in the paper."""
         return tuple(self.base_channels * 2 ** (resolution + 1) for resolution in range(self.depth))
+
+
+def make_norm(channels: int, config: NetworkConfig) -> BatchNormReLU | GroupNormReLU | None:
+    """The normalisation of so many channels, with its ReLU; None without one."""
+    if config.norm == "none":
+        return None
+    if config.norm == "batch":
+        return BatchNormReLU(channels, momentum=config.momentum)
+    # In 2D each of the D slices is a sample, as no layer connects them.
+    sample_axes = 2 if math.isinf(config.spacing[0]) else 1
+    group = group_size(channels) if config.norm == "group" else 1
+    return GroupNormReLU(channels, group=group, sample_axes=sample_axes)
 
 
 class ConvolutionBlock(nnx.Module):
@@ -86,13 +109,12 @@ class ConvolutionBlock(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: Triple, config: NetworkConfig, rngs: nnx.Rngs):
-        batch = config.norm == "batch"
-        self.layer = Convolution(inputs, outputs, kernel, bias=not batch, rngs=rngs)
-        self.norm = BatchNormReLU(outputs, momentum=config.momentum) if batch else None
+        self.layer = Convolution(inputs, outputs, kernel, bias=config.norm == "none", rngs=rngs)
+        self.norm = make_norm(outputs, config)
 
     def __call__(self, *xs: jax.Array) -> jax.Array:
         """Arrays [B, D, H, W, C], concatenated along their channels -> the layer's result, normalised."""
-        if self.norm is not None and self.norm.use_running_average:
+        if isinstance(self.norm, BatchNormReLU) and self.norm.use_running_average:
             return convolution_relu(xs, self.layer.kernel[...], *self.norm.affine())
         x = self.layer(jnp.concatenate(xs, axis=-1) if len(xs) > 1 else xs[0])
         return jax.nn.relu(x) if self.norm is None else self.norm(x)
@@ -111,11 +133,11 @@ class UpsamplingBlock(nnx.Module):
     def __init__(self, channels: int, step: Triple, config: NetworkConfig, rngs: nnx.Rngs):
         self.step = step
         self.layer = Deconvolution(channels, channels, step, rngs=rngs)
-        self.norm = BatchNormReLU(channels, momentum=config.momentum) if config.norm == "batch" else None
+        self.norm = make_norm(channels, config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, D, H, W, C] -> [B, 2D, 2H, 2W, C], without the factor along an axis whose step is 1."""
-        if self.norm is not None and self.norm.use_running_average:
+        if isinstance(self.norm, BatchNormReLU) and self.norm.use_running_average:
             return deconvolution_relu(x, self.layer.kernel[...], *self.norm.affine())
         # Before depth-to-space, which then needs no pass of its own.
         blocks = self.layer(x)

@@ -1,6 +1,8 @@
 """The auto-context pyramid: one network per level, which sees the coarser level's maps (Roth et al., section 2.2)."""
 
 import dataclasses
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autocontext_jax.errors import require
-from autocontext_jax.geometry import CUBES, Spacing, Triple, level_scales, level_steps, times
+from autocontext_jax.errors import UserError, require
+from autocontext_jax.geometry import CUBES, Spacing, Triple, along_axes, level_scales, level_steps, product, times
 from autocontext_jax.images.spec import CT, ImageSpec
 from autocontext_jax.models.activations import ACTIVATIONS, activate
 from autocontext_jax.models.blocks import NetworkConfig
@@ -165,9 +167,50 @@ def make_pyramid(network: Any, config: Any, pyramid: PyramidConfig, *, seed: int
 
 def divisor(network: NetworkConfig, pyramid: PyramidConfig) -> Triple:
     """What the size of a patch or tile along each axis must be a multiple of, so that every network can pool it."""
-    every = [dataclasses.replace(network, spacing=spacing).divisor for spacing in pyramid.spacings]
-    z, y, x = (max(along) for along in zip(*every, strict=True))  # powers of two
+    z, y, x = (max(along) for along in zip(*_divisors(network, pyramid), strict=True))  # powers of two
     return z, y, x
+
+
+def _divisors(network: NetworkConfig, pyramid: PyramidConfig) -> list[Triple]:
+    """Of each level's network."""
+    return [dataclasses.replace(network, spacing=spacing).divisor for spacing in pyramid.spacings]
+
+
+def check_size(name: str, size: tuple[int, ...], network: NetworkConfig, pyramid: PyramidConfig) -> None:
+    """A patch or tile must halve as often as levels and networks halve it along each axis.
+
+    Args:
+      name: what a message calls the size, such as "config key predict.tile".
+      size: voxels (z, y, x), or one number, see `geometry.along_axes`.
+      network: of every level.
+      pyramid: how the levels are connected, with the spacing of the finest.
+
+    Raises:
+      UserError: it does not halve so often; in 2D z is not 1; with instance normalisation a single voxel would be left.
+    """
+    flat = math.isinf(pyramid.spacing[0])
+    shape = along_axes(size, 2 if flat else 3)
+    if flat and shape[0] != 1:
+        raise UserError(
+            f"{name} is {shape}; expected 1 along z, since levels.spatial_dims is 2: choose {(1, *shape[1:])}"
+        )
+    # Along an axis that levels halve, the finer patch starts a quarter of its size into the coarser one.
+    units = divisor(network, pyramid)
+    halved = product(pyramid.steps)
+    expected = tuple(max(unit, 4 if by > 1 else 1) for unit, by in zip(units, halved, strict=True))
+    if any(along % unit for along, unit in zip(shape, expected, strict=True)):
+        nearest = tuple(unit * max(1, along // unit) for along, unit in zip(shape, expected, strict=True))
+        raise UserError(
+            f"{name} is {shape}; expected multiples of {expected} along (z, y, x), since model.depth is "
+            f"{network.depth}: choose {nearest}"
+        )
+    fewest = min(math.prod(map(operator.floordiv, shape, own)) for own in _divisors(network, pyramid))
+    if network.norm == "instance" and fewest == 1:
+        larger = tuple(along if flat and axis == 0 else 2 * along for axis, along in enumerate(shape))
+        raise UserError(
+            f"{name} is {shape}; expected a larger one, since model.norm is instance and at the lowest resolution of "
+            f"model.depth {network.depth} it is a single voxel, which has no variance: choose {larger}"
+        )
 
 
 def _random_streams(model: nnx.Module) -> list[Any]:

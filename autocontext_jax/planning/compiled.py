@@ -79,13 +79,13 @@ class TilePrediction:
 
     Attributes:
       make_model: makes the pyramid.
-      tile: T, voxels along each axis of a tile.
+      tile: voxels (z, y, x) of a tile.
       plane: native voxels in plane, along each axis, of the largest scan.
       level: from 1 = coarsest; None means the finest.
     """
 
     make_model: Callable[[], Pyramid]
-    tile: int
+    tile: Triple
     plane: int = 512
     level: int | None = None
 
@@ -99,12 +99,12 @@ class TilePrediction:
         graph, state = nnx.split(model)
         pyramid = model.config
         level = self.level or pyramid.levels
-        arguments = tile_arguments((self.tile,) * 3, pyramid=pyramid, level=level)
+        arguments = tile_arguments(self.tile, pyramid=pyramid, level=level)
         device = SingleDeviceSharding(devices[0])
         tiles = ScanTiles(
             PredictorConfig(tile=self.tile), pyramid, align=(8, 8, 8), blend=gaussian, bytes_a_voxel=lambda: 0.0
         )
-        native = (self.tile, self.plane, self.plane)
+        native = (self.tile[0], self.plane, self.plane)
         factors = tuple((2.0 ** (pyramid.levels - number),) * 3 for number in range(pyramid.levels))
         planned = tiles.plan(native, factors, np.zeros(level_shape(native, factors[0]), np.int16))
         assert planned is not None, "an image of zeros is all body"

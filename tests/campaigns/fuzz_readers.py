@@ -225,14 +225,14 @@ def write_model_file(folder: Path) -> None:
         image=CT,
         levels=LevelGrids((2.0, 1.0)),
         trained_spacing=((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
-        tiling=Tiling(8, 4, crop_to_body=True, flip=False),
+        tiling=Tiling((8,), 4, crop_to_body=True, flip=False),
         training={"steps": 1},
         evaluation={},
     )
     pyramid = make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0)
     with jax.disable_jit():
         pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
-    Model(description, pyramid, PredictorConfig(8)).save(folder / "small.autocontext")
+    Model(description, pyramid, PredictorConfig((8,))).save(folder / "small.autocontext")
     with zipfile.ZipFile(folder / "small.autocontext") as archive:
         archive.extractall(folder / "parts")
 
