@@ -1,5 +1,6 @@
 """What the package exports: training, evaluation and prediction as Python functions. They do what the command does."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs import config_files, run
 from autocontext_jax.jobs.evaluate import evaluation_folder
 from autocontext_jax.jobs.extensions import Extensions
+from autocontext_jax.jobs.plan import apply_plan, read_plan
+from autocontext_jax.jobs.run_config import config_from_dict
 from autocontext_jax.jobs.saved_config import get_config
+from autocontext_jax.planning.plan import PlanConfig
 
 Named = Mapping[str, Any]
 
@@ -50,6 +54,30 @@ def load(path: str | Path, *, networks: Named | None = None, **options: Any) -> 
     runtime.set_up_library(dtype=typed.model.dtype)
     paths = run.Paths(workdir=place, model=place if place.is_file() else None)
     return run.load(typed, paths, Extensions(networks=networks or {}))
+
+
+def plan(config: ConfigDict, workdir: str | Path, *, networks: Named | None = None) -> ConfigDict:
+    """A complete configuration for a data set and the device at hand; `train` takes it, in this folder or another.
+
+    Writes `plan.py` into the folder: the same configuration with a reason for each key.
+
+    Args:
+      config: see `default_config`. `config.data.root` names the data set. Keys that differ from their defaults, and
+        those that `config.plan.keep` names, stay as they are; `config.plan.minutes` bounds the time.
+      workdir: the run folder; it is made.
+      networks: as in `train`.
+
+    Raises:
+      UserError: a mistake in the configuration or in the data, or the device is too small: one line says what.
+    """
+    values = config.to_dict()
+    typed, place = config_from_dict(values | {"plan": values["plan"] | {"automatic": True}}), full_path(workdir)
+    runtime.set_up_library(dtype=typed.model.dtype)
+    run.run("plan", typed, run.Paths(place), Extensions(networks or {}))
+    made = read_plan(place)
+    assert made is not None, "--mode plan writes it"
+    planned = dataclasses.replace(apply_plan(made, typed), plan=PlanConfig())
+    return config_files.to_config_dict(planned)
 
 
 def train(

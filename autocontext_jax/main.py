@@ -3,6 +3,7 @@
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -11,7 +12,7 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 from autocontext_jax.files import full_path
 
-MODES = ["all", "prepare", "train", "evaluate", "predict", "report", "export"]
+MODES = ["all", "plan", "prepare", "train", "evaluate", "predict", "report", "export"]
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", "", "The run folder: checkpoints, logs, predictions, tables.")
@@ -45,8 +46,8 @@ def main(argv: list[str]) -> int:
         # Worker processes import this module again; this is slow to import, and they do not need it.
         from autocontext_jax.jobs.config_files import from_config_dict
 
-        config = from_config_dict(CONFIG.value)
-        training = MODE.value in ("all", "train")
+        config = from_config_dict(_with_kept_keys(CONFIG.value))
+        training = MODE.value in ("all", "plan", "train")
         runtime.set_up(training=training, dtype=config.model.dtype)
         runtime.join_processes(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value, training=training)
         from autocontext_jax.jobs.extensions import Extensions, import_object
@@ -65,6 +66,14 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _with_kept_keys(config: Any) -> Any:
+    """The configuration in which a plan keeps the keys that the command line sets, whatever their values."""
+    if config.plan.automatic:
+        named = [key for key in config_flags.get_override_values(flags.FLAGS["config"]) if not key.startswith("plan.")]
+        config.plan.keep = tuple(dict.fromkeys((*config.plan.keep, *named)))
+    return config
 
 
 def command() -> None:

@@ -39,10 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "configs/quickstart.py"))
     parser.add_argument("--workdir", help="where the data sets and runs stay; a temporary folder unless given")
+    parser.add_argument("--share", type=float, default=0.5, help="of the cases that are in the first of two folders")
     flags, keys = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(flags.workdir or temporary)
-        write_sets(folder, flags.config, keys)
+        write_sets(folder, flags.config, keys, flags.share)
         roots = {
             "full": f"{folder / 'full'}",
             "two folders": f"{folder / 'one'},{folder / 'two'}",
@@ -56,7 +57,7 @@ def main() -> None:
     report(rows, machine=machine())
 
 
-def write_sets(folder: Path, path: str, keys: Sequence[str]) -> None:
+def write_sets(folder: Path, path: str, keys: Sequence[str], share: float) -> None:
     """The data sets `full`, `one`, `two`, `background` and `test`."""
     config = load_config(path, keys)
     phantom = config.phantom
@@ -66,7 +67,8 @@ def write_sets(folder: Path, path: str, keys: Sequence[str]) -> None:
         look_alikes=phantom.look_alikes, seed=config.seed,
     )  # fmt: skip
     names = [f"phantom_{number:03d}" for number in range(phantom.training)]
-    first, second = names[: len(names) // 2], names[len(names) // 2 :]
+    number = round(share * len(names))
+    first, second = names[:number], names[number:]
     sets: dict[str, list[tuple[list[str], tuple[str, ...]]]] = {
         "full": [(names, ORGANS)],
         "one": [(first, HALVES[0])],

@@ -3,6 +3,7 @@
 Below this file everything takes the frozen sections of `run_config.py`, where each key is explained.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from autocontext_jax.files import read_json, write_json
 from autocontext_jax.geometry import halved_axes
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.jobs.run_config import RunConfig, config_from_dict
+from autocontext_jax.planning.plan import PlanConfig
 from autocontext_jax.sections import as_dict, flat_keys
 
 FORMAT = 3  # of config.json
@@ -23,6 +25,7 @@ CHANGEABLE = (
     "data.root", "data.outside_paths", "data.prepared", "data.workers", "data.cache_mib", "data.new_cases",
     "loader.threads", "loader.prefetch", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep",
     "train.non_finite", "train.deterministic", "predict.", "evaluate.", "export.", "experiment", "mesh.",
+    "plan.",
 )  # fmt: skip
 # Keys that prediction and evaluation take from the command line; the others are the run's own.
 INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_paths", "data.workers")
@@ -56,6 +59,18 @@ def from_config_dict(config: ConfigDict) -> RunConfig:
     return config_from_dict(config.to_dict())
 
 
+def config_from_flat(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A configuration with other values of some keys, by dotted names.
+
+    Raises:
+      UserError: see `sections.from_dict`.
+    """
+    values = as_dict(config)
+    for key, value in changes.items():
+        _set(values, key, value)
+    return config_from_dict(values)
+
+
 def write_config(config: RunConfig, workdir: Path) -> None:
     """Writes `config.json`, whole or not at all."""
     write_json(workdir / "config.json", {"format": FORMAT, "config": as_dict(config)})
@@ -74,6 +89,8 @@ def read_config(workdir: Path) -> RunConfig | None:
     data = saved.get("data") if isinstance(saved, dict) else None
     if isinstance(data, dict) and "folds" not in data and not data.get("splits"):
         data["fold"] = -1  # it was 0, without a meaning where no file of folds was named
+    if isinstance(saved, dict):
+        saved.setdefault("plan", as_dict(PlanConfig()))
     for key, value in ADDED.items():
         section, name = key.split(".")
         if isinstance(saved, dict) and isinstance(saved.get(section), dict):
@@ -130,17 +147,24 @@ def check_same_run(config: RunConfig, saved: RunConfig, workdir: Path) -> None:
 def for_inference(given: RunConfig, saved: RunConfig, workdir: Path) -> RunConfig:
     """The run's own configuration, with those keys of a given one that inference may change.
 
+    Of a given one that leaves its choices to a plan, only what differs from the defaults counts.
+
     Raises:
       UserError: the given one contradicts the run in what its network is.
     """
-    if differing := _differences(given, saved, lambda key: key.startswith(MODEL)):
+    default = flat_keys(as_dict(RunConfig())) if given.plan.automatic else {}
+    now = flat_keys(as_dict(given))
+    planned = {key for key, value in default.items() if now[key] == value}
+    if differing := _differences(given, saved, lambda key: key.startswith(MODEL) and key not in planned):
         raise UserError(
             f"the checkpoint of {workdir} was trained with another configuration; keys that differ: "
             f"{', '.join(differing)}: leave --config out, since the run folder knows its own"
         )
     values = as_dict(saved)
-    for key, value in flat_keys(as_dict(given)).items():
+    for key, value in now.items():
         # A config file that names no data set does not take the run's own away.
+        if key in planned:
+            continue
         if key.startswith(INFERENCE) and (key, value) not in (("data.root", ""), ("data.outside_paths", False)):
             _set(values, key, value)
     return config_from_dict(values)

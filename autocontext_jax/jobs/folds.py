@@ -30,6 +30,7 @@ from autocontext_jax.jobs.config_files import check_same_run, read_config, write
 from autocontext_jax.jobs.evaluate import evaluate_validation, is_validated
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.lock import locked_by_first
+from autocontext_jax.jobs.plan import make_plan
 from autocontext_jax.jobs.prepare import learn, prepare_cases
 from autocontext_jax.jobs.restore import latest_step
 from autocontext_jax.jobs.run_config import RunConfig
@@ -42,6 +43,7 @@ from autocontext_jax.jobs.run_folder import (
     read_fingerprint,
     read_split,
 )
+from autocontext_jax.jobs.timing import fit_minutes
 from autocontext_jax.jobs.train import train
 
 log = logging.getLogger(__name__)
@@ -62,15 +64,16 @@ class _Run:
     data: RunData
 
 
-def cross_validate(mode: str, config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
+def cross_validate(mode: str, config: RunConfig, workdir: Path, extensions: Extensions, started: float) -> bool:
     """Prepares all cases and trains one fold or every fold; each goes on where it stopped.
 
     Args:
-      mode: `prepare`; `train`; or `all`, which also scores each fold's validation cases and writes the table of the
-        folds that are done.
+      mode: `plan`, `prepare`, `train`; or `all`, which also scores each fold's validation cases and writes the table
+        of the folds that are done.
       config: `data.folds` or `data.splits` says which folds there are, `data.fold` which one is trained, -1 every one.
       workdir: of all folds.
       extensions: networks, losses and metrics from outside the package.
+      started: when the job did, of `time.monotonic`.
 
     Returns:
       False if scans or labels could not be read.
@@ -86,12 +89,26 @@ def cross_validate(mode: str, config: RunConfig, workdir: Path, extensions: Exte
         chosen = range(len(folds)) if config.data.fold < 0 else [config.data.fold]
         shared = dataclasses.replace(config.data, folds=len(folds), fold=-1, splits="")  # which workdir/FILE says
         config = dataclasses.replace(config, data=shared)
+        if config.plan.automatic:
+            config = make_plan(config, workdir, data, extensions, runs=len(chosen))
+        if mode == "plan":
+            return True
         processes.agree(lambda: _check_same(config, workdir))
-        if mode != "prepare":
-            processes.first_does(lambda: write_config(config, workdir))
         prepare_cases(config, data)
-    if mode == "prepare":
-        return True
+        if mode == "prepare":
+            return True
+        if config.plan.minutes:
+            first = _run(config, workdir, data, folds, chosen[0])
+            processes.first_does(lambda: _make_folder(first.folder))
+            first = _begin(first)
+            fitted = fit_minutes(
+                config, workdir, first.data, extensions, started=started, runs=len(chosen),
+                evaluates="validation" if mode == "all" else "",
+            )  # fmt: skip
+            if fitted is None:
+                return True  # ended by a signal
+            config = fitted
+        processes.first_does(lambda: write_config(config, workdir))
     good = True
     for number in chosen:
         log.info("fold %d of 0 to %d", number, len(folds) - 1)

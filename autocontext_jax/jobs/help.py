@@ -20,6 +20,7 @@ usage: autocontext --config FILE --workdir FOLDER [--config.SECTION.KEY=VALUE ..
 
 --mode is one of
   all       prepare, train and evaluate; goes on where an earlier start stopped (the default)
+  plan      choose a configuration for the data set and the device, with reasons: configs/auto.py
   prepare   write the data set's image pyramids
   train     train to the end, or on from the newest checkpoint
   evaluate  predict and score the scans that were held out

@@ -15,16 +15,21 @@ from autocontext_jax.jobs.run_folder import RunData, open_data, read_fingerprint
 log = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, workdir: Path) -> RunData:
+def prepare(config: RunConfig, workdir: Path, data: RunData | None = None) -> RunData:
     """Prepares every training and validation case that is not prepared yet, each process its share.
 
     Of files that have not changed since `split.json` was written nothing is read.
+
+    Args:
+      config: of the run.
+      workdir: the run folder.
+      data: of the run, where it has been opened.
 
     Raises:
       UserError: names every case that cannot be prepared, the others are; or no training case has a labelled voxel; or
         patches do not fit the levels' grids.
     """
-    data = open_data(config, workdir)
+    data = data or open_data(config, workdir)
     prepare_cases(config, data)
     return learn(config, workdir, data)
 

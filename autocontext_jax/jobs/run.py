@@ -5,6 +5,7 @@ Each job is imported when it is run: together their libraries take seconds to im
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_
     """Runs the job that a mode names.
 
     Args:
-      mode: `all`, `prepare`, `train`, `evaluate`, `predict`, `report` or `export`.
+      mode: `all`, `plan`, `prepare`, `train`, `evaluate`, `predict`, `report` or `export`.
       config: as config file and flags give it.
       paths: where it works.
       extensions: networks, losses and metrics from outside the package.
@@ -62,8 +63,11 @@ def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_
     Raises:
       UserError: the user's mistake.
     """
+    started = time.monotonic()
     if mode in USES:
         return _use(mode, config, paths, extensions)
+    if mode == "plan" and not config.plan.automatic:
+        raise UserError("--mode plan requires plan.automatic: --config configs/auto.py, or --config.plan.automatic")
     extensions.network(config), extensions.extra_losses(config), extensions.extra_metrics(config)  # refused at once
     workdir = paths.workdir
     try:
@@ -75,9 +79,9 @@ def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_
     if with_folds:
         from autocontext_jax.jobs.folds import cross_validate
 
-        return cross_validate(mode, config, workdir, extensions)
+        return cross_validate(mode, config, workdir, extensions, started)
     with locked_by_first(workdir):
-        return _make(mode, config, workdir, extensions)
+        return _make(mode, config, workdir, extensions, started)
 
 
 def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
@@ -166,17 +170,34 @@ def _as_begun(config: RunConfig, workdir: Path) -> tuple[RunConfig, bool]:
     return config, with_folds
 
 
-def _make(mode: str, config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
+def _make(mode: str, config: RunConfig, workdir: Path, extensions: Extensions, started: float) -> bool:
     """The modes that make a run, or go on with it."""
     from autocontext_jax.jobs.prepare import prepare
+    from autocontext_jax.jobs.run_folder import open_data
 
+    data = None
+    if config.plan.automatic:
+        from autocontext_jax.jobs.plan import make_plan
+
+        data = open_data(config, workdir)
+        config = make_plan(config, workdir, data, extensions)
+        if mode == "plan":
+            return True
     if mode == "all" and config.experiment:
         from autocontext_jax.jobs.experiment import experiment
 
         return experiment(config, workdir, extensions)
-    data = prepare(config, workdir)
+    data = prepare(config, workdir, data)
     if mode == "prepare":
         return True
+    if config.plan.minutes:
+        from autocontext_jax.jobs.timing import fit_minutes
+
+        evaluates = "run" if mode == "all" else ""
+        fitted = fit_minutes(config, workdir, data, extensions, started=started, evaluates=evaluates)
+        if fitted is None:
+            return True  # ended by a signal
+        config = fitted
     from autocontext_jax.jobs.train import train
 
     if not train(config, workdir, data, extensions) or mode == "train":

@@ -15,6 +15,7 @@ from autocontext_jax.images.spec import NORMALIZATIONS
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig, check_size, divisor
+from autocontext_jax.planning.plan import PlanConfig
 from autocontext_jax.sections import from_dict
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.optimizers import OptimizerConfig
@@ -218,6 +219,7 @@ class RunConfig:
 
     seed: int = 0
     experiment: tuple[str, ...] = ()
+    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     phantom: PhantomConfig = dataclasses.field(default_factory=PhantomConfig)
     levels: LevelGrids = dataclasses.field(default_factory=lambda: LevelGrids(unit="mm"))
@@ -239,6 +241,13 @@ class RunConfig:
         one_split = not self.data.folds and (self.data.fold >= 0 or not self.data.splits)
         expected = "() with folds; to compare modes on one fold name a file and the fold, data.splits and data.fold"
         require(not self.experiment or one_split, self, "experiment", expected)
+        good = self.plan.automatic or not (self.plan.minutes or self.plan.memory)
+        require(good, self, "plan", "plan.automatic with plan.minutes or plan.memory, as configs/auto.py has it")
+        if self.experiment and self.plan.minutes:
+            raise UserError(
+                f"config key plan.minutes is {self.plan.minutes:g}; expected 0 with an experiment, whose modes take "
+                "times of their own: set train.steps"
+            )
         self._check_sizes()
         if self.predict.flip and not self.augmentation.flip:
             raise UserError(

@@ -25,25 +25,30 @@ from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.sharding import batch_sharding, replicated, state_sharding
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
+from autocontext_jax.training.targets import CLASSES, Targets
 
 Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """The training step of a pyramid, with Adam and the Dice loss.
+    """The training step of a pyramid, with Adam.
 
     Attributes:
       make_model: makes the pyramid. It is only traced.
       patch_size: voxels (z, y, x) of a patch, the same at every level.
       batch_size: pyramid patches of each device, or of each `space` devices.
       space: devices that share the depth of their patches.
+      loss: what is minimised.
+      targets: what labels mean.
     """
 
     make_model: Callable[[], Pyramid]
     patch_size: Triple
     batch_size: int
     space: int = 1
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    targets: Targets = CLASSES
 
     def lower(self, devices: np.ndarray) -> tuple[Any, int]:
         """The step over all devices, not compiled yet, and 0: nothing else lies on the devices.
@@ -62,7 +67,8 @@ class TrainingStep:
         label: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
         batch = Batch((image,) * levels, (label,) * levels)
         whole = replicated(mesh)
-        step = make_train_step(graph, optimizer, LossConfig(), sharding=(state_sharding(mesh, state), whole))
+        placement = state_sharding(mesh, state), whole
+        step = make_train_step(graph, optimizer, self.loss, sharding=placement, targets=self.targets)
         with jax.set_mesh(mesh):
             return step.lower(_placed(state, whole), _placed(batch, batch_sharding(mesh))), 0
 

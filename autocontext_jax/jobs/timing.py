@@ -1,0 +1,157 @@
+"""How many training steps fit the minutes of a plan: the real jobs are timed on the run's own data."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from autocontext_jax import processes
+from autocontext_jax.files import write_json
+from autocontext_jax.jobs.config_files import config_from_flat
+from autocontext_jax.jobs.evaluate import evaluate_run, evaluate_validation
+from autocontext_jax.jobs.extensions import Extensions
+from autocontext_jax.jobs.plan import read_plan, write_plan
+from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.jobs.run_folder import RunData, has_begun
+from autocontext_jax.jobs.train import train
+from autocontext_jax.planning import choices as topics
+from autocontext_jax.planning.plan import Choices
+
+log = logging.getLogger(__name__)
+
+FOLDER = "timing"  # in the run folder, while it lasts
+ROWS = 12  # of metrics.jsonl that the timed steps write
+SHARE = 0.03  # of the steps that the plan expects are timed
+SPARE = 0.03  # of it that is kept for what is slower later
+
+
+def fit_minutes(
+    config: RunConfig,
+    workdir: Path,
+    data: RunData,
+    extensions: Extensions,
+    *,
+    started: float,
+    runs: int = 1,
+    evaluates: str = "",
+) -> RunConfig | None:
+    """The planned configuration with so many training steps that the job ends in time.
+
+    A few steps are trained, checkpoint and validation with them, and two scans are predicted and scored, in a folder of
+    their own. A run that has begun keeps its steps.
+
+    Args:
+      config: as planned.
+      workdir: the run folder, or that of all folds.
+      data: prepared; of one of the runs.
+      extensions: networks, losses and metrics from outside the package.
+      started: when the job did, of `time.monotonic`.
+      runs: that share the minutes.
+      evaluates: what follows the training: "run" or "validation", see `evaluate`; "" nothing.
+
+    Returns:
+      None if a signal ended it.
+    """
+    folder = workdir / FOLDER
+    processes.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a start that was killed
+    plan = read_plan(workdir)
+    if not config.plan.minutes or plan is None or plan.timed or has_begun(workdir) or "train.steps" in plan.given:
+        return config
+    log.info("timing the training and the evaluation")
+    try:
+        timed = time.monotonic()
+        trained = _time_training(config, folder, data, extensions)
+        if trained is None:
+            return None
+        step, beside = trained
+        scoring = _time_evaluation(config, folder, data, extensions, evaluates) if evaluates else 0.0
+        spent = time.monotonic() - timed
+    finally:
+        processes.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))
+    left = (60 * config.plan.minutes - (time.monotonic() - started)) / runs
+    phases = len(config.phases())
+    seconds = (1 - SPARE) * (left - scoring) / phases - beside
+    steps = max(1, int(seconds / step))
+    steps = min(processes.gather(steps))
+    reason = (
+        f"{config.plan.minutes:g} minutes in all: a step takes {step:.2g} s, start, validations and checkpoints "
+        f"{beside:.0f} s, the evaluation {scoring:.0f} s; measured in {spent:.0f} s."
+    )
+    if seconds < 0.5 * 60 * config.plan.minutes / runs / phases:
+        log.warning("plan.minutes is %g, and only %.0f s of it are left for training", config.plan.minutes, seconds)
+    chosen = Choices(plan.given)
+    topics.choose_steps(chosen, steps, reason)
+    made = plan.with_choices(chosen.made, timed=True)
+    processes.first_does(lambda: write_plan(made, workdir))
+    log.info("%d steps: %s", steps, reason)
+    return config_from_flat(config, {key: choice.value for key, choice in chosen.made.items()})
+
+
+def _time_training(
+    config: RunConfig, folder: Path, data: RunData, extensions: Extensions
+) -> tuple[float, float] | None:
+    """Seconds of a step, and seconds of a run beside its steps: start, compilation, validations and checkpoints.
+
+    None if a signal ended it.
+    """
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "split.json", data.split.to_json())
+        write_json(folder / "fingerprint.json", data.fingerprint.to_json())
+
+    processes.first_does(begin)
+    steps = int(np.clip(config.train.steps * SHARE, 3 * ROWS, 10 * ROWS)) // ROWS * ROWS
+    changes = {"train.steps": steps, "train.checkpoint_every": steps, "train.log_every": steps // ROWS}
+    short = config_from_flat(config, {**changes, "optimizer.warmup": 1, "train.keep": 1})
+    started = time.monotonic()
+    if not train(short, folder, data, extensions):
+        return None
+    whole = time.monotonic() - started
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()][:ROWS]
+    rates = np.array([row["patches_per_second"] for row in rows])
+    frozen = config.train.frozen_batch_stats
+    first = ROWS - round(frozen * ROWS)  # the row in which frozen statistics begin, and are compiled
+    parts = [part for part in (rates[1:first], rates[first + 1 :]) if part.size]
+    weights = [1 - frozen, frozen][: len(parts)]
+    seconds = [config.loader.batch_size / float(np.median(part)) for part in parts]
+    step = float(np.average(seconds, weights=weights if sum(weights) else None))
+    beside = max(0.0, whole - steps * step)
+    return step, beside + 9 * _validation_seconds(config, step)
+
+
+def _validation_seconds(config: RunConfig, step: float) -> float:
+    """Of each further checkpoint: forward passes over the held-out patches, a third of a step each."""
+    return step / 3 * -(-config.train.validation_patches // config.loader.batch_size) + 1.0
+
+
+def _time_evaluation(config: RunConfig, folder: Path, data: RunData, extensions: Extensions, evaluates: str) -> float:
+    """Seconds that all scans to be evaluated take, from one of them and from three."""
+    side = "validation" if evaluates == "validation" or not data.test else "test"
+    cases = data.validation if side == "validation" else data.test
+    if not cases:
+        return 0.0
+    function: Callable[..., bool] = evaluate_validation if evaluates == "validation" else evaluate_run
+    seconds = []
+    for number in (1, 3):
+        if number > len(cases):
+            break
+        chosen = {case.name for case in cases[:number]}
+        left = {
+            name: dataclasses.replace(case, side=case.side if case.side != side or name in chosen else "unused")
+            for name, case in data.split.cases.items()
+        }
+        part = dataclasses.replace(data, split=dataclasses.replace(data.split, cases=left))
+        started = time.monotonic()
+        with contextlib.redirect_stdout(io.StringIO()):
+            function(config, folder, part, extensions)
+        seconds.append(time.monotonic() - started)
+    each = (seconds[-1] - seconds[0]) / 2 if len(seconds) == 2 else seconds[0]
+    return seconds[0] + each * (len(cases) - 1)
