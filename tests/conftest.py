@@ -2,6 +2,10 @@
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from autocontext_jax.data import preparation
+from autocontext_jax.errors import UserError
 
 OPTION = "jax_disable_most_optimizations"
 
@@ -18,3 +22,40 @@ def compiled_quickly():
         jax.config.update(OPTION, True)
         yield
         jax.config.update(OPTION, False)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(compiled_quickly, tmp_path_factory):
+    """Compiles quickly, and keeps the programs of this module and of its subprocesses: none is compiled twice.
+
+    For files that train or predict several times with one configuration. Each module has a cache of its own, so that
+    what a test does depends on no other file.
+    """
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    values = dict(zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def prepared_here():
+    """Prepares cases in this process: starting another one takes longer."""
+
+    def in_turn(function, items, *, workers):
+        for item in items:
+            try:
+                yield item, function(item)
+            except UserError as error:
+                yield item, error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "in_processes", in_turn)
+        yield

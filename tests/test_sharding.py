@@ -27,7 +27,7 @@ from autocontext_jax.training.state import Batch, TrainState, create_state, make
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-CLASSES, EDGE, BATCH = 3, 16, 4
+CLASSES, EDGE, BATCH = 3, 8, 4
 # By plain gradients, so that the parameters say what these were; the momentum is a state to split.
 OPTIMIZER = optax.sgd(1.0, momentum=0.9)
 # (data, space), and whether the optimiser's state is split.
@@ -35,7 +35,7 @@ LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (4, 2, False), (4, 2, Tr
 
 
 def new_pyramid() -> Pyramid:
-    network = NetworkConfig(base_channels=4, depth=3)
+    network = NetworkConfig(base_channels=4, depth=2)
     config = PyramidConfig(levels=2, classes=CLASSES)
     return Pyramid(config, lambda inputs, spacing, rngs: UNet(inputs, CLASSES, network, rngs=rngs), rngs=nnx.Rngs(0))
 
