@@ -2,19 +2,73 @@
 
 import jax
 import pytest
+from jax._src import compiler
+from jax.experimental.compilation_cache import compilation_cache
+
+from autocontext_jax.data import preparation
+from autocontext_jax.errors import UserError
 
 OPTION = "jax_disable_most_optimizations"
+# XLA's newer way of writing the code of a fused loop, which takes most of the time in which a small program compiles.
+FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
     """Compiles this module's programs, and those of its subprocesses, with LLVM's optimisations off.
 
-    They compute the same operations; XLA's own passes, such as fusion, stay. For files whose time is mostly compiling,
-    and which look neither at speed nor at machine code: some of the tests take half as long with it.
+    In this process XLA also writes loops in its older way; with both, a training step compiles in a third of the time.
+    Subprocesses keep the newer way, as the older one cannot write what `runtime.fuse_results` asks for. Programs
+    compute the same operations; XLA's own passes, such as fusion, stay. For files whose time is mostly compiling, and
+    which look neither at speed nor at machine code.
     """
+    options = compiler.get_compile_options  # JAX has options for one compilation, and none for all of them
+
+    def quick_options(*arguments, env_options_overrides=None, **more):
+        return options(
+            *arguments, env_options_overrides={**(env_options_overrides or {}), FUSION_EMITTERS: False}, **more
+        )
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", quick_options)
         patch.setenv(OPTION.upper(), "1")
         jax.config.update(OPTION, True)
         yield
         jax.config.update(OPTION, False)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(compiled_quickly, tmp_path_factory):
+    """Compiles quickly, and keeps the programs of this module and of its subprocesses: none is compiled twice.
+
+    For files that train or predict several times with one configuration. Each module has a cache of its own, so that
+    what a test does depends on no other file.
+    """
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    values = dict(zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def prepared_here():
+    """Prepares cases in this process: starting another one takes longer."""
+
+    def in_turn(function, items, *, workers):
+        for item in items:
+            try:
+                yield item, function(item)
+            except UserError as error:
+                yield item, error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "in_processes", in_turn)
+        yield

@@ -60,19 +60,23 @@ class ForkedCommands:
     Args:
       root: the checkout, from which the package is imported.
       programs: where compiled programs are kept from one command to the next.
+
+    Attributes:
+      environment: of the commands.
     """
 
     def __init__(self, root: Path, *, programs: Path):
         self._root = root
         self._folder = tempfile.TemporaryDirectory()
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(root), str(HERE))),
+            "JAX_COMPILATION_CACHE_DIR": str(programs),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self._server = subprocess.Popen(
             [sys.executable, "-c", "import forked_commands; forked_commands.serve()"],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join((str(root), str(HERE))),
-                "JAX_COMPILATION_CACHE_DIR": str(programs),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            },
+            env=self.environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
         self._count = 0
@@ -92,18 +96,24 @@ class ForkedCommands:
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
-    def start(self, *arguments: object, cwd: Path | None = None) -> Forked:
-        """A command, with the flags of `python -m autocontext_jax.main`."""
+    def start(self, *arguments: object, cwd: Path | None = None, **environment: str) -> Forked:
+        """A command, with the flags of `python -m autocontext_jax.main`.
+
+        Args:
+          arguments: the flags.
+          cwd: the current folder; without it the checkout.
+          environment: more variables. Those that JAX reads when it is imported have no effect.
+        """
         self._count += 1
         folder = Path(self._folder.name) / str(self._count)
         folder.mkdir()
-        pid = self.ask("start", str(folder), str(cwd or self._root), *map(str, arguments))
+        pid = self.ask("start", str(folder), str(cwd or self._root), environment, *map(str, arguments))
         assert pid is not None
         return Forked(self, pid, folder)
 
-    def run(self, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    def run(self, *arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
         """The same, ended."""
-        return self.start(*arguments, cwd=cwd).ended()
+        return self.start(*arguments, cwd=cwd, **environment).ended()
 
 
 def serve() -> None:
@@ -124,7 +134,7 @@ def serve() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _become(folder: str, cwd: str, *arguments: str) -> None:
+def _become(folder: str, cwd: str, environment: dict[str, str], *arguments: str) -> None:
     """What `python -m autocontext_jax.main` does, in this process."""
     files = (os.devnull, f"{folder}/stdout", f"{folder}/stderr")
     for number, name in enumerate(files):
@@ -132,6 +142,7 @@ def _become(folder: str, cwd: str, *arguments: str) -> None:
         os.dup2(opened, number)
         os.close(opened)
     os.chdir(cwd)
+    os.environ.update(environment)
     sys.argv = [str(HERE.parent / "autocontext_jax" / "main.py"), *arguments]
     from autocontext_jax import main
 

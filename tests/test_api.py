@@ -11,7 +11,7 @@ import pytest
 
 import autocontext_jax as ac
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 ROOT = Path(__file__).parent.parent
 

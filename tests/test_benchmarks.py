@@ -11,6 +11,8 @@ import pytest
 
 from autocontext_jax.evaluation.statistics import summarise
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 PHANTOMS = "--cases 2 --size 16 24 24 --spacing 12 12 12"
 

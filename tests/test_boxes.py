@@ -1,5 +1,6 @@
 """Tiles as boxes: few voxels computed, within the memory, the same result; and nothing outside the body."""
 
+import functools
 import gc
 import itertools
 import math
@@ -237,8 +238,9 @@ def test_device_memory_does_not_grow_with_the_scan(small):
     assert most_alive(800) <= 1.1 * most_alive(200)
 
 
+@functools.cache
 def paper_sized(levels: int) -> Predictor:
-    """With networks as in the paper, but for their width."""
+    """With networks as in the paper, but for their width; made once, as its programs are compiled to be measured."""
     pyramid = trained_pyramid(levels, width=8, depth=4)
     return Predictor(pyramid, PredictorConfig(memory=3.0), align=(8,) * 3)
 

@@ -26,7 +26,7 @@ from autocontext_jax.jobs.config_files import default_config, from_config_dict
 from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_folder import read_fingerprint
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_once", "prepared_here")
 
 BRAIN = ("FLAIR", "T1w", "t1gd", "T2w")
 

@@ -6,15 +6,12 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from jax.experimental.compilation_cache import compilation_cache
 from refusals import refused
 
 import autocontext_jax as ac
-from autocontext_jax.data import preparation
 from autocontext_jax.data.folds import as_text, draw_folds, read_folds
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.evaluation import surface_meshes
@@ -26,33 +23,7 @@ from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import read_split
 from autocontext_jax.jobs.signals import StopSignal
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(compiled_quickly, tmp_path_factory):
-    """Keeps compiled programs from run to run: compiling is most of this file's time."""
-    changed = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs"))}
-    changed["jax_persistent_cache_min_compile_time_secs"] = 0.0
-    before = {key: jax.config.values[key] for key in changed}
-    for values in (changed, before):
-        compilation_cache.reset_cache()
-        for key, value in values.items():
-            jax.config.update(key, value)
-        if values is changed:
-            yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prepared_here():
-    """Prepares cases in this process: starting another one takes longer."""
-
-    def in_turn(function, items, *, workers):
-        for item in items:
-            function(item)
-            yield item, None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "in_processes", in_turn)
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once", "prepared_here")
 
 
 @pytest.fixture(scope="module")

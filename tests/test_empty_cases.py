@@ -4,7 +4,6 @@ import json
 import logging
 from pathlib import Path
 
-import jax
 import nibabel
 import numpy as np
 import pytest
@@ -27,18 +26,10 @@ from autocontext_jax.jobs.run_folder import open_data
 from autocontext_jax.jobs.train import train
 from autocontext_jax.training.validation import validation_batches
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_once", "prepared_here")
 
 SIZE = (16, 18, 20)  # x, y, z as nibabel has them
 LABELS = ("background", "liver", "spleen", "duct")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Compiling is most of this file's time, and nothing here depends on how fast programs are."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def label_of(**boxes: tuple[slice, slice, slice]) -> np.ndarray:

@@ -18,7 +18,7 @@ from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.train import train
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_once", "prepared_here")
 
 SIZE = (18, 20, 16)  # x, y, z as nibabel has them
 AFFINE = np.diag([-2.0, -2.0, 2.0, 1.0])

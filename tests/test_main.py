@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from forked_commands import ForkedCommands
+from forked_commands import Forked, ForkedCommands
 
 from autocontext_jax.data.phantom.anatomy import ORGANS
 from autocontext_jax.data.phantom.dataset import write_dataset
@@ -60,8 +60,12 @@ def commands(compiled_quickly, tmp_path_factory):
         yield
 
 
-def run(*arguments: object, config: str = "configs/quickstart.py") -> subprocess.CompletedProcess:
-    return COMMANDS.run("--config", config, *arguments)
+def start(*arguments: object) -> Forked:
+    return COMMANDS.start("--config", "configs/quickstart.py", *arguments)
+
+
+def run(*arguments: object, config: str = "configs/quickstart.py", **environment: str) -> subprocess.CompletedProcess:
+    return COMMANDS.run("--config", config, *arguments, **environment)
 
 
 def use(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -69,11 +73,12 @@ def use(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return COMMANDS.run(*arguments, cwd=cwd)
 
 
-def run_anew(*arguments: object) -> subprocess.CompletedProcess:
+def run_anew(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """The same in a process that imports and compiles everything itself."""
     return subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300, check=False
-    )
+        command(*arguments),
+        cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False,
+    )  # fmt: skip
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -96,7 +101,7 @@ def one_line_error(result: subprocess.CompletedProcess) -> str:
 @pytest.fixture(scope="module")
 def whole_job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     workdir = tmp_path_factory.mktemp("job")
-    result = run_anew("--workdir", workdir, *SMALL)
+    result = run_anew("--workdir", workdir, *SMALL, environment=COMMANDS.environment)  # keeps its programs for others
     assert result.returncode == 0, result.stderr
     return workdir, result
 
@@ -144,7 +149,7 @@ def test_killed_and_started_again_the_losses_are_the_same_to_the_bit(whole_job, 
     workdir, _ = whole_job
     shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
     arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL]
-    first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
+    first = start(*arguments)
     log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and first.poll() is None:
         if (tmp_path / "checkpoints" / "8").exists() and log.read_text(encoding="utf-8").count("\n") >= 10:
@@ -164,15 +169,16 @@ def test_sigterm_saves_and_the_next_start_goes_on(whole_job, tmp_path):
     workdir, _ = whole_job
     shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
     arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL, "--config.train.checkpoint_every=1000"]
-    first = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
+    first = start(*arguments)
     log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline and first.poll() is None:
         if log.exists() and log.read_text(encoding="utf-8").count("\n") >= 2:
             break
         time.sleep(0.01)
-    first.terminate()
-    assert "stopped by a signal at step" in first.communicate()[1]
-    assert first.returncode == 0
+    first.send_signal(signal.SIGTERM)
+    ended = first.ended()
+    assert "stopped by a signal at step" in ended.stderr
+    assert ended.returncode == 0
     stopped_at = metrics(tmp_path)[-1]["step"]
     assert (tmp_path / "checkpoints" / str(stopped_at)).exists()
     result = run(*arguments)
@@ -184,10 +190,7 @@ def test_losses_do_not_depend_on_the_number_of_devices(whole_job, tmp_path):
     workdir, _ = whole_job
     shutil.copytree(workdir / "phantoms", tmp_path / "phantoms")
     arguments = ["--workdir", tmp_path, "--mode", "train", *SMALL, "--config.train.steps=3"]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    result = subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=300
-    )
+    result = run(*arguments, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert result.returncode == 0, result.stderr
     assert "2 cpu device(s)" in result.stderr
     for step, values in losses(tmp_path).items():
@@ -262,8 +265,7 @@ def two_processes(*arguments: object, terminate_after: int = 0) -> list[tuple[in
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", 2]
-    config = ("--config", "configs/quickstart.py")
-    running = [COMMANDS.start(*config, *arguments, *where, "--process", number) for number in range(2)]
+    running = [start(*arguments, *where, "--process", number) for number in range(2)]
     if terminate_after:
         log, deadline = Path(arguments[1]) / "metrics.jsonl", time.monotonic() + 240
         while time.monotonic() < deadline and all(process.poll() is None for process in running):

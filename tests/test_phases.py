@@ -27,7 +27,7 @@ from autocontext_jax.models.backbones import BACKBONES
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.phases import MODES, Phase, phases
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_once", "prepared_here")
 
 STEPS = 4
 
@@ -56,9 +56,9 @@ def small_config(folder: Path, mode: str = "end_to_end", *, steps: int = STEPS, 
     config.phantom.update({"training": 3, "test": 1, "size": (40, 40, 40), "spacing": (8.0, 8.0, 8.0)})
     config.data.root, config.data.prepared, config.data.workers = str(folder / "phantoms"), str(folder / "prepared"), 1
     config.levels.factors = (2, 1)
-    config.loader.patch_size, config.loader.batch_size = (16,), 1
-    config.model.base_channels, config.model.depth = 2, 2
-    config.predict.tile = (16,)
+    config.loader.patch_size, config.loader.batch_size = (8,), 1
+    config.model.base_channels, config.model.depth = 2, 1
+    config.predict.tile = 16
     config.train.mode, config.train.steps, config.train.frozen_batch_stats = mode, steps, frozen
     config.train.keep, config.train.checkpoint_every = 4, STEPS // 2
     config.train.log_every, config.train.validation_patches = 1, 1

@@ -29,15 +29,7 @@ from autocontext_jax.jobs.train import train
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.phases import MODES, Mode, Phase
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Compiling is most of this file's time, and nothing here depends on how fast programs are."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_once", "prepared_here")
 
 
 @pytest.fixture(scope="module")

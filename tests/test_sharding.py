@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import FUSION_EMITTERS
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
+from random_models import with_random_weights
 
 from autocontext_jax import processes
 from autocontext_jax.models.blocks import ConvolutionBlock, NetworkConfig, UpsamplingBlock
@@ -28,7 +30,7 @@ from autocontext_jax.training.state import Batch, TrainState, create_state, make
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-CLASSES, EDGE, BATCH = 3, 16, 4
+CLASSES, EDGE, BATCH = 3, 8, 4
 # By plain gradients, so that the parameters say what these were; the momentum is a state to split.
 OPTIMIZER = optax.sgd(1.0, momentum=0.9)
 # (data, space), and whether the optimiser's state is split.
@@ -37,7 +39,7 @@ LAYOUTS = [(1, 1, False), (2, 1, False), (1, 2, False), (4, 2, False), (4, 2, Tr
 
 
 def new_pyramid() -> Pyramid:
-    network = NetworkConfig(base_channels=4, depth=3)
+    network = NetworkConfig(base_channels=4, depth=2)
     config = PyramidConfig(levels=2, classes=CLASSES)
     return Pyramid(config, lambda inputs, spacing, rngs: UNet(inputs, CLASSES, network, rngs=rngs), rngs=nnx.Rngs(0))
 
@@ -48,7 +50,7 @@ def initial_state():
 
     No voxel lies near a ReLU's kink: one that rounding puts on its other side changes gradients by 1e-5 and more.
     """
-    state = jax.device_get(jax.jit(lambda: create_state(new_pyramid(), OPTIMIZER)[1])())
+    state = jax.device_get(create_state(with_random_weights(new_pyramid, seed=0), OPTIMIZER)[1])
     raised = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf + 6 if "bias" in jax.tree_util.keystr(path) else leaf, state.params
     )
@@ -131,13 +133,18 @@ def main(folder: str) -> None:
         Path(f"{folder}/{number}.json").write_text(json.dumps(shards), encoding="utf-8")
 
 
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a process with so many devices, which compiles as quickly as this one."""
+    flags = f"--{FUSION_EMITTERS}=false --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-c", "import sys, test_sharding; test_sharding.main(sys.argv[1])", str(folder)],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, encoding="utf-8", check=False,
+        cwd=Path(__file__).parent, env=with_devices(8), capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return folder
@@ -163,12 +170,11 @@ def test_two_processes_have_the_losses_gradients_and_statistics_of_one_device(re
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     code = "import sys, test_sharding; test_sharding.one_of_two(*sys.argv[1:])"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, address, str(index), str(results)],
-            cwd=Path(__file__).parent, env=environment, stderr=subprocess.PIPE, encoding="utf-8",
+            cwd=Path(__file__).parent, env=with_devices(4), stderr=subprocess.PIPE, encoding="utf-8",
         )
         for index in range(2)
     ]  # fmt: skip

@@ -48,12 +48,17 @@ def made():
 
 
 def new_state(
-    norm: str = "batch", *, stop_gradient: bool = False, learning: list[int] | None = None, activation: str = "softmax"
+    norm: str = "batch",
+    *,
+    depth: int = 2,
+    stop_gradient: bool = False,
+    learning: list[int] | None = None,
+    activation: str = "softmax",
 ):
     """Graph and state of step 0, with numpy's numbers: XLA takes seconds to compile each initialiser."""
 
     def make() -> Pyramid:
-        network = NetworkConfig(base_channels=2, depth=2, norm=norm, momentum=0.9)
+        network = NetworkConfig(base_channels=2, depth=depth, norm=norm, momentum=0.9)
         return Pyramid(
             PyramidConfig(levels=2, classes=2, stop_gradient=stop_gradient, activation=activation),
             lambda inputs, spacing, rngs: UNet(inputs, 2, network, rngs=rngs),
@@ -122,7 +127,7 @@ def test_validation_uses_the_running_averages_and_leaves_the_state(made, batch):
 
 
 def test_without_norm_there_are_no_statistics(batch):
-    graph, state = new_state(norm="none")
+    graph, state = new_state("none", depth=1)
     assert jax.tree.leaves(state.batch_stats) == []
     logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.batch_stats)(x))(state, batch.images)
     assert [level.shape for level in logits] == [(2, 8, 8, 8, 2)] * 2
@@ -142,7 +147,7 @@ FINEST, BOTH = (0.0, 1.0), (1.0, 1.0)
     ],
 )
 def test_a_step_changes_exactly_what_learns(batch, learning, weights, stop_gradient, params, statistics):
-    graph, state = new_state(stop_gradient=stop_gradient, learning=learning)
+    graph, state = new_state(depth=1, stop_gradient=stop_gradient, learning=learning)
     fed = Batch(batch.images[: len(weights)], batch.labels[: len(weights)])
     before = jax.tree.map(np.array, (state.params, state.batch_stats))
     after, _ = make_train_step(graph, OPTIMIZER, LossConfig(level_weights=weights), learning)(state, fed)
@@ -199,7 +204,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(made, batch, b
 
 def test_the_gradients_norm_is_that_of_all_of_them(batch):
     optimizer = optax.sgd(1.0)
-    graph, state = new_state()
+    graph, state = new_state(depth=1)
     state = state.replace(optimizer=optimizer.init(state.params))
     before = leaves(state.params)
     after, metrics = make_train_step(graph, optimizer, LossConfig())(state, batch)
@@ -214,7 +219,7 @@ def test_steps_of_partly_annotated_and_partly_labelled_batches(batch, regions):
     labels = tuple(label.at[:, 2].set(2 if regions else 1).at[:, :2].set(IGNORE) for label in batch.labels)
     known = jnp.array([[True, True, True], [True, True, False]])[:, : 3 if regions else 2].at[1, 1].set(bool(regions))
     fed = Batch(batch.images, labels, known)
-    graph, state = new_state(activation=targets.activation)
+    graph, state = new_state(depth=1, activation=targets.activation)
     config = LossConfig(cross_entropy=1.0)
     metrics, slices = make_validation_step(graph, config, targets=targets)(state, fed)
     logits = jax.jit(lambda s, x: inference_model(graph, s.params, s.batch_stats)(x))(state, batch.images)

@@ -34,7 +34,7 @@ from autocontext_jax.models.pyramid import Pyramid, PyramidConfig, divisor, make
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.state import inference_model
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_once", "prepared_here")
 
 THICK = (5.0, 0.8, 0.8)
 SPACINGS = [THICK, (1.0, 1.0, 1.0), (0.7, 3.0, 0.7), (2.0, 1.0, 1.0), (3.0, 1.0, 1.9), (8.0, 2.5, 1.0)]
