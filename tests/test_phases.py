@@ -58,7 +58,7 @@ def small_config(folder: Path, mode: str = "end_to_end", *, steps: int = STEPS, 
     config.levels.factors = (2, 1)
     config.loader.patch_size, config.loader.batch_size = (8,), 1
     config.model.base_channels, config.model.depth = 2, 1
-    config.predict.tile = 16
+    config.predict.tile = (16,)
     config.train.mode, config.train.steps, config.train.frozen_batch_stats = mode, steps, frozen
     config.train.keep, config.train.checkpoint_every = 4, STEPS // 2
     config.train.log_every, config.train.validation_patches = 1, 1
