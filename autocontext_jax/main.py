@@ -3,10 +3,9 @@
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
@@ -68,9 +67,9 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def _with_kept_keys(config: Any) -> Any:
+def _with_kept_keys(config: ConfigDict) -> ConfigDict:
     """The configuration in which a plan keeps the keys that the command line sets, whatever their values."""
-    if config.plan.automatic:
+    if isinstance(config.get("plan"), ConfigDict) and config.plan.get("automatic"):
         named = [key for key in config_flags.get_override_values(flags.FLAGS["config"]) if not key.startswith("plan.")]
         config.plan.keep = tuple(dict.fromkeys((*config.plan.keep, *named)))
     return config

@@ -18,9 +18,9 @@ def compiled_quickly():
     """Compiles this module's programs, and those of its subprocesses, with LLVM's optimisations off.
 
     In this process XLA also writes loops in its older way; with both, a training step compiles in a third of the time.
-    Subprocesses keep the newer way, as the older one cannot write what `runtime.fuse_results` asks for. Programs
-    compute the same operations; XLA's own passes, such as fusion, stay. For files whose time is mostly compiling, and
-    which look neither at speed nor at machine code.
+    Subprocesses keep the newer way: the older one cannot compile what `runtime.fuse_results` fuses. Programs compute
+    the same operations; XLA's own passes, such as fusion, stay. For files whose time is mostly compiling, and which
+    look neither at speed nor at machine code.
     """
     options = compiler.get_compile_options  # JAX has options for one compilation, and none for all of them
 
@@ -58,17 +58,18 @@ def compiled_once(compiled_quickly, tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+def in_turn(function, items, *, workers):
+    """What `workers.in_processes` does, in this process."""
+    for item in items:
+        try:
+            yield item, function(item)
+        except UserError as error:
+            yield item, error
+
+
 @pytest.fixture(scope="module")
 def prepared_here():
     """Prepares cases in this process: starting another one takes longer."""
-
-    def in_turn(function, items, *, workers):
-        for item in items:
-            try:
-                yield item, function(item)
-            except UserError as error:
-                yield item, error
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "in_processes", in_turn)
         yield

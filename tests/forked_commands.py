@@ -144,6 +144,8 @@ def _become(folder: str, cwd: str, environment: dict[str, str], *arguments: str)
     os.chdir(cwd)
     os.environ.update(environment)
     sys.argv = [str(HERE.parent / "autocontext_jax" / "main.py"), *arguments]
+    import jax
+
     from autocontext_jax import main
 
     status = 1
@@ -152,6 +154,7 @@ def _become(folder: str, cwd: str, environment: dict[str, str], *arguments: str)
     except BaseException:
         traceback.print_exc()
     finally:
+        jax.distributed.shutdown()  # as at the exit of Python: the first process waits for the others
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # it would take seconds to take apart what has been imported

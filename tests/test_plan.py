@@ -31,7 +31,7 @@ from autocontext_jax.jobs.extensions import NO_EXTENSIONS
 from autocontext_jax.jobs.plan import make_plan, read_plan
 from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import open_data
+from autocontext_jax.jobs.run_folder import open_data, read_fingerprint
 from autocontext_jax.planning.compiled import TrainingStep
 from autocontext_jax.planning.measured import measure_step
 from autocontext_jax.planning.step_size import Measured
@@ -101,6 +101,7 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     assert not SMALL.keys() & plan.values.keys()
     assert len(json.loads((workdir / "evaluation.json").read_bytes())["cases"]) == 2
     assert not (workdir / "timing").exists()
+    assert read_fingerprint(config, workdir).survey.cases == 4  # what was learned of CT later leaves it there
     again = automatic(phantoms, plan__minutes=0.3, **{key.replace(".", "__"): value for key, value in SMALL.items()})
     assert run("train", again, Paths(workdir))
     assert "trained already" in caplog.text
@@ -174,6 +175,12 @@ def test_a_run_that_has_begun_keeps_its_plan(phantoms, tmp_path, quick):
     again = planned(automatic(phantoms, plan__minutes=3), tmp_path)
     assert dataclasses.replace(again, plan=first.plan) == first
     assert len(quick) == asked
+
+
+def test_a_run_that_began_without_a_plan_is_not_planned(phantoms, tmp_path, quick):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    refused(lambda: planned(automatic(phantoms), tmp_path), "was begun without a plan")
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_keys_that_are_named_stay_though_they_have_their_default(phantoms, tmp_path, quick):

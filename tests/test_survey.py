@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from channel_sets import case_of, write_decathlon, write_pictures
+from conftest import in_turn
 from scipy import ndimage
 
 from autocontext_jax.data import survey as module
@@ -37,14 +38,6 @@ ABSENT = ClassSize(0, (0, 0, 0), (0, 0, 0))
 @pytest.fixture
 def one_process(monkeypatch):
     """Does the work of the parallel processes here: starting them takes longer than all else."""
-
-    def in_turn(function, items, *, workers):
-        for item in items:
-            try:
-                yield item, function(item)
-            except UserError as error:
-                yield item, error
-
     monkeypatch.setattr(module, "in_processes", in_turn)
 
 
@@ -372,7 +365,7 @@ def test_a_run_takes_none_and_keeps_one(tmp_path, one_process, monkeypatch):
     write_json(workdir / "fingerprint.json", learned.to_json())
     data = open_data(typed, workdir)
     assert data.fingerprint == learned
-    write_learned(workdir, data, ct_image((-100.0, 100.0)))
+    write_learned(workdir, read_fingerprint(typed, workdir), image=ct_image((-100.0, 100.0)))
     assert read_fingerprint(typed, workdir).survey == found
     case = data.training[0]
     sitk.WriteImage(sitk.ReadImage(case.label) * 0, case.label)

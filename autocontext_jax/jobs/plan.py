@@ -5,6 +5,7 @@ WORKDIR/plan.json    the same for later starts, which take it from there
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -18,18 +19,18 @@ from tqdm import tqdm
 from autocontext_jax import processes, runtime
 from autocontext_jax.data.survey import LABEL_MAPS, Survey, survey
 from autocontext_jax.data.survey_table import survey_table
-from autocontext_jax.errors import counted
+from autocontext_jax.errors import UserError, counted
 from autocontext_jax.files import read_json, write_json, write_whole
 from autocontext_jax.images.spec import ImageSpec, fixed_window
 from autocontext_jax.jobs.config_files import config_from_flat
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import RunData, has_begun, read_fingerprint
+from autocontext_jax.jobs.run_folder import RunData, has_begun, read_fingerprint, write_learned
 from autocontext_jax.models.convolution import multiplies_bfloat16
 from autocontext_jax.planning import choices as topics
 from autocontext_jax.planning.compiled import TrainingStep
-from autocontext_jax.planning.grids import Geometry, plan_geometry
+from autocontext_jax.planning.grids import Geometry, is_flat, plan_geometry
 from autocontext_jax.planning.measured import measure_step
 from autocontext_jax.planning.plan import FORMAT, Choices, Plan, config_file, plan_table
 from autocontext_jax.planning.step_size import SECONDS, Measured, Size, largest_size, sizes
@@ -61,7 +62,12 @@ def make_plan(config: RunConfig, workdir: Path, data: RunData, extensions: Exten
 
     def plan() -> None:
         known = read_plan(workdir)
-        if known is not None and has_begun(workdir):
+        if has_begun(workdir):
+            if known is None:
+                raise UserError(
+                    f"--workdir {workdir} was begun without a plan; expected the configuration with which it began, or "
+                    "another --workdir"
+                )
             return
         found = _surveyed(config, workdir, data)
         made_from = _made_from(config, given, found, runs)
@@ -123,7 +129,7 @@ def _surveyed(config: RunConfig, workdir: Path, data: RunData) -> Survey:
             bar.update()
 
         found = survey(cases, data.labels, workers=workers, progress=progress)
-    write_json(workdir / "fingerprint.json", dataclasses.replace(known, survey=found).to_json())
+    write_learned(workdir, known, survey=found)
     return found
 
 
@@ -149,22 +155,23 @@ def _plan(
     seconds = SECONDS * math.sqrt(minutes)
     usable = _usable_bytes(config)
 
-    def geometry(size: Size) -> Geometry:
-        return plan_geometry(found, size.edge, given)
+    @functools.cache
+    def geometry(edge: int) -> Geometry:
+        return plan_geometry(found, edge, given)
+
+    def channels_and_batch(size: Size) -> tuple[int, int]:
+        return given.get("model.base_channels", size.base_channels), given.get("loader.batch_size", size.batch_size)
 
     def cost(size: Size) -> float:
-        channels = given.get("model.base_channels", size.base_channels)
-        batch = given.get("loader.batch_size", size.batch_size)
-        return geometry(size).voxels * batch * channels * (channels + 24)
+        channels, batch = channels_and_batch(size)
+        return geometry(size.edge).voxels * batch * channels * (channels + 24)  # layers of few channels wait for memory
 
     def same(size: Size) -> object:
-        made = geometry(size)
-        channels = given.get("model.base_channels", size.base_channels)
-        batch = given.get("loader.batch_size", size.batch_size)
-        return made.patch, made.levels.factors, made.depth, channels, batch
+        made = geometry(size.edge)
+        return made.patch, made.levels.factors, made.depth, *channels_and_batch(size)
 
     def measure(size: Size) -> Measured | None:
-        trial = _sized(Choices(given), found, data, size, geometry(size))
+        trial = _with_size(Choices(given), found, size, geometry(size.edge))
         planned = config_from_flat(config, {"model.dtype": dtype, **{k: c.value for k, c in trial.made.items()}})
         measured = measure_step(_step(planned, data, extensions), jax.local_devices()[0])
         shown = "more memory than there is" if measured is None else (
@@ -173,18 +180,21 @@ def _plan(
                  planned.patch_shape, planned.loader.batch_size, shown)  # fmt: skip
         return measured
 
-    size, measured = largest_size(
-        sizes(cost, same, flat=_is_flat(found)), cost, measure, seconds=seconds, usable=usable
-    )
-    made = geometry(size)
-    _sized(choices, found, data, size, made)
+    size, measured = largest_size(sizes(cost, same, flat=is_flat(found)), cost, measure, seconds=seconds, usable=usable)
+    made = geometry(size.edge)
+    _with_size(choices, found, size, made)
+    if measured.seconds > seconds:
+        log.warning(
+            "even the smallest step takes %.2g s, where %.2g s would leave time for enough of them: %s",
+            measured.seconds, seconds, "give plan.minutes more, or take a faster device",
+        )  # fmt: skip
 
     # ---- all else
     topics.choose_flip(choices, data.classes[1:], made)
     topics.choose_augmentation(choices, data.image, made)
     topics.choose_sampling(choices, made)
     topics.choose_loss(choices, found, made)
-    topics.choose_optimizer(choices, given.get("model.base_channels", size.base_channels))
+    topics.choose_optimizer(choices, channels_and_batch(size)[0])
     if config.plan.minutes:
         steps = max(1, int(60 * minutes / measured.seconds))
         topics.choose_steps(choices, steps, f"They take {minutes:.0f} minutes; timed again before training begins.")
@@ -194,7 +204,7 @@ def _plan(
     return Plan("", choices.made, given, _needs(config, data, found, made, measured, steps))
 
 
-def _sized(choices: Choices, found: Survey, data: RunData, size: Size, made: Geometry) -> Choices:
+def _with_size(choices: Choices, found: Survey, size: Size, made: Geometry) -> Choices:
     """The choices with those of the size of a step."""
     topics.choose_grids(choices, found, made)
     reason = "The largest network, patch and batch, grown together, whose step is fast enough and fits the memory."
@@ -203,10 +213,6 @@ def _sized(choices: Choices, found: Survey, data: RunData, size: Size, made: Geo
     shared = f", on each of {counted(devices, 'device')}" if devices > 1 else ""
     choices.choose("loader.batch_size", size.batch_size * devices, f"See model.base_channels{shared}.")
     return choices
-
-
-def _is_flat(found: Survey) -> bool:
-    return found.shape[0].largest == 1
 
 
 def _usable_bytes(config: RunConfig) -> float:
@@ -231,6 +237,7 @@ def _step(config: RunConfig, data: RunData, extensions: Extensions) -> TrainingS
         batch_size=max(1, config.loader.batch_size // jax.device_count()),
         loss=config.phase_loss(config.phases()[-1]),
         targets=Targets(data.labels.regions, ignore=data.labels.ignore >= 0),
+        deterministic=config.train.deterministic,
     )
 
 

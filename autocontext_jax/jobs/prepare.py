@@ -71,7 +71,8 @@ def learn(config: RunConfig, workdir: Path, data: RunData) -> RunData:
         return data
 
     def write() -> None:
-        write_learned(workdir, data, preparation.learned_image(data.training, data.store, data.image))
+        image = preparation.learned_image(data.training, data.store, data.image)
+        write_learned(workdir, read_fingerprint(config, workdir), image=image)
 
     processes.first_does(write)
     return dataclasses.replace(data, fingerprint=read_fingerprint(config, workdir))

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from autocontext_jax import processes
 from autocontext_jax.data.combination import read_datasets
@@ -164,11 +165,11 @@ def read_fingerprint(config: RunConfig, workdir: Path) -> Fingerprint:
     return Fingerprint.from_json(read_json(path, fingerprint_format), place=str(path), default=default)
 
 
-def write_learned(workdir: Path, data: RunData, image: ImageSpec) -> None:
-    """Completes the fingerprint by what was learned of the channels."""
-    if image != data.image:
-        learned = dataclasses.replace(data.fingerprint, image=image)
-        write_json(workdir / "fingerprint.json", learned.to_json())
+def write_learned(workdir: Path, known: Fingerprint, **learned: Any) -> None:
+    """Completes the fingerprint of a run folder, `read_fingerprint`, by what was learned since: image or survey."""
+    completed = dataclasses.replace(known, **learned)
+    if completed != known:
+        write_json(workdir / "fingerprint.json", completed.to_json())
 
 
 def _take_fingerprint(config: RunConfig, workdir: Path, dataset: Dataset, split: Split) -> None:

@@ -176,6 +176,16 @@ def _divisors(network: NetworkConfig, pyramid: PyramidConfig) -> list[Triple]:
     return [dataclasses.replace(network, spacing=spacing).divisor for spacing in pyramid.spacings]
 
 
+def size_unit(network: NetworkConfig, pyramid: PyramidConfig) -> Triple:
+    """What the size of a patch or tile must be a multiple of, so that levels too can halve it.
+
+    Along an axis that levels halve, the finer patch starts a quarter of its size into the coarser one.
+    """
+    halved = zip(divisor(network, pyramid), product(pyramid.steps), strict=True)
+    z, y, x = (max(unit, 4 if by > 1 else 1) for unit, by in halved)
+    return z, y, x
+
+
 def check_size(name: str, size: tuple[int, ...], network: NetworkConfig, pyramid: PyramidConfig) -> None:
     """A patch or tile must halve as often as levels and networks halve it along each axis.
 
@@ -194,10 +204,7 @@ def check_size(name: str, size: tuple[int, ...], network: NetworkConfig, pyramid
         raise UserError(
             f"{name} is {shape}; expected 1 along z, since levels.spatial_dims is 2: choose {(1, *shape[1:])}"
         )
-    # Along an axis that levels halve, the finer patch starts a quarter of its size into the coarser one.
-    units = divisor(network, pyramid)
-    halved = product(pyramid.steps)
-    expected = tuple(max(unit, 4 if by > 1 else 1) for unit, by in zip(units, halved, strict=True))
+    expected = size_unit(network, pyramid)
     if any(along % unit for along, unit in zip(shape, expected, strict=True)):
         nearest = tuple(unit * max(1, along // unit) for along, unit in zip(shape, expected, strict=True))
         raise UserError(

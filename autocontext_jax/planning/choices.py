@@ -74,9 +74,8 @@ def choose_augmentation(choices: Choices, image: ImageSpec, made: Geometry) -> N
     """How far patches are moved, and how their intensities change."""
     choices.choose("augmentation.rotation", 10.0, "Degrees by which patients lie differently.")
     choices.choose("augmentation.scaling", 0.1, "Patients differ in size.")
-    smallest = min(size for size in made.patch if size > 1) if max(made.patch) > 1 else 1
     choices.choose("augmentation.translation", 4.0, "Voxels; patches are drawn at random places anyway.")
-    sigma = 2.0 if smallest >= 48 else 1.0
+    sigma = 2.0 if min(made.patch[1:]) >= 48 else 1.0
     choices.choose("augmentation.elastic_sigma", sigma, "A little, so that small patches show no unnatural shapes.")
     reason = "Half of the patches stay as they are: moving blurs a little, which scans never are when predicted."
     choices.choose("augmentation.probability", 0.5, reason)

@@ -41,6 +41,7 @@ class TrainingStep:
       space: devices that share the depth of their patches.
       loss: what is minimised.
       targets: what labels mean.
+      deterministic: see `runtime.compiler_options`.
     """
 
     make_model: Callable[[], Pyramid]
@@ -49,6 +50,7 @@ class TrainingStep:
     space: int = 1
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     targets: Targets = CLASSES
+    deterministic: bool = False
 
     def lower(self, devices: np.ndarray) -> tuple[Any, int]:
         """The step over all devices, not compiled yet, and 0: nothing else lies on the devices.
@@ -68,7 +70,9 @@ class TrainingStep:
         batch = Batch((image,) * levels, (label,) * levels)
         whole = replicated(mesh)
         placement = state_sharding(mesh, state), whole
-        step = make_train_step(graph, optimizer, self.loss, sharding=placement, targets=self.targets)
+        step = make_train_step(
+            graph, optimizer, self.loss, sharding=placement, targets=self.targets, deterministic=self.deterministic
+        )
         with jax.set_mesh(mesh):
             return step.lower(_placed(state, whole), _placed(batch, batch_sharding(mesh))), 0
 

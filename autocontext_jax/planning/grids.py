@@ -15,7 +15,8 @@ from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.survey import Survey
 from autocontext_jax.geometry import Spacing, Triple, times
 from autocontext_jax.models.blocks import NetworkConfig
-from autocontext_jax.models.pyramid import PyramidConfig, divisor
+from autocontext_jax.models.pyramid import PyramidConfig, divisor, size_unit
+from autocontext_jax.sections import keys
 
 MOST_LEVELS = 4
 # The coarsest patch holds at least this share of the median scan, as nnU-Net requires it before it adds a coarser
@@ -72,6 +73,11 @@ def target_spacing(survey: Survey) -> tuple[Spacing, bool]:
     return (z, y, x), (z, y, x) != tuple(each.median for each in survey.spacing)
 
 
+def is_flat(survey: Survey) -> bool:
+    """Whether every scan is a single slice."""
+    return survey.shape[0].largest == 1
+
+
 def plan_geometry(survey: Survey, edge: int, given: Mapping[str, Any]) -> Geometry:
     """The geometry of a data set for patches of about edge^3 voxels, in 2D of edge^2.
 
@@ -83,10 +89,9 @@ def plan_geometry(survey: Survey, edge: int, given: Mapping[str, Any]) -> Geomet
       edge: of a patch whose voxels are cubes, voxels.
       given: keys that the user has set, see `plan.Choices`.
     """
-    own = {name: given[f"levels.{name}"] for name in _names(LevelGrids) if f"levels.{name}" in given}
-    flat = all(each.largest == 1 for each in survey.shape[:1])
-    base = LevelGrids(unit="mm", spatial_dims=2 if flat else 3)
-    base = dataclasses.replace(base, **{"finest_spacing": (), **own} if "unit" in own else own)
+    own = {name: given[f"levels.{name}"] for name in keys(LevelGrids) if f"levels.{name}" in given}
+    default = LevelGrids(unit="mm", spatial_dims=2 if is_flat(survey) else 3)
+    base = dataclasses.replace(default, **own)
     if "factors" in own or "finest_spacing" in own or base.unit == "voxels":
         return _geometry(survey, base, edge, given)
     finest = 1.0
@@ -121,7 +126,7 @@ def _geometry(survey: Survey, levels: LevelGrids, edge: int, given: Mapping[str,
     elif patch:
         ideal = (float(patch[0]), float(patch[1]), float(patch[2]))
     depth = given.get("model.depth", 0) or _depth(ideal, known)
-    units = _units(depth, known)
+    units = size_unit(NetworkConfig(depth=depth), _connected(known))
     z, y, x = (int(size) if patch else _multiple(size, unit) for size, unit in zip(ideal, units, strict=True))
     shape = z, y, x
     coarse = np.array(known.scales[0])
@@ -150,22 +155,14 @@ def _ideal_patch(scan: Spacing, spacing: Spacing, edge: int, dims: int) -> Spaci
 def _depth(patch: Spacing, levels: LevelGrids) -> int:
     """The most resolutions, of at most `DEEPEST`, that leave the coarsest map `SMALLEST_MAP` voxels."""
     for depth in range(DEEPEST, 1, -1):
-        every = _divisors(depth, levels)
+        every = divisor(NetworkConfig(depth=depth), _connected(levels))
         if all(size / by >= SMALLEST_MAP for size, by in zip(patch, every, strict=True) if by > 1):
             return depth
     return 2
 
 
-def _divisors(depth: int, levels: LevelGrids) -> Triple:
-    pyramid = PyramidConfig(levels=len(levels.factors), spacing=levels.relative_spacing)
-    return divisor(NetworkConfig(depth=depth), pyramid)
-
-
-def _units(depth: int, levels: LevelGrids) -> Triple:
-    """What the patch must be a multiple of: levels that halve an axis begin a quarter of the patch further in."""
-    every = zip(_divisors(depth, levels), levels.scales[0], strict=True)
-    z, y, x = (max(by, 4 if scale > 1 else 1) for by, scale in every)
-    return z, y, x
+def _connected(levels: LevelGrids) -> PyramidConfig:
+    return PyramidConfig(levels=len(levels.factors), spacing=levels.relative_spacing)
 
 
 def _multiple(size: float, unit: int) -> int:
@@ -200,7 +197,3 @@ def _resolves(survey: Survey, spacing: Spacing) -> bool:
     return bool(found) and all(
         thickness[axis].median >= RESOLVED * mm for thickness in found for axis, mm in enumerate(spacing)
     )
-
-
-def _names(kind: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]

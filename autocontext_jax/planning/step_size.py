@@ -94,10 +94,11 @@ def largest_size(
 
     first = look(0)
     if first is None:
-        needed = known[0].bytes / 2**30 if known[0] is not None else 0.0
+        measured = known[0]
+        needed = "more memory than there is" if measured is None else f"{measured.bytes / 2**30:.1f} GiB"
         raise UserError(
-            f"the smallest training step needs {needed:.1f} GiB; expected at most {usable / 2**30:.1f} GiB, which this "
-            "device has free: free memory, or take a larger device"
+            f"the smallest training step needs {needed}; expected at most {max(0.0, usable) / 2**30:.1f} GiB, which "
+            "the device has free or plan.memory allows: free memory, or take a larger device"
         )
     best, low, high = first, 0, len(path)
     while high - low > 1 and len(known) < MEASURED:
