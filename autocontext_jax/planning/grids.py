@@ -13,7 +13,7 @@ import numpy as np
 
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.data.survey import Survey
-from autocontext_jax.geometry import Spacing, Triple, times
+from autocontext_jax.geometry import Spacing, Triple, along_axes, times
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig, divisor, size_unit
 from autocontext_jax.sections import keys
@@ -101,8 +101,9 @@ def plan_geometry(survey: Survey, edge: int, given: Mapping[str, Any]) -> Geomet
             chosen = _geometry(survey, dataclasses.replace(base, factors=factors), edge, given)
             if _sees_enough(survey, chosen):
                 break
-        coarser = times(chosen.spacing, _first_halving(chosen))
-        if finest >= COARSEST_FINEST or len(chosen.levels.factors) <= 2 or not _resolves(survey, coarser):
+        if finest >= COARSEST_FINEST or count <= 2:
+            return chosen
+        if not _resolves(survey, times(chosen.spacing, chosen.levels.scales[-2])):  # by the second finest level
             return chosen
         finest *= 2
 
@@ -119,21 +120,15 @@ def _geometry(survey: Survey, levels: LevelGrids, edge: int, given: Mapping[str,
     spacing = (z, y, x)
     planes, rows, columns = (max(1.0, along / mm) for along, mm in zip(extent, spacing, strict=True))
     scan = planes, rows, columns
-    ideal = _ideal_patch(scan, spacing, edge, known.spatial_dims)
-    patch = given.get("loader.patch_size", ())
-    if len(patch) == 1:
-        ideal = (1.0 if known.spatial_dims == 2 else float(patch[0]), float(patch[0]), float(patch[0]))
-    elif patch:
-        ideal = (float(patch[0]), float(patch[1]), float(patch[2]))
-    depth = given.get("model.depth", 0) or _depth(ideal, known)
+    patch = given.get("loader.patch_size")
+    ideal = along_axes(patch, known.spatial_dims) if patch else _ideal_patch(scan, spacing, edge, known.spatial_dims)
+    depth = given.get("model.depth") or _depth(ideal, known)
     units = size_unit(NetworkConfig(depth=depth), _connected(known))
     z, y, x = (int(size) if patch else _multiple(size, unit) for size, unit in zip(ideal, units, strict=True))
-    shape = z, y, x
-    coarse = np.array(known.scales[0])
     finest_share, coarsest_share = (
-        float(np.prod(np.minimum(1.0, np.array(shape) * scale / np.array(scan)))) for scale in (1, coarse)
+        float(np.prod(np.minimum(1.0, np.array((z, y, x)) * scale / np.array(scan)))) for scale in (1, known.scales[0])
     )
-    return Geometry(known, spacing, shape, depth, scan, (finest_share, coarsest_share))
+    return Geometry(known, spacing, (z, y, x), depth, scan, (finest_share, coarsest_share))
 
 
 def _ideal_patch(scan: Spacing, spacing: Spacing, edge: int, dims: int) -> Spacing:
@@ -184,11 +179,6 @@ def _sees_enough(survey: Survey, made: Geometry) -> bool:
         if seen < min(survey.extent[axis].median, CLASSES_SEEN * largest):
             return False
     return True
-
-
-def _first_halving(made: Geometry) -> Triple:
-    """By how much the second finest level's voxels are longer along each axis."""
-    return made.levels.scales[-2] if len(made.levels.factors) > 1 else (1, 1, 1)
 
 
 def _resolves(survey: Survey, spacing: Spacing) -> bool:
