@@ -4,7 +4,8 @@
         [--minutes 30] [--steps N] [--config configs/openkbp.py] [--workdir FOLDER] [--config.key=value ...]
 
 One method a call, alone on the machine; FILE gathers the results, a JSON line a call, and the table shows all of them.
-Where a data set has no labelled test scans, those are scored that --config holds out, and no method trains on them.
+Where a data set has no labelled test scans, those are scored that --config holds out (with data.folds, one fold), and
+no method trains on them.
 
 `pyramid` and `level_1` are the command line with --config, the latter with the coarsest level only. Their learning rate
 falls to zero over the run, so the number of steps has to be known: a short run is timed first, and as many steps are
@@ -41,6 +42,7 @@ from common import load_config, machine, report
 from tqdm import tqdm
 
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
+from autocontext_jax.data.folds import draw_folds
 from autocontext_jax.data.label_maps import read_label_map
 from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.split import draw_validation
@@ -89,7 +91,13 @@ def with_test_cases(flags: argparse.Namespace, keys: list[str]) -> Dataset:
     if any(case.label for case in dataset.test):
         return dataset
     config = load_config(flags.config, keys)
-    training, held_out = draw_validation(dataset.training, fraction=config.data.validation_fraction, seed=config.seed)
+    if config.data.folds:
+        known = {case.name: case for case in dataset.training}
+        fold = draw_folds(known, config.data.folds, flags.data)[config.data.fold]
+        training, held_out = (tuple(known[name] for name in names) for names in (fold.training, fold.validation))
+    else:
+        fraction = config.data.validation_fraction
+        training, held_out = draw_validation(dataset.training, fraction=fraction, seed=config.seed)
     return dataclasses.replace(dataset, training=training, test=held_out)
 
 
