@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         config = from_config_dict(_with_kept_keys(CONFIG.value))
         training = MODE.value in ("all", "plan", "train")
         runtime.set_up(training=training, dtype=config.model.dtype)
-        runtime.join_processes(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value, training=training)
+        runtime.join_processes(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
         from autocontext_jax.jobs.extensions import Extensions, import_object
         from autocontext_jax.jobs.run import Paths, run
 

@@ -75,7 +75,7 @@ def set_up_library(*, dtype: str) -> None:
     disable_asynchronous_dispatch()
 
 
-def join_processes(distributed: bool, coordinator: str, count: int, index: int, *, training: bool) -> None:
+def join_processes(distributed: bool, coordinator: str, count: int, index: int) -> None:
     """Makes this process one of several where the flags say so; then keeps compiled programs.
 
     Args:
@@ -83,7 +83,6 @@ def join_processes(distributed: bool, coordinator: str, count: int, index: int, 
       coordinator: HOST:PORT of the first, where they cannot.
       count: number of processes.
       index: of this one, from 0.
-      training: whether the job trains.
 
     Raises:
       UserError: it cannot join the others.
@@ -100,7 +99,7 @@ def join_processes(distributed: bool, coordinator: str, count: int, index: int, 
             ) from error
         if not processes.is_first():
             logging.getLogger("autocontext_jax").setLevel(logging.ERROR)  # the first one speaks for all
-    keep_compiled_programs(training=training)
+    keep_compiled_programs()
 
 
 def silence_itk() -> None:
@@ -209,20 +208,19 @@ def starting_workers() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def keep_compiled_programs(*, training: bool) -> None:
+def keep_compiled_programs() -> None:
     """Keeps compiled programs in the user's cache, so that a second run of the same shapes compiles nothing.
 
-    On CPUs for prediction alone, where a small scan takes less time than its programs to compile; and apart for each
-    kind of processor, as they are machine code: a home folder may be shared. With programs for accelerators JAX keeps
-    XLA's choices of algorithms. JAX_COMPILATION_CACHE_DIR names another folder; empty, nothing is kept.
+    Those for CPUs apart for each kind of processor, as they are machine code: a home folder may be shared. With
+    programs for accelerators JAX keeps XLA's choices of algorithms. JAX_COMPILATION_CACHE_DIR names another folder;
+    empty, nothing is kept.
     """
     import jax
 
-    on_cpu = jax.default_backend() == "cpu"
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or (on_cpu and training):
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocontext_jax"
-    if on_cpu:
+    if jax.default_backend() == "cpu":
         cache /= f"cpu-{_processor()}"
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_compilation_cache_dir", str(cache))

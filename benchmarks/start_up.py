@@ -32,7 +32,7 @@ from autocontext_jax.inference.model import load_file
 from autocontext_jax.images import scans
 from autocontext_jax import runtime
 runtime.set_up(training=False, dtype="float32")
-runtime.keep_compiled_programs(training=False)
+runtime.keep_compiled_programs()
 mark("import")
 model = load_file(pathlib.Path(sys.argv[1]), {}, {})
 mark("load the model")

@@ -13,6 +13,14 @@ OPTION = "jax_disable_most_optimizations"
 FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_of_commands_apart(tmp_path_factory):
+    """Commands keep compiled programs in a folder of the tests' own, which is empty at the beginning."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def compiled_quickly():
     """Compiles this module's programs, and those of its subprocesses, with LLVM's optimisations off.

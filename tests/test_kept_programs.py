@@ -24,24 +24,22 @@ from autocontext_jax.training.state import inference_model
 
 
 @pytest.mark.parametrize(
-    ("backend", "training", "environment", "expected"),
+    ("backend", "environment", "expected"),
     [
-        ("gpu", True, {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
-        ("gpu", False, {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
-        ("cpu", True, {"XDG_CACHE_HOME": "/there"}, None),
-        ("cpu", False, {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax/cpu-"),
-        ("gpu", False, {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
-        ("cpu", False, {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": ""}, None),
+        ("gpu", {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax"),
+        ("cpu", {"XDG_CACHE_HOME": "/there"}, "/there/autocontext_jax/cpu-"),
+        ("gpu", {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
+        ("cpu", {"XDG_CACHE_HOME": "/there", "JAX_COMPILATION_CACHE_DIR": ""}, None),
     ],
 )
-def test_where_compiled_programs_are_kept(monkeypatch, backend, training, environment, expected):
+def test_where_compiled_programs_are_kept(monkeypatch, backend, environment, expected):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    keep_compiled_programs(training=training)
+    keep_compiled_programs()
     if expected is None:
         assert updates == {}
     elif backend == "gpu":

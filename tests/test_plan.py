@@ -94,6 +94,8 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     assert done.returncode == 0, done.stderr
     assert "timing the training and the evaluation" in done.stderr
     plan, config = read_plan(workdir), read_config(workdir)
+    # The plan's step, both steps of the training and the validation: the training itself compiles none of them again.
+    assert len(list(tmp_path.glob("jit_step-*-cache"))) == 4
     assert plan.timed
     assert plan.values["train.steps"] == config.train.steps
     assert "0.3 minutes in all" in plan.choices["train.steps"].reason

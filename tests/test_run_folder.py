@@ -283,8 +283,8 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(root, tmp_path, monkeypatch)
     def with_broken_steps(*arguments, **keywords):
         step = real(*arguments, **keywords)
 
-        def take(state, batch):
-            state, metrics = step(state, batch)
+        def take(state, batch, rate):
+            state, metrics = step(state, batch, rate)
             return state, metrics.replace(loss=jnp.nan) if int(state.step) in (1, 3) else metrics
 
         return take

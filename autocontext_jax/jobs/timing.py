@@ -6,10 +6,12 @@ import io
 import json
 import logging
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from autocontext_jax import processes
@@ -30,6 +32,7 @@ FOLDER = "timing"  # in the run folder, while it lasts
 ROWS = 12  # of metrics.jsonl that the timed steps write
 SHARE = 0.03  # of the steps that the plan expects are timed
 SPARE = 0.03  # of it that is kept for what is slower later
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX's event at the end of each
 
 
 def fit_minutes(
@@ -97,7 +100,7 @@ def fit_minutes(
 def _time_training(
     config: RunConfig, folder: Path, data: RunData, extensions: Extensions
 ) -> tuple[float, float] | None:
-    """Seconds of a step, and seconds of a run beside its steps: start, compilation, validations and checkpoints.
+    """Seconds of a step, and seconds of a run beside its steps: start, validations and checkpoints.
 
     None if a signal ended it.
     """
@@ -111,10 +114,10 @@ def _time_training(
     steps = int(np.clip(config.train.steps * SHARE, 3 * ROWS, 10 * ROWS)) // ROWS * ROWS
     changes = {"train.steps": steps, "train.checkpoint_every": steps, "train.log_every": steps // ROWS}
     short = config_from_flat(config, {**changes, "optimizer.warmup": 1, "train.keep": 1})
-    started = time.monotonic()
-    if not train(short, folder, data, extensions):
-        return None
-    whole = time.monotonic() - started
+    with _clock() as seconds_passed:
+        if not train(short, folder, data, extensions):
+            return None
+        whole = seconds_passed()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()][:ROWS]
     rates = np.array([row["patches_per_second"] for row in rows])
     frozen = config.train.frozen_batch_stats
@@ -149,9 +152,26 @@ def _time_evaluation(config: RunConfig, folder: Path, data: RunData, extensions:
             for name, case in data.split.cases.items()
         }
         part = dataclasses.replace(data, split=dataclasses.replace(data.split, cases=left))
-        started = time.monotonic()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _clock() as seconds_passed, contextlib.redirect_stdout(io.StringIO()):
             function(config, folder, part, extensions)
-        seconds.append(time.monotonic() - started)
+            seconds.append(seconds_passed())
     each = (seconds[-1] - seconds[0]) / 2 if len(seconds) == 2 else seconds[0]
     return seconds[0] + each * (len(cases) - 1)
+
+
+@contextlib.contextmanager
+def _clock() -> Iterator[Callable[[], float]]:
+    """Seconds since it began; it stands still while this thread compiles a program that the job itself finds kept."""
+    kept, thread, compiling = bool(jax.config.values["jax_compilation_cache_dir"]), threading.get_ident(), 0.0
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        nonlocal compiling
+        if event == COMPILATION and kept and threading.get_ident() == thread:
+            compiling += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    started = time.monotonic()
+    try:
+        yield lambda: time.monotonic() - started - compiling
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

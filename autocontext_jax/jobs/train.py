@@ -173,7 +173,7 @@ def _train_phase(
     targets = Targets(data.labels.regions, ignore=data.labels.ignore >= 0)
     levels = config.model_levels()
     learning = [levels.index(level) + 1 for level in phase.learning]  # counted in this model
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer, rate = make_optimizer(config.optimizer), learning_rate(config.optimizer, config.train.steps)
     loss = config.phase_loss(phase)
     model = nnx.eval_shape(lambda: make_model(config, grids, data.labels, data.image, network))
     graph, shapes = create_state(model, optimizer, learning)
@@ -251,7 +251,7 @@ def _train_phase(
         for step in range(first + 1, end + 1):
             batch = Batch(*next(loader))
             take_step = frozen_step if step > frozen_after else train_step
-            state, metrics = take_step(state, batch)
+            state, metrics = take_step(state, batch, np.float32(rate(step - start - 1)))
             in_flight.append((step, metrics))
             stopping = stop.requested(step)  # read once: a signal between here and the break must not skip the save
             scheduled = step == end or step % config.train.checkpoint_every == 0

@@ -1,13 +1,22 @@
 """The optimiser and its learning rate."""
 
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from autocontext_jax.errors import require
 
-SCHEDULES = ("constant", "cosine", "polynomial")
+# Shares of the peak, by the progress of the run after warmup, from 0 to 1.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "polynomial": lambda progress: (1 - progress) ** 0.9,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +44,42 @@ class OptimizerConfig:
             require(getattr(self, name) >= 0, self, name, "0 or more")
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step, for a run of `steps` steps."""
-    peak, decay_steps = config.learning_rate, max(1, steps - config.warmup)
-    schedule = {
-        "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
-        "polynomial": optax.polynomial_schedule(peak, 0.0, 0.9, decay_steps),
-    }[config.schedule]
-    if not config.warmup:
-        return schedule
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup), schedule], [config.warmup])
+def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step, counted from 0, for a run of `steps` steps."""
+
+    def rate(step: int) -> float:
+        if step < config.warmup:
+            return config.learning_rate * step / config.warmup
+        progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+        return config.learning_rate * SCHEDULES[config.schedule](progress)
+
+    return rate
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Adam as configured for a run of `steps` steps."""
-    rate = learning_rate(config, steps)
-    adam = (
-        optax.adamw(rate, weight_decay=config.weight_decay, mask=_kernels) if config.weight_decay else optax.adam(rate)
-    )
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Adam as configured. Its `update` takes the learning rate as `rate`.
+
+    The rate is an argument of the training step, not a part of its program: runs of other lengths, and a schedule that
+    is tried out, compile nothing anew.
+    """
+    decay = [optax.add_decayed_weights(config.weight_decay, _kernels)] if config.weight_decay else []
+    adam = optax.chain(optax.scale_by_adam(), *decay, _scale_by_rate())
     return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by -`rate`. Its state is that of `optax.scale_by_schedule`, as in older checkpoints."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **others: Any) -> tuple[Any, Any]:
+        del params, others
+        scaled = jax.tree.map(lambda leaf: -jnp.asarray(rate, leaf.dtype) * leaf, updates)
+        return scaled, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _kernels(params):

@@ -98,19 +98,21 @@ def make_train_step(
     seed: int = 0,
     deterministic: bool = False,
 ) -> Any:
-    """The jitted training step (state, batch) -> (state, metrics): forward, total loss, gradients, update.
+    """The jitted training step (state, batch, rate) -> (state, metrics): forward, total loss, gradients, update.
 
     A step whose loss or gradients are not finite changes nothing but the step's number. Layers look at the mesh that
     is set (`jax.set_mesh`), which must be the batch's where several devices share it. Random numbers in the networks,
     such as dropout's, are a function of `seed` and `state.step` alone: a resumed run repeats them.
 
+    `rate` is the learning rate, for an optimizer of `make_optimizer`; others need none.
     Its state argument is donated: use the returned one. A batch of fewer levels than the model has runs the coarsest
     ones. `graph` and `learning` are those of `create_state`; `sharding` is that of the new state and of the metrics,
     None leaves it to the compiler; `extra_losses` are those that `loss.extra` names; `targets` says what the labels
     mean; `deterministic` is that of `compiler_options`.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, rate: jax.Array | None = None) -> tuple[TrainState, Metrics]:
         learned, frozen = _learned(state.params, learning)
 
         def objective(learned):
@@ -124,7 +126,7 @@ def make_train_step(
         (total, aux), gradients = jax.value_and_grad(objective, has_aux=True)(learned)
         losses, counts, statistics = aux
         norm = optax.tree.norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, learned)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, learned, rate=rate)
         params = nnx.merge_state(optax.apply_updates(learned, updates), frozen)
         after = TrainState(state.step + 1, params, statistics, optimizer_state)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
