@@ -229,6 +229,27 @@ def test_empty_cases_and_classes_that_never_occur(tmp_path, quick):
     assert planned(automatic(root), tmp_path / "run").levels.factors == (1,)
 
 
+def test_a_thousand_cases_are_planned_by_their_headers_and_a_part_of_the_label_maps(tmp_path, quick):
+    """No scan has a voxel in its file, and every size is another one."""
+    root, shapes = tmp_path / "data", np.random.default_rng(0).integers(4, 16, (1000, 3))
+    (root / "imagesTr").mkdir(parents=True)
+    (root / "labelsTr").mkdir()
+    for number, shape in enumerate(shapes):
+        label = np.zeros(shape, np.uint8)
+        label[1:3, 1:3, 1:3] = 1
+        file = nibabel.Nifti1Image(label, np.diag([2.0, 2.0, 2.0 + number % 3, 1.0])).to_bytes()
+        (root / f"labelsTr/case_{number:04}.nii").write_bytes(file)
+        (root / f"imagesTr/case_{number:04}_0000.nii").write_bytes(file[:352])
+    description = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "stone": 1}, "numTraining": 1000}
+    (root / "dataset.json").write_text(json.dumps({**description, "file_ending": ".nii"}), encoding="utf-8")
+    config = planned(automatic(root), tmp_path / "run")
+    found = read_fingerprint(config, tmp_path / "run").survey
+    assert (found.cases, found.label_maps) == (1000, 200)
+    assert [(axis.smallest, axis.largest) for axis in found.shape] == [(4, 15)] * 3
+    assert config.levels.finest_spacing == (3.0, 2.0, 2.0)
+    assert config.levels.factors == (1,)
+
+
 def test_slices_are_planned_in_2d(tmp_path, quick):
     root = write_pictures(tmp_path / "data", {"0": "grey"}, training=3, test=0)
     config = planned(automatic(root), tmp_path / "run")
