@@ -74,6 +74,7 @@ def test_arrays_are_read_in_their_own_orientation(file):
         (np.full((4, 4, 4), np.nan), {"spacing": (1, 1, 1)}, "64 voxels that are not finite"),
         ("scan.nii.gz", {"spacing": (1, 1, 1)}, "the scan has its own"),
         (SCAN, {"spacing": (1, 1, 1), "output": "x.mhd"}, r"x\.mhd cannot be written"),
+        (SCAN, {"spacing": (1, 1, 1), "output": "x.png"}, r"x\.png cannot hold a mask of \d+ slices"),
     ],
 )
 def test_scans_that_cannot_be_predicted_are_refused(file, scan, options, message):

@@ -17,6 +17,7 @@ from autocontext_jax import processes, runtime
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
+from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs import train as training
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, write_config
 from autocontext_jax.jobs.experiment import side_by_side
@@ -270,6 +271,13 @@ def test_a_mask_that_no_format_is_written_for_is_refused_before_the_prediction(r
     scan = next((root / "imagesTs").iterdir())
     with pytest.raises(UserError, match=r"x\.mhd cannot be written"):  # the run does not even exist
         run("predict", small(root), Paths(tmp_path / "no run", source=scan, target=tmp_path / "x.mhd"))
+
+
+def test_a_picture_for_a_scan_of_many_slices_is_refused_before_the_prediction(root, trained, tmp_path, monkeypatch):
+    scan = next((root / "imagesTs").iterdir())
+    monkeypatch.setattr(Model, "mask", lambda *_: pytest.fail("predicted"))
+    with pytest.raises(UserError, match=r"x\.png cannot hold a mask of \d+ slices"):
+        run("predict", small(root), Paths(trained, source=scan, target=tmp_path / "x.png"))
 
 
 # ---- going on ----

@@ -229,16 +229,11 @@ def write_mask(path: str | os.PathLike, voxels: np.ndarray, grid: Grid) -> None:
     path = Path(path)
     if voxels.shape != grid.canonical_size:
         raise ValueError(f"an array of shape {voxels.shape} for a grid of {grid.canonical_size}")
-    if suffix_of(path) in PICTURES:
-        picture = as_image(voxels, dataclasses.replace(grid, stack=None))
-        if picture.GetDepth() != 1:
-            raise UserError(
-                f"{path} cannot hold a mask of {picture.GetDepth()} slices: expected a name that ends in .nii.gz, "
-                ".nii, .mha or .nrrd"
-            )
-        return _write(path, lambda partial: sitk.WriteImage(picture[:, :, 0], str(partial), useCompression=True))
+    check_writable_format(path, grid)
     if suffix_of(path) not in NIFTI:
         image = as_image(voxels, dataclasses.replace(grid, stack=None))
+        if suffix_of(path) in PICTURES:
+            image = image[:, :, 0]
         return _write(path, lambda partial: sitk.WriteImage(image, str(partial), useCompression=True))
     stored, affine = np.ascontiguousarray(grid.from_canonical(voxels)), None
     if grid.stack is not None and grid.stack.even:  # slices sheared by a tilted gantry: so is the affine
@@ -303,12 +298,21 @@ def _read(path: Path, series: str | None, *, header_only: bool = False, several:
     return found.get("voxels"), found["grid"]
 
 
-def check_writable_format(path: Path) -> None:
+def check_writable_format(path: Path, grid: Grid | None = None) -> None:
     """Refuses names of masks that no format is written for, before any work is done.
 
+    Args:
+      path: of a mask.
+      grid: of its scan, once it is known.
+
     Raises:
-      UserError: the name's ending.
+      UserError: the name's ending, or that its format holds one slice and the scan has several.
     """
+    if grid is not None and suffix_of(path) in PICTURES and grid.size[2] != 1:
+        raise UserError(
+            f"{path} cannot hold a mask of {grid.size[2]} slices: expected a name that ends in .nii.gz, .nii, .mha or "
+            ".nrrd"
+        )
     if suffix_of(path) in ("", ".mhd"):
         raise UserError(
             f"{path} cannot be written: expected a name that ends in .nii.gz, .nii, .mha or .nrrd, or of one slice "
@@ -325,7 +329,6 @@ def check_writable_format(path: Path) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    check_writable_format(path)
     suffix = suffix_of(path)
     partial = path.with_name(f".{scan_name(path)}.{os.getpid()}{suffix}")  # hidden: `find_scans` must not see it
     try:

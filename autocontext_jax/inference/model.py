@@ -111,6 +111,8 @@ class Model:
                 bar.update(done - bar.n)
 
             given = _read(scan, spacing, direction, series, self.description.image)
+            if target is not None:
+                scans.check_writable_format(target, given.grid)
             self.check(given, "the scan")
             factors = self.description.levels.level_factors(given.spacing)
             if probabilities:

@@ -67,8 +67,10 @@ def predict(
     bad: list[str] = []
 
     def read(job: Job) -> scans.Scan:
-        found, _ = job
-        return scans.read_scan(found.files, image, series=found.series)
+        found, output = job
+        scan = scans.read_scan(found.files, image, series=found.series)
+        scans.check_writable_format(output, scan.grid)
+        return scan
 
     def mask_of(job: Job, scan: scans.Scan) -> tuple[np.ndarray, scans.Grid]:
         found, _ = job
