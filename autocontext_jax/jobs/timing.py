@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "timing"  # in the run folder, while it lasts
 ROWS = 12  # of metrics.jsonl that the timed steps write
-SHARE = 0.03  # of the steps that the plan expects are timed
+SHARE = 0.01  # of the steps that the plan expects are timed
 SPARE = 0.03  # of it that is kept for what is slower later
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX's event at the end of each
 
