@@ -29,8 +29,8 @@ from autocontext_jax.planning.plan import Choices
 log = logging.getLogger(__name__)
 
 FOLDER = "timing"  # in the run folder, while it lasts
-ROWS = 12  # of metrics.jsonl that the timed steps write
-SHARE = 0.01  # of the steps that the plan expects are timed
+ROWS = 20  # of metrics.jsonl that the timed steps write
+SHARE = 0.02  # of the steps that the plan expects are timed
 SPARE = 0.03  # of it that is kept for what is slower later
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX's event at the end of each
 
@@ -111,7 +111,7 @@ def _time_training(
         write_json(folder / "fingerprint.json", data.fingerprint.to_json())
 
     processes.first_does(begin)
-    steps = int(np.clip(config.train.steps * SHARE, 3 * ROWS, 10 * ROWS)) // ROWS * ROWS
+    steps = int(np.clip(config.train.steps * SHARE, 2 * ROWS, 10 * ROWS)) // ROWS * ROWS
     changes = {"train.steps": steps, "train.checkpoint_every": steps, "train.log_every": steps // ROWS}
     short = config_from_flat(config, {**changes, "optimizer.warmup": 1, "train.keep": 1})
     with _clock() as seconds_passed:
@@ -121,8 +121,9 @@ def _time_training(
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()][:ROWS]
     rates = np.array([row["patches_per_second"] for row in rows])
     frozen = config.train.frozen_batch_stats
-    first = ROWS - round(frozen * ROWS)  # the row in which frozen statistics begin, and are compiled
-    parts = [part for part in (rates[1:first], rates[first + 1 :]) if part.size]
+    first = ROWS - round(frozen * ROWS)  # the row in which frozen statistics begin
+    # The first half of both is left out: programs are compiled then, and no batches have been read ahead.
+    parts = [part[len(part) // 2 :] for part in (rates[:first], rates[first:]) if part.size]
     weights = [1 - frozen, frozen][: len(parts)]
     seconds = [config.loader.batch_size / float(np.median(part)) for part in parts]
     step = float(np.average(seconds, weights=weights if sum(weights) else None))
