@@ -92,6 +92,8 @@ def with_test_cases(flags: argparse.Namespace, keys: list[str]) -> Dataset:
         return dataset
     config = load_config(flags.config, keys)
     if config.data.folds:
+        if not 0 <= config.data.fold < config.data.folds:
+            raise SystemExit(f"data.fold is {config.data.fold}; expected one of 0 to {config.data.folds - 1}")
         known = {case.name: case for case in dataset.training}
         fold = draw_folds(known, config.data.folds, flags.data)[config.data.fold]
         training, held_out = (tuple(known[name] for name in names) for names in (fold.training, fold.validation))

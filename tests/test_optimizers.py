@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig, _kernels, learning_rate, make_optimizer
+from autocontext_jax.training.optimizers import SCHEDULES, OptimizerConfig, learning_rate, make_optimizer
 
 PARAMS = {"kernel": np.array([[1.0], [-2.0], [3.0]], np.float32), "bias": np.array([0.5], np.float32)}
 
@@ -73,7 +73,8 @@ def test_schedules_are_those_of_optax(schedule, theirs):
 def test_states_of_older_checkpoints_fit():
     """In them the schedule was a part of the optimizer."""
     older = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(0.1), weight_decay=0.5, mask=_kernels)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.constant_schedule(0.1), weight_decay=0.5, mask={"kernel": True, "bias": False}),
     )
     ours = make_optimizer(OptimizerConfig(clip=1.0, weight_decay=0.5))
     assert jax.tree.structure(ours.init(PARAMS)) == jax.tree.structure(older.init(PARAMS))

@@ -120,6 +120,21 @@ def test_a_signal_while_the_training_is_timed_ends_the_job(phantoms, tmp_path, q
     assert not (tmp_path / timing.FOLDER).exists()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_clock_stands_still_while_a_program_compiles_that_is_kept(kept, tmp_path):
+    """By an event of JAX, under a name that another version may change."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path) if kept else None)
+    try:
+        with timing._clock() as seconds_passed:
+            started = time.monotonic()
+            jax.jit(lambda x: x + kept).lower(1.0).compile()
+            wall = time.monotonic() - started
+            assert (seconds_passed() < wall) == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.mark.parametrize(("scoring", "runs"), [(0.0, 1), (100.0, 1), (50.0, 2)])
 def test_the_steps_are_those_that_the_rest_of_the_time_allows(phantoms, tmp_path, quick, monkeypatch, scoring, runs):
     config = automatic(phantoms, plan__minutes=10.0)

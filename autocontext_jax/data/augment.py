@@ -236,12 +236,13 @@ def _resample(image: jax.Array, label: jax.Array, position: list[jax.Array]) -> 
             return voxels.at[corner + offset].get(mode="promise_in_bounds").astype(jnp.float32)
 
         rows = [[lerp(corner_value(i, j, 0), corner_value(i, j, 1), fraction[2]) for j in (0, 1)] for i in depths]
-        planes = [lerp(row[0], row[1], fraction[1]) for row in rows]
-        return planes[0] if len(planes) == 1 else lerp(planes[0], planes[1], fraction[0])
+        # The axis of channels is added before the last operation: after it, XLA would copy the image once more.
+        planes = [lerp(row[0], row[1], fraction[1])[..., None] for row in rows]
+        return planes[0] if len(planes) == 1 else lerp(planes[0], planes[1], fraction[0][..., None])
 
     labels = label.ravel().at[flat(nearest)].get(mode="promise_in_bounds")
     # A channel at a time: XLA would write all eight corners of several to memory before it interpolates between them.
-    return jnp.stack([interpolated(channel) for channel in image], axis=-1), labels
+    return jnp.concatenate([interpolated(channel) for channel in image], axis=-1), labels
 
 
 def _centre(array: jax.Array, shape: Triple, margin: Triple) -> jax.Array:

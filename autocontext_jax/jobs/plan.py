@@ -185,8 +185,8 @@ def _plan(
     _with_size(choices, found, size, made)
     if measured.seconds > seconds:
         log.warning(
-            "even the smallest step takes %.2g s, where %.2g s would leave time for enough of them: %s",
-            measured.seconds, seconds, "give plan.minutes more, or take a faster device",
+            "even the smallest step takes %.2g s, where %.2g s would leave time for enough of them: raise "
+            "plan.minutes, or take a faster device", measured.seconds, seconds,
         )  # fmt: skip
 
     # ---- all else

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 FOLDER = "timing"  # in the run folder, while it lasts
 ROWS = 20  # of metrics.jsonl that the timed steps write
 SHARE = 0.02  # of the steps that the plan expects are timed
-SPARE = 0.03  # of it that is kept for what is slower later
-COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX's event at the end of each
+SPARE = 0.03  # of the time that is left is kept for what is slower later
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX's event when a program is compiled
 
 
 def fit_minutes(

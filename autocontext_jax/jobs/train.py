@@ -323,7 +323,7 @@ def _changed_schedule(config: RunConfig, saved: RunConfig, step: int) -> str:
     now, before = config.train.steps, saved.train.steps
     if now == before or not 0 < step < before:
         return ""
-    rates = [float(learning_rate(config.optimizer, steps)(step)) for steps in (before, now)]
+    rates = [learning_rate(config.optimizer, steps)(step) for steps in (before, now)]
     if rates[0] == rates[1] and not config.train.frozen_batch_stats:
         return ""
     return (
