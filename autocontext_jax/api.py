@@ -56,7 +56,13 @@ def load(path: str | Path, *, networks: Named | None = None, **options: Any) -> 
     return run.load(typed, paths, Extensions(networks=networks or {}))
 
 
-def plan(config: ConfigDict, workdir: str | Path, *, networks: Named | None = None) -> ConfigDict:
+def plan(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    networks: Named | None = None,
+    losses: Mapping[str, Callable[..., Any]] | None = None,
+) -> ConfigDict:
     """A complete configuration for a data set and the device at hand; `train` takes it, in this folder or another.
 
     Writes `plan.py` into the folder: the same configuration with a reason for each key.
@@ -66,6 +72,7 @@ def plan(config: ConfigDict, workdir: str | Path, *, networks: Named | None = No
         those that `config.plan.keep` names, stay as they are; `config.plan.minutes` bounds the time.
       workdir: the run folder; it is made.
       networks: as in `train`.
+      losses: as in `train`.
 
     Raises:
       UserError: a mistake in the configuration or in the data, or the device is too small: one line says what.
@@ -73,7 +80,7 @@ def plan(config: ConfigDict, workdir: str | Path, *, networks: Named | None = No
     values = config.to_dict()
     typed, place = config_from_dict(values | {"plan": values["plan"] | {"automatic": True}}), full_path(workdir)
     runtime.set_up_library(dtype=typed.model.dtype)
-    run.run("plan", typed, run.Paths(place), Extensions(networks or {}))
+    run.run("plan", typed, run.Paths(place), Extensions(networks or {}, losses or {}))
     made = read_plan(place)
     assert made is not None, "--mode plan writes it"
     planned = dataclasses.replace(apply_plan(made, typed), plan=PlanConfig())
@@ -144,20 +151,29 @@ def evaluate(
     extensions = Extensions(networks or {}, metrics=metrics or {})
     if not run.run("evaluate", typed, run.Paths(place), extensions):
         raise UserError(f"some scans of {place} could not be scored; each was named, and the others are in its tables")
-    return read_evaluation(evaluation_folder(typed, place))
+    folder = evaluation_folder(typed, place)
+    if not (folder / "evaluation.json").exists():
+        raise UserError(
+            f"{place} has no table of all folds: expected each case in the validation of one fold; what each fold "
+            "scored is in its folder, fold_N/validation/evaluation.json"
+        )
+    return read_evaluation(folder)
 
 
 def _change(config: ConfigDict, options: Named, sections: tuple[str, ...]) -> None:
-    """Sets keys of some sections by their last names.
+    """Sets keys of some sections by their last names. They count also where their values are the defaults.
 
     Raises:
       UserError: an option that no section has.
     """
     for name, value in options.items():
-        owner = next((config[section] for section in sections if name in config[section]), None)
-        if owner is None:
+        section = next((section for section in sections if name in config[section]), None)
+        if section is None:
             known = [key for section in sections for key in config[section]]
             raise UserError(f"option {name} is unknown; expected one of {', '.join(known)}")
+        owner = config[section]
+        if config.plan.automatic:
+            config.plan.keep = (*config.plan.keep, f"{section}.{name}")
         if isinstance(value, np.generic | np.ndarray):
             value = value.tolist()
         if isinstance(owner[name], tuple) and isinstance(value, int):

@@ -6,8 +6,9 @@
 From the scan's voxels in memory to its mask on the same grid. The peers (MONAI's SlidingWindowInferer, Gaussian, and
 nnU-Net's nnUNetPredictor without mirroring) run a PyTorch network with the same weights on tiles of the same size and
 overlap at native resolution; their intensities are scaled beforehand and the network is seen to give our logits. With
---factors 1 all do the same work. With --factors 4 2 ours is the whole pyramid: what a user gets for the same grid of
-voxels. --network trivial computes logits by one multiplication and shows the tiling machinery alone.
+--factors 1 --tile 96 all compute the same tiles; without --tile ours are those that it chooses, and overlap less. With
+--factors 4 2 ours is the whole pyramid: what a user gets for the same grid of voxels. --network trivial computes logits
+by one multiplication and shows the tiling machinery alone.
 
 Each measurement is a process of its own, in turn, so that its largest resident memory is its own. Compilation is not
 counted: for peers a small scan goes first, for ours, whose tiles follow from the scan's size, one of the same size.

@@ -1,6 +1,7 @@
 """What lies in a folder is a scan, or is named."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from dicom_files import (
 from pydicom.dataset import Dataset
 from pydicom.uid import RLELossless
 
+from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.images.finding import find_scans
 
@@ -309,3 +311,37 @@ def test_a_further_channel_is_named(tmp_path, caplog):
     assert len(find_scans(tmp_path)) == 4
     assert len(caplog.messages) == 1
     assert "a_0001.nii.gz is taken for a scan of its own" in caplog.text
+
+
+def test_the_mask_of_one_channel_is_named_without_its_number(tmp_path):
+    for name in ("a_0000.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz", "c_0000.nii.gz", "c.nii.gz", "d_0002.nii.gz"):
+        write_nifti(tmp_path / name)
+    found = {source.path.name: str(source.name) for source in find_scans(tmp_path)}
+    assert found == {
+        "a_0000.nii.gz": "a", "b_0000.nii.gz": "b_0000", "b_0001.nii.gz": "b_0001", "c.nii.gz": "c",
+        "c_0000.nii.gz": "c_0000", "d_0002.nii.gz": "d_0002",
+    }  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path, caplog, monkeypatch):
+    write_nifti(tmp_path / "a.nii.gz")
+    (tmp_path / "lost+found").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(folder):
+        if folder.name in ("lost+found", "closed"):
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert names_of(find_scans(tmp_path)) == ["a"]
+    assert "lost+found: left out, as it cannot be read (Permission denied)" in caplog.text
+    (tmp_path / "closed").mkdir()
+    with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\)"):
+        find_scans(tmp_path / "closed")
+
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    series(tmp_path / "chest", 1, "CT")
+    monkeypatch.chdir(tmp_path / "chest")
+    assert names_of(find_scans(".")) == ["chest"]

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage, stats
 
-from autocontext_jax.evaluation.metrics import confusion_matrix, scores
+from autocontext_jax.evaluation.metrics import confusion_matrix, scores, surface
 from autocontext_jax.evaluation.statistics import compare, holm, summarise
 
 CLASSES = ("artery", "vein", "liver")
@@ -83,6 +83,20 @@ def test_shifted_cube():
     assert liver["hausdorff_95"] == 3
     perfect = scores(truth, truth, CLASSES, (3.0, 1.0, 1.0), tolerance=0.0)["liver"]
     assert (perfect["surface_dice"], perfect["hausdorff_95"], perfect["surface_distance"]) == (1, 0, 0)
+
+
+def test_the_surface_of_a_single_slice_is_its_contour():
+    truth = np.zeros((1, 12, 12), np.uint8)
+    truth[0, 3:9, 3:9] = 3
+    prediction = np.zeros_like(truth)
+    prediction[0, 1:11, 1:11] = 3
+    liver = scores(prediction, truth, CLASSES, (1.0, 1.0, 1.0), tolerance=1.0)["liver"]
+    assert liver["surface_dice"] == 0  # each is 2 mm inside the other
+    assert liver["hausdorff_95"] >= 2
+    # As of the cylinder of many such slices, seen in its middle.
+    many = surface(np.repeat(truth, 5, axis=0), 3, (slice(0, 5), slice(3, 9), slice(3, 9)), (1.0, 1.0, 1.0))
+    one = surface(truth, 3, (slice(0, 1), slice(3, 9), slice(3, 9)), (1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(one[:, 1:], many[many[:, 0] == 2][:, 1:])
 
 
 def test_absent_classes():

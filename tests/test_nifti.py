@@ -231,6 +231,27 @@ def test_headers_without_sense_are_refused(tmp_path, fields):
     assert "\n" not in str(caught.value)
 
 
+def test_a_quaternion_that_was_rounded_is_taken(tmp_path):
+    """Such as of OpenNeuro ds000168: nibabel refuses one that is longer than 1 by more than 2e-7."""
+    turned = np.float32(np.sqrt(0.5) * (1 + 4e-6))
+    path = save(tmp_path / "a.nii", qform_code=1, sform_code=0, quatern_b=0.0, quatern_c=turned, quatern_d=turned)
+    with pytest.raises(ValueError, match="w2 should be positive"):
+        nib.load(path).header.get_qform()
+    itk = sitk.ReadImage(str(path))
+    grid = scans.read_grid(path)
+    np.testing.assert_allclose(grid.direction, itk.GetDirection(), atol=1e-5)
+
+
+def test_a_qform_that_says_nothing_beside_a_sform_is_named(tmp_path, caplog):
+    path = save(tmp_path / "a.nii", quatern_b=3.0)
+    expected = scans.read_grid(save(tmp_path / "b.nii"))
+    found = scans.read_grid(path)
+    assert "a.nii has a qform that says nothing: its sform is used" in caplog.text
+    assert (found.direction, found.origin) == (expected.direction, expected.origin)
+    with pytest.raises(UserError, match="does not say where its voxels lie"):
+        scans.read_grid(save(tmp_path / "c.nii", quatern_b=3.0, sform_code=0))
+
+
 def test_labels_close_to_whole_numbers_are_rounded(tmp_path):
     """As nibabel writes them with a slope, and as arithmetic leaves them."""
     labels = (np.arange(np.prod(SIZE)).reshape(SIZE) % 8).astype(float)

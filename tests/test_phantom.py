@@ -116,6 +116,10 @@ def test_write_dataset(tmp_path, monkeypatch):
     left = root / "imagesTr" / "phantom_007_0000.nii.gz"  # by an interrupted run for more cases
     left.parent.mkdir(parents=True)
     left.touch()
+    with pytest.raises(UserError, match="holds scans that are no phantoms"):  # perhaps somebody's own, of this name
+        dataset.write_dataset(root, training=2, test=1, **expected)
+    assert left.exists()
+    (root / ".phantoms_unfinished").touch()
     dataset.write_dataset(root, training=2, test=1, **expected)
     assert sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()) == [
         "dataset.json",

@@ -1,5 +1,6 @@
 """The planner as a job: a plan is made once, kept, and used by every later start; what the user has set stays."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import nibabel
@@ -17,6 +19,7 @@ from channel_sets import write_pictures
 from refusals import refused
 
 import autocontext_jax as ac
+from autocontext_jax.api import _change as change
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.jobs import plan as job
 from autocontext_jax.jobs import timing
@@ -26,8 +29,9 @@ from autocontext_jax.jobs.config_files import (
     for_inference,
     from_config_dict,
     read_config,
+    to_config_dict,
 )
-from autocontext_jax.jobs.extensions import NO_EXTENSIONS
+from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.plan import make_plan, read_plan
 from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
@@ -110,6 +114,12 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     assert read_plan(workdir) == plan
     used = config_from_flat(from_config_dict(default_config()), {"plan.automatic": True})
     assert for_inference(used, config, workdir) == config
+    # What is named counts, though it is the default.
+    named = config_from_flat(used, {"plan.keep": ("predict.checkpoint",)})
+    assert (config.predict.checkpoint, for_inference(named, config, workdir).predict.checkpoint) == ("latest", "best")
+    as_file = to_config_dict(config)
+    change(as_file, {"checkpoint": "best"}, ("predict",))
+    assert for_inference(from_config_dict(as_file), config, workdir).predict.checkpoint == "best"
 
 
 def test_a_signal_while_the_training_is_timed_ends_the_job(phantoms, tmp_path, quick, monkeypatch):
@@ -140,7 +150,7 @@ def test_the_steps_are_those_that_the_rest_of_the_time_allows(phantoms, tmp_path
     config = automatic(phantoms, plan__minutes=10.0)
     data = open_data(config, tmp_path)
     config = make_plan(config, tmp_path, data, NO_EXTENSIONS, runs=runs)
-    monkeypatch.setattr(timing, "_time_training", lambda *arguments: (0.25, 20.0))
+    monkeypatch.setattr(timing, "_time_training", lambda *arguments: (0.25, 11.0, 1.0))  # ten checkpoints
     monkeypatch.setattr(timing, "_time_evaluation", lambda *arguments: scoring)
     started = time.monotonic() - 60  # planning and preparing took a minute
     fitted = timing.fit_minutes(
@@ -151,6 +161,36 @@ def test_the_steps_are_those_that_the_rest_of_the_time_allows(phantoms, tmp_path
     assert fitted.train.checkpoint_every == -(-fitted.train.steps // 10)
     again = timing.fit_minutes(fitted, tmp_path, data, NO_EXTENSIONS, started=started - 100, runs=runs)
     assert again == fitted  # timed once
+
+
+def test_checkpoints_that_are_given_take_their_time(phantoms, tmp_path, quick, monkeypatch):
+    config = automatic(phantoms, plan__minutes=10.0, train__checkpoint_every=4)
+    data = open_data(config, tmp_path)
+    config = make_plan(config, tmp_path, data, NO_EXTENSIONS)
+    monkeypatch.setattr(timing, "_time_training", lambda *arguments: (0.25, 11.0, 1.0))
+    fitted = timing.fit_minutes(config, tmp_path, data, NO_EXTENSIONS, started=time.monotonic())
+    assert fitted.train.checkpoint_every == 4
+    assert fitted.train.steps == pytest.approx((0.97 * 600 - 11) / (0.25 + 1 / 4), abs=4)
+
+
+def test_each_phase_of_levels_that_are_trained_one_by_one_is_timed(phantoms, tmp_path, quick, monkeypatch):
+    config = automatic(phantoms, plan__minutes=10.0, train__mode="separate", levels__factors=(2.0, 1.0))
+    data = open_data(config, tmp_path)
+    config = make_plan(config, tmp_path, data, NO_EXTENSIONS)
+    steps = []
+
+    def train(short, folder, *rest):
+        steps.append(short.train.steps)
+        seconds = [1.0] * timing.ROWS + [3.0] * timing.ROWS  # of a step, in both phases
+        rows = [json.dumps({"patches_per_second": config.loader.batch_size / each}) for each in seconds]
+        (folder / "metrics.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        return True
+
+    monkeypatch.setattr(timing, "train", train)
+    clock = contextlib.nullcontext(lambda: steps[0] * (1.0 + 3.0) + 2 * 5.0)
+    monkeypatch.setattr(timing, "_clock", lambda: clock)
+    step, beside, _ = timing._time_training(config, tmp_path / timing.FOLDER, data, NO_EXTENSIONS)
+    assert (step, beside) == pytest.approx((2.0, 5.0))
 
 
 def test_the_config_file_of_a_plan_is_the_planned_configuration(phantoms, tmp_path, quick):
@@ -282,6 +322,27 @@ def test_a_measured_step_is_the_compiled_one(phantoms, tmp_path):
     small, large = (measure_step(dataclasses.replace(step, batch_size=n), jax.local_devices()[0]) for n in (1, 6))
     assert small.seconds > 0
     assert small.bytes < large.bytes < 8 * small.bytes
+
+
+def test_a_step_with_an_own_loss_is_measured(phantoms, tmp_path):
+    keys = {**SMALL, "levels.factors": (1.0,), "loss.extra": (("mine", 0.5),)}
+    config = config_from_flat(automatic(phantoms), keys)
+    called = []
+
+    def mine(logits, labels):
+        called.append(labels.shape)
+        return logits.mean()
+
+    step = job._step(config, open_data(config, tmp_path), Extensions(losses={"mine": mine}))
+    step.lower(np.array(jax.local_devices()[:1]))
+    assert called
+
+
+def test_gpus_that_do_not_multiply_bfloat16_are_known(monkeypatch):
+    for capability, expected in (("7.0", False), ("7.5", False), ("8.0", True), ("10.0", True), ("gfx942", True)):
+        device = SimpleNamespace(platform="gpu", compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        assert job._multiplies_bfloat16() is expected
 
 
 def test_what_cannot_be_planned_is_said_in_one_line(phantoms, tmp_path, quick, monkeypatch):

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 from surveys import ARTERY, LIVER, make_survey
 
+from autocontext_jax.data.labels import LabelSpec, parse_labels
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.spec import Channel, ImageSpec, ct_image
 from autocontext_jax.jobs.config_files import config_from_flat
@@ -114,6 +116,22 @@ def test_given_keys_stay_and_the_rest_follows_them():
     voxels = plan_geometry(CT, 32, {"levels.unit": "voxels"})
     assert voxels.levels.unit == "voxels"
     assert "levels.finest_spacing" not in geometry_keys(CT, 32, {"levels.unit": "voxels"})
+    assert voxels.levels.factors == (8, 4, 2, 1)
+    assert plan_geometry(SETS["hippocampus"], 32, {"levels.unit": "voxels"}).levels.factors == (1,)
+    assert plan_geometry(SETS["hippocampus"], 32, {"levels.finest_spacing": (1.0, 1.0, 1.0)}).levels.factors == (1,)
+    coarse = plan_geometry(CT, 32, {"levels.finest_spacing": (2.0, 2.0, 2.0)})
+    assert coarse.spacing == (2, 2, 2)
+    assert coarse.share[1] >= SHARE_SEEN
+    shared = plan_geometry(CT, 40, {"mesh.space": 2})
+    assert shared.patch[0] % (2 * 2 ** (shared.depth - 1)) == 0
+
+
+def test_volumes_seen_slice_by_slice_need_the_levels_of_a_slice():
+    for name in ("hippocampus", "CT"):
+        made = plan_geometry(SETS[name], 256, {"levels.spatial_dims": 2})
+        assert made.patch[0] == 1
+        assert made.share[1] >= SHARE_SEEN
+    assert plan_geometry(SETS["hippocampus"], 256, {"levels.spatial_dims": 2}).levels.factors == (1,)
 
 
 # ---- the size of a step
@@ -173,7 +191,8 @@ def test_a_device_that_refuses_a_size_gets_a_smaller_one():
 
 def flips(classes, survey=CT, edge=64, given=None):
     choices = Choices(given or {})
-    topics.choose_flip(choices, classes, plan_geometry(survey, edge, {}))
+    labels = classes if isinstance(classes, LabelSpec) else LabelSpec.plain(("background", *classes))
+    topics.choose_flip(choices, labels, plan_geometry(survey, edge, {}))
     return {key: choice.value for key, choice in choices.made.items()}
 
 
@@ -188,6 +207,20 @@ def test_left_and_right_are_exchanged_only_where_the_names_allow_it():
     assert flips(["kidney_left", "kidney_right"], given={"augmentation.flip": ""}) == {}
 
 
+def test_regions_of_several_values_are_not_exchanged():
+    values = {"background": 0, "left lung": [1, 2], "right lung": [3, 4, 5]}
+    regions = parse_labels(Path("dataset.json"), values, [1, 3])
+    assert flips(regions) == {"augmentation.flip": ""}
+
+
+def test_one_level_is_not_a_patch_that_sees_most_of_a_scan():
+    made = plan_geometry(CT, 32, {"levels.factors": (2.0,)})
+    choices = Choices({})
+    topics.choose_flip(choices, LabelSpec.plain(("background", "spleen")), made)
+    assert choices.made["augmentation.flip"].value == ""
+    assert "loss.per_sample" not in made_by(topics.choose_loss, CT, made)
+
+
 def made_by(topic, *arguments):
     choices = Choices({})
     topic(choices, *arguments)
@@ -197,6 +230,7 @@ def made_by(topic, *arguments):
 def test_rare_classes_get_what_brings_them_back():
     whole = plan_geometry(SETS["hippocampus"], 32, {})
     assert made_by(topics.choose_loss, CT, plan_geometry(CT, 64, {}))["loss.log_dice"] == 0.1
+    assert made_by(topics.choose_sampling, whole)["loader.inside"]
     common = made_by(topics.choose_loss, SETS["hippocampus"], whole)
     assert "loss.log_dice" not in common
     assert common["loss.per_sample"] is True
@@ -211,6 +245,10 @@ def test_intensities_change_in_the_units_that_are_stored():
     assert made_by(topics.choose_augmentation, ct, made)["augmentation.noise"] == 10
     assert made_by(topics.choose_augmentation, mr, made)["augmentation.noise"] == 0.1
     assert "augmentation.noise" not in made_by(topics.choose_augmentation, both, made)  # training refuses it
+    unit = ImageSpec((Channel("red", "rgb_to_0_1"), Channel("grey", "rescale_to_0_1")))
+    assert made_by(topics.choose_augmentation, unit, made)["augmentation.noise"] == 0.02
+    raw = ImageSpec((Channel("counts", "noNorm"),))
+    assert "augmentation.noise" not in made_by(topics.choose_augmentation, raw, made)
 
 
 def test_every_topic_makes_valid_keys():

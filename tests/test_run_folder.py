@@ -19,12 +19,14 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs import train as training
-from autocontext_jax.jobs.config_files import default_config, from_config_dict, write_config
+from autocontext_jax.jobs.config_files import config_from_flat, default_config, from_config_dict, write_config
+from autocontext_jax.jobs.evaluate import evaluation_folder
 from autocontext_jax.jobs.experiment import side_by_side
+from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import open_data, read_data, read_split
+from autocontext_jax.jobs.run_folder import has_begun, open_data, read_data, read_split
 from autocontext_jax.jobs.signals import StopSignal
 from autocontext_jax.jobs.train import train
 from autocontext_jax.training.checkpoints import Checkpoints
@@ -147,13 +149,18 @@ def test_a_start_on_a_prepared_set_reads_no_voxel_of_it(root, tmp_path):
     """The files' content is exchanged for garbage of the same size and time: nobody notices, as nobody reads."""
     config, workdir = small(root), tmp_path / "run"
     prepare(config, workdir)
-    before = {path: path.stat().st_mtime_ns for path in (workdir / "prepared").rglob("*")}
+
+    def times() -> dict[Path, int]:
+        files = (workdir / "prepared").rglob("*")
+        return {path: path.stat().st_mtime_ns for path in files if path.suffix != ".lock"}
+
+    before = times()
     for path in root.rglob("*.nii.gz"):
         status = path.stat()
         path.write_bytes(b"\0" * status.st_size)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     prepare(config, workdir)
-    assert {path: path.stat().st_mtime_ns for path in (workdir / "prepared").rglob("*")} == before
+    assert times() == before
 
 
 def test_a_test_case_that_is_added_is_named_without_advice_that_does_not_help(root, tmp_path, caplog):
@@ -380,6 +387,39 @@ def test_workers_are_as_many_as_the_container_allows(monkeypatch, files, count):
 
     monkeypatch.setattr(Path, "read_text", read)
     assert runtime.available_cpus() == count
+
+
+def test_a_run_has_begun_with_a_checkpoint_or_while_a_fold_is_trained(tmp_path):
+    (tmp_path / "timing/checkpoints/7").mkdir(parents=True)  # of a start that was killed
+    (tmp_path / "fold_0").mkdir()
+    assert not has_begun(tmp_path)
+    with locked(tmp_path / "fold_0"):
+        assert has_begun(tmp_path)
+    assert not has_begun(tmp_path)
+    (tmp_path / "separate/checkpoints/7").mkdir(parents=True)
+    assert has_begun(tmp_path)
+
+
+def test_data_sets_of_one_name_are_scored_in_different_folders(tmp_path):
+    def folder(root: str) -> Path:
+        return evaluation_folder(config_from_flat(RunConfig(), {"evaluate.root": str(tmp_path / root)}), tmp_path)
+
+    assert folder("a/heart") == tmp_path / "on_heart"
+    folder("a/heart").mkdir()
+    settings = {"root": str((tmp_path / "a/heart").resolve())}
+    (tmp_path / "on_heart/evaluation.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    assert folder("a/heart") == tmp_path / "on_heart"
+    assert folder("b/heart") == tmp_path / "on_heart_2"
+
+
+def test_a_scan_that_is_trained_on_and_held_out_is_named(root, tmp_path, caplog):
+    name = open_data(small(root), tmp_path / "before").training[0].name
+    assert "same scan" not in caplog.text
+    for folder, end in (("images{}", "_0000.nii.gz"), ("labels{}", ".nii.gz")):
+        shutil.copy(root / folder.format("Tr") / f"{name}{end}", root / folder.format("Ts") / f"copy{end}")
+    describe(root, numTest=2)
+    open_data(small(root), tmp_path / "run")
+    assert f"the training case {name} and the test case copy have the same scan" in caplog.text
 
 
 def test_a_damaged_split_is_told_in_one_line(root, tmp_path):

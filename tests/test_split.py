@@ -16,6 +16,7 @@ from autocontext_jax.data.split import (
     content_checksum,
     draw_validation,
     make_split,
+    same_scans,
     sides_of,
 )
 
@@ -127,6 +128,28 @@ def test_corrected_labels_are_noticed(dataset, split):
     assert changes.changed == ("b",)
     assert now.cases["b"].side == "training"
     assert now.cases["b"].label != split.cases["b"].label
+
+
+def test_voxels_beside_a_header_belong_to_the_file(dataset, tmp_path):
+    header = tmp_path / "labelsTr/b.mhd"
+    header.write_text("ObjectType = Image\nElementDataFile = b.raw\n", encoding="utf-8")
+    header.with_suffix(".raw").write_bytes(b"before")
+    training = tuple(dataclasses.replace(case, label=header) if case.name == "b" else case for case in dataset.training)
+    dataset = dataclasses.replace(dataset, training=training)
+    split = make_split(dataset, sides_of(dataset, dataset.training, []))
+    header.with_suffix(".raw").write_bytes(b"behind")
+    _, changes = compare(split, dataset)
+    assert changes.changed == ("b",)
+    header.with_suffix(".raw").unlink()  # reading the case says so
+    _, changes = compare(split, dataset)
+    assert changes.changed == ("b",)
+
+
+def test_a_scan_on_two_sides_is_found(dataset):
+    first, second, third = dataset.training
+    third.images[0].write_bytes(first.images[0].read_bytes())
+    assert same_scans(make_split(dataset, sides_of(dataset, [first, second], [third]))) == [("a", "c")]
+    assert same_scans(make_split(dataset, sides_of(dataset, [first, third], [second]))) == []
 
 
 def test_another_folder_with_the_same_content_is_the_same_data_set(dataset, split, tmp_path_factory):

@@ -128,7 +128,7 @@ def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
         _check_number(root, description, "numTraining", "imagesTr", training)
         _warn_of_other_labels(root, description, training)
     test = paired_cases(root, ending, "Ts", channels)
-    _check_number(root, description, "numTest", "imagesTs", test)
+    _warn_of_number(root, description, "numTest", "imagesTs", len(test), len(test))
     return Dataset(root.folder, labels, channels, training, test)
 
 
@@ -143,10 +143,10 @@ def _msd(root: Root, description: Mapping[str, Any]) -> Dataset:
     labels = parse_labels(root.json, values)
     _warn_of_keys(root, description, ABOUT)
     training = listed_cases(root, "training", get(str(root.json), description, "training", list), channels)
-    _warn_of_number(root, description, "numTraining", "training", training)
+    _warn_of_number(root, description, "numTraining", '"training"', len(training), len(description["training"]))
     if "test" in description:
         test = listed_cases(root, "test", get(str(root.json), description, "test", list), channels, "labelsTs")
-        _warn_of_number(root, description, "numTest", "test", test)
+        _warn_of_number(root, description, "numTest", '"test"', len(test), len(description["test"]))
     else:
         test = ()
     warn_of_unlisted(root, "no list of it names them", (*training, *test))
@@ -211,13 +211,16 @@ def _check_number(root: Root, description: Mapping[str, Any], key: str, folder: 
     )
 
 
-def _warn_of_number(root: Root, description: Mapping[str, Any], key: str, lists: str, cases: Sequence[Case]) -> None:
-    """Where a list names every case, the list counts."""
-    number = description.get(key, len(cases))
-    if number not in (len(cases), len(description[lists])):  # the list may name hidden files, which are no cases
+def _warn_of_number(root: Root, description: Mapping[str, Any], key: str, place: str, found: int, listed: int) -> None:
+    """Of test cases, which may have been removed, and where a list names every case: the list counts.
+
+    A list may name hidden files, which are no cases.
+    """
+    number = description.get(key, found)
+    if number not in (found, listed):
         log.warning(
-            '%s: "%s" is %s, and "%s" names %s: no others are taken; correct the number, or name the others',
-            root.json, key, shown(number), lists, counted(len(cases), "case"),
+            '%s: "%s" is %s, and %s has %s: no others are taken; correct the number, or add the others',
+            root.json, key, shown(number), place, counted(found, "case"),
         )  # fmt: skip
 
 

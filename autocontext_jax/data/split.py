@@ -18,6 +18,7 @@ from autocontext_jax.data.datasets import Dataset
 from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.layouts import Case
 from autocontext_jax.errors import UserError
+from autocontext_jax.images.voxel_files import voxel_files
 
 FORMAT = 1  # of split.json
 
@@ -28,8 +29,8 @@ class FileRecord:
 
     Attributes:
       file: its path in the data set's folder.
-      bytes: its size.
-      modified: when it was modified last, nanoseconds.
+      bytes: its size; with that of the files beside a header that hold its voxels.
+      modified: when it was modified last, nanoseconds; of several files the sum.
       checksum: of its content. It is computed anew only where size or time differ.
     """
 
@@ -187,7 +188,21 @@ def content_checksum(case: Case) -> str:
     Raises:
       UserError: a file cannot be read.
     """
-    return " ".join(_hash(path, case.name) for path in (*case.images, case.label) if path is not None)
+    return " ".join(_hash(_files(path), case.name) for path in (*case.images, case.label) if path is not None)
+
+
+def same_scans(split: Split) -> list[tuple[str, str]]:
+    """Pairs of a training case and one that is held out, `validation` or `test`, whose scans are the same files."""
+    trained = {_scan(case): name for name, case in split.cases.items() if case.side == "training"}
+    return [
+        (trained[_scan(case)], name)
+        for name, case in sorted(split.cases.items())
+        if case.side in ("validation", "test") and _scan(case) in trained
+    ]
+
+
+def _scan(case: SplitCase) -> tuple[str, ...]:
+    return tuple(record.checksum for record in case.images)
 
 
 def draw_validation(cases: Iterable[Case], *, fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
@@ -222,19 +237,32 @@ def sides_of(dataset: Dataset, training: Iterable[Case], validation: Iterable[Ca
 
 
 def _record(root: Path, path: Path, known: FileRecord | None, case: str) -> FileRecord:
+    files = _files(path)
     try:
-        status = os.stat(path)
+        statuses = [os.stat(each) for each in files]
     except OSError as error:
         raise UserError(f"case {case}: {path} cannot be read: {error.strerror}") from None
+    size, modified = sum(status.st_size for status in statuses), sum(status.st_mtime_ns for status in statuses)
     file = os.path.relpath(path, root)
-    if known and (known.bytes, known.modified) == (status.st_size, status.st_mtime_ns):
+    if known and (known.bytes, known.modified) == (size, modified):
         return dataclasses.replace(known, file=file)
-    return FileRecord(file, status.st_size, status.st_mtime_ns, _hash(path, case))
+    return FileRecord(file, size, modified, _hash(files, case))
 
 
-def _hash(path: Path, case: str) -> str:
+def _files(path: Path) -> list[Path]:
+    """A file and those that hold its voxels; where that is not known, reading the case says why."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise UserError(f"case {case}: {path} cannot be read: {error.strerror}") from None
+        return voxel_files(path)
+    except (UserError, OSError):
+        return [path]
+
+
+def _hash(files: Iterable[Path], case: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        except OSError as error:
+            raise UserError(f"case {case}: {path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

@@ -118,6 +118,8 @@ def surface(mask: np.ndarray, k: int, box: Box | None, spacing: tuple[float, flo
     inner = (slice(1, -1),) * 3
     inside = region[inner].copy()
     for axis in range(3):
+        if mask.shape[axis] == 1:
+            continue  # of a single slice it is the contour in the plane
         for step in (slice(None, -2), slice(2, None)):
             inside &= region[(*inner[:axis], step, *inner[axis + 1 :])]
     corner = [edge.start for edge in box]

@@ -35,6 +35,10 @@ def as_user_error(path: Path, failure: str) -> Iterator[None]:
     except (RuntimeError, OSError, EOFError, ValueError, zlib.error, UNPACKING) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("sitk::ERROR: ")
         raise UserError(f"{path} cannot be {failure} ({reason})") from None
+    except MemoryError:
+        raise UserError(
+            f"{path} needs more memory than there is: it is damaged, or too large for this machine"
+        ) from None
 
 
 def make_grid(

@@ -1,5 +1,6 @@
 """The scans in a file, a DICOM folder or a tree of folders, and what lies beside them."""
 
+import collections
 import dataclasses
 import glob
 import logging
@@ -85,6 +86,7 @@ def find_scans(place: str | os.PathLike, *, series: str | None = None, channels:
             found = _grouped(found, channels)
         else:
             _name_channels(found)
+            found = _without_number(found)
         _name_split(found)
         return found
     raise UserError(
@@ -138,10 +140,17 @@ def _in_folder(folder: Path, below: Path, series: str | None, above: tuple[Path,
         log.warning("%s: left out, as it is a link to a folder that it lies in", folder)
         return found
     rest = []
-    for entry in sorted(folder.iterdir()):
+    try:
+        entries = [(entry, entry.is_dir()) for entry in sorted(folder.iterdir())]
+    except OSError as error:
+        if below == Path():
+            raise UserError(f"{folder} cannot be read ({error.strerror}): change its permissions") from None
+        log.warning("%s: left out, as it cannot be read (%s)", folder, error.strerror)
+        return found
+    for entry, is_folder in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if is_folder:
             found += _in_folder(entry, below / entry.name, series, (*above, resolved))
         elif suffix_of(entry):
             if series is None:
@@ -154,7 +163,7 @@ def _in_folder(folder: Path, below: Path, series: str | None, above: tuple[Path,
 
 
 def _series_in(folder: Path, below: Path, series: str | None) -> list[Source]:
-    name = below if below.name else Path(folder.name)
+    name = below if below.name else Path(folder.resolve().name or "scan")
     try:
         listed = reader_process.call("list_series", folder)
     except UserError:
@@ -204,6 +213,24 @@ def _grouped(found: list[Source], channels: int) -> list[Source]:
         else:
             grouped[source.path] = source
     return list(grouped.values())
+
+
+def _without_number(found: list[Source]) -> list[Source]:
+    """The scans of one channel; the mask of `case_0000.nii.gz` is named `case`, unless files are numbered otherwise."""
+    names = {source.name for source in found}
+    numbered = collections.Counter(_unnumbered(source) for source in found)
+    return [
+        dataclasses.replace(source, name=base)
+        if source.name.name.endswith("_0000") and source.series is None and numbered[base] == 1 and base not in names
+        else source
+        for source in found
+        for base in [_unnumbered(source)]
+    ]
+
+
+def _unnumbered(source: Source) -> Path:
+    """The name without the number of a channel, if it has one."""
+    return source.name.with_name(re.sub(r"(?<=.)_\d{4}$", "", source.name.name))
 
 
 def _without_pictures(found: list[Source]) -> list[Source]:

@@ -13,10 +13,10 @@ import SimpleITK as sitk
 
 from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
-from autocontext_jax.files import exists, is_file
 from autocontext_jax.images.checks import check_kind, check_packing, check_size, make_grid
 from autocontext_jax.images.formats import PICTURES, suffix_of
 from autocontext_jax.images.grid import Grid
+from autocontext_jax.images.voxel_files import bytes_held, header_lines
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _check_placement(path: Path) -> None:
     """
     fields: dict[str, str] = {}
     nrrd = path.name.lower().endswith(".nrrd")
-    for line in _header_lines(path):
+    for line in header_lines(path):
         name, _, value = line.decode("latin-1").partition(":" if nrrd else "=")
         fields.setdefault(name.strip().lower(), value.strip())
         if name.strip().lower() == "elementdatafile":
@@ -171,66 +171,3 @@ def grid_of(path: Path, source: sitk.Image | sitk.ImageFileReader) -> Grid:
       UserError: see `make_grid`.
     """
     return make_grid(path, source.GetSize(), source.GetSpacing(), source.GetOrigin(), source.GetDirection())
-
-
-def bytes_held(path: Path) -> int:
-    """Bytes of a file, and of those beside a MetaImage or NRRD header that hold its voxels.
-
-    Raises:
-      UserError: one of these does not exist, or lies outside the header's folder.
-    """
-    others = [] if suffix_of(path) in PICTURES else _parts(path)
-    return path.stat().st_size + sum(part.stat().st_size for part in others)
-
-
-_MOST_HEADER = 1 << 26  # bytes of a header that are looked at
-
-
-def _header_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file; of a NRRD file up to the empty one that ends its header."""
-    nrrd, left = path.name.lower().endswith(".nrrd"), _MOST_HEADER
-    with path.open("rb") as file:
-        while left > 0 and (line := file.readline(left)) and not (nrrd and not line.strip()):
-            left -= len(line)
-            yield line
-
-
-def _parts(path: Path) -> list[Path]:
-    """The other files that hold a header's voxels.
-
-    Raises:
-      UserError: one does not exist, or lies outside the header's folder.
-    """
-    nrrd = path.name.lower().endswith(".nrrd")
-    names: list[str] = []
-    lines = _header_lines(path)
-    for line in lines:
-        if not (found := re.match(_NRRD_DATA if nrrd else _METAIMAGE_DATA, line.replace(b"\r", b"\n"))):
-            continue
-        value = os.fsdecode(found[1].strip())
-        words = value.split()
-        if words and words[0].upper() == "LIST":
-            names = [os.fsdecode(name.strip()) for name in lines if name.strip()]
-        elif words and value.upper() != "LOCAL":
-            names = [words[0] if "%" in words[0] else value]
-        break
-    found_parts = []
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(
-                f"{path} has its voxels in {name!r}: expected a file in its own folder; move the file there and "
-                "correct the header"
-            )
-        place = path.parent / name
-        if "%" in name and exists(place.parent):  # a pattern of names, of which any may be in the folder
-            found_parts += [entry for entry in place.parent.iterdir() if entry.is_file()]
-        elif not is_file(place):
-            raise UserError(f"{path} has its voxels in {name!r}, which does not exist: copy that file too")
-        else:
-            found_parts.append(place)
-    return found_parts
-
-
-# As the libraries that ITK reads these formats with find the field.
-_NRRD_DATA = re.compile(rb"data ?file\s*:=?(.*)", re.IGNORECASE | re.DOTALL)
-_METAIMAGE_DATA = re.compile(rb"(?:.*\n)?\s*ElementDataFile\s*[=:]?(.*)", re.IGNORECASE | re.DOTALL)

@@ -93,6 +93,7 @@ def write_nifti(path: Path, stored: np.ndarray, grid: Grid, affine: np.ndarray |
             image.to_file_map({"image": nib.FileHolder(fileobj=out)})
 
 
+_ROUNDED = 1e-4  # by which a quaternion that was rounded may be longer than 1; nibabel refuses 2e-7
 _QUATERNION = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 
 
@@ -188,11 +189,10 @@ def _scaled(path: Path, stored: np.ndarray, header: Any) -> np.ndarray:
     """Voxels with the header's slope and intercept; a slope of 0 means that there is no scaling."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not math.isfinite(slope):
-        if slope == 0 and intercept not in (0.0, math.nan) and math.isfinite(intercept):
+        if slope == 0 and intercept != 0 and math.isfinite(intercept):
             log.warning(
                 "%s has the slope 0 and the intercept %g: values are taken as they are stored, as the NIfTI standard "
-                "says; "
-                "if they should be scaled, set the slope to 1", path, intercept,
+                "says; if they should be scaled, set the slope to 1", path, intercept,
             )  # fmt: skip
         return stored
     if not math.isfinite(intercept):
@@ -210,9 +210,7 @@ def _scaled(path: Path, stored: np.ndarray, header: Any) -> np.ndarray:
 
 
 def _grid(path: Path, header: Any, size: tuple[int, int, int]) -> Grid:
-    """Where the voxels lie; warns where the header contradicts itself, as another program may then see them "
-    "elsewhere.
-    """
+    """Where the voxels lie; warns where the header contradicts itself: other programs may see them elsewhere."""
     forms = _forms(header)
     by_matrix, by_quaternion = forms.sform_code > 0, forms.qform_code > 0
     used = [*forms.pixdim[1:], *forms.quaternion * by_quaternion, *forms.sform * by_matrix]
@@ -223,12 +221,16 @@ def _grid(path: Path, header: Any, size: tuple[int, int, int]) -> Grid:
     if by_matrix:
         placements["sform"] = np.array([*forms.sform, 0, 0, 0, 1], float).reshape(4, 4)
     if by_quaternion:
-        placements["qform"] = _quaternion_affine(path, header, mm)
+        try:
+            placements["qform"] = _quaternion_affine(path, header, mm)
+        except UserError:
+            if not by_matrix:
+                raise
+            log.warning("%s has a qform that says nothing: its sform is used", path)
     if not placements:
         log.warning(
             "%s has neither a sform nor a qform, so that nothing says how its patient lies: its first axis is taken "
-            "to point "
-            "to the left, its second to the front, its third to the head", path,
+            "to point to the left, its second to the front, its third to the head", path,
         )  # fmt: skip
         placements["pixdim"] = header.get_base_affine() if (mm > 0).all() else np.zeros((4, 4))
     name, affine = next(iter(placements.items()))
@@ -280,6 +282,10 @@ def _quaternion_affine(path: Path, header: Any, mm: np.ndarray) -> np.ndarray:
         raise _not_placed(path)
     tidy = header.copy()
     tidy["pixdim"][:4] = [-1 if header["pixdim"][0] < 0 else 1, *np.abs(mm)]
+    length = math.hypot(*(float(header[name]) for name in _QUATERNION[:3]))
+    if 1 < length < 1 + _ROUNDED:
+        for name in _QUATERNION[:3]:
+            tidy[name] = header[name] / length
     try:
         return tidy.get_qform()
     except (nib.spatialimages.HeaderDataError, ValueError):

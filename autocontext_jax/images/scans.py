@@ -27,9 +27,10 @@ from autocontext_jax.images.formats import NIFTI, PICTURES, scan_name, suffix_of
 from autocontext_jax.images.grid import Grid, Scan
 from autocontext_jax.images.in_memory import as_image, sheared_affine
 from autocontext_jax.images.intensity import stored_voxels
-from autocontext_jax.images.itk import bytes_held, grid_of
+from autocontext_jax.images.itk import grid_of
 from autocontext_jax.images.nifti import read_nifti, write_nifti
 from autocontext_jax.images.spec import CT, ImageSpec
+from autocontext_jax.images.voxel_files import bytes_held
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +295,9 @@ def _read(path: Path, series: str | None, *, header_only: bool = False, several:
     if suffix in NIFTI:
         with as_user_error(path, reader_process.UNREADABLE):
             return read_nifti(path, header_only=header_only, several=several)
-    found = reader_process.call("itk", path, held=bytes_held(path), header_only=header_only, several=several)
+    with as_user_error(path, reader_process.UNREADABLE):
+        held = bytes_held(path)
+    found = reader_process.call("itk", path, held=held, header_only=header_only, several=several)
     return found.get("voxels"), found["grid"]
 
 

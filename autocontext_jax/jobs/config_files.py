@@ -32,7 +32,7 @@ INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_path
 # Keys that came since the format, with what runs before them did.
 ADDED = {
     "data.outside_paths": False, "data.normalization": (), "data.folds": 0, "predict.margin": PredictorConfig.margin,
-    "predict.memory": 0.0, "predict.crop_to_body": False,
+    "predict.memory": 0.0, "predict.crop_to_body": False, "loader.inside": False,
 }  # fmt: skip
 # Keys that are gone: tiles were cubes that overlapped by a share of them.
 REMOVED = ("predict.overlap", "predict.plane", "predict.space")
@@ -147,14 +147,14 @@ def check_same_run(config: RunConfig, saved: RunConfig, workdir: Path) -> None:
 def for_inference(given: RunConfig, saved: RunConfig, workdir: Path) -> RunConfig:
     """The run's own configuration, with those keys of a given one that inference may change.
 
-    Of a given one that leaves its choices to a plan, only what differs from the defaults counts.
+    Of a given one that leaves its choices to a plan, what differs from the defaults counts, and what `plan.keep` names.
 
     Raises:
       UserError: the given one contradicts the run in what its network is.
     """
     default = flat_keys(as_dict(RunConfig())) if given.plan.automatic else {}
     now = flat_keys(as_dict(given))
-    planned = {key for key, value in default.items() if now[key] == value}
+    planned = {key for key, value in default.items() if now[key] == value and key not in given.plan.keep}
     if differing := _differences(given, saved, lambda key: key.startswith(MODEL) and key not in planned):
         raise UserError(
             f"the checkpoint of {workdir} was trained with another configuration; keys that differ: "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from autocontext_jax import processes
 from autocontext_jax.data.datasets import Case, Dataset, read_dataset
 from autocontext_jax.data.label_maps import read_label_map
-from autocontext_jax.data.split import Split, content_checksum
+from autocontext_jax.data.split import Split
 from autocontext_jax.errors import UserError, counted
 from autocontext_jax.evaluation import pictures, report
 from autocontext_jax.evaluation.label_mapping import LabelMapping, label_mapping
@@ -122,9 +122,20 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions
 
 
 def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
-    """Where an evaluation is written: the run folder, or for `evaluate.root` a folder of its name in it."""
-    root = config.evaluate.root
-    return workdir / f"on_{Path(root).expanduser().resolve().name}" if root else workdir
+    """Where an evaluation is written: the run folder, or for `evaluate.root` a folder of its name in it.
+
+    Data sets of one name, such as `/a/heart` and `/b/heart`, have different folders, `on_heart` and `on_heart_2`.
+    """
+    if not config.evaluate.root:
+        return workdir
+    root = Path(config.evaluate.root).expanduser().resolve()
+    for number in itertools.count(1):
+        folder = workdir / (f"on_{root.name}" if number == 1 else f"on_{root.name}_{number}")
+        path = folder / "evaluation.json"
+        # Evaluations of before do not say of which root they are.
+        if not path.exists() or json.loads(path.read_bytes())["settings"].get("root", str(root)) == str(root):
+            return folder
+    raise AssertionError("counted to the end")
 
 
 def _score_own(
@@ -147,11 +158,11 @@ def _score_own(
 def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, as JSON."""
     predict = {key: value for key, value in as_dict(config.predict).items() if key != "memory"}
-    evaluated = {
-        case.name: " ".join([case.checksum or content_checksum(case), *(case.annotated or ())]) for case in cases
-    }
+    evaluated = {case.name: " ".join([case.checksum or "", *(case.annotated or ())]) for case in cases}
     settings = {"step": step, "predict": predict, "tolerance": config.evaluate.tolerance, "cases": evaluated}
     settings["metrics"] = config.evaluate.metrics
+    if config.evaluate.root:
+        settings["root"] = str(Path(config.evaluate.root).expanduser().resolve())
     return json.loads(json.dumps(settings))
 
 

@@ -58,13 +58,14 @@ def experiment(config: RunConfig, workdir: Path, extensions: Extensions) -> bool
         processes.first_does(begin)
         if not train(run, folder, data, extensions):
             return True  # a signal ended it; what was done is saved
-        if not is_evaluated(run, folder, data):
+        result = folder / "evaluation.json"
+        if not (is_evaluated(run, folder, data) and len(report.read_cases(result)) == len(scored)):
             good &= evaluate_run(run, folder, data, extensions)
-        if not (folder / "evaluation.json").exists():
+        if not result.exists():
             return False  # no scan could be scored; each has been named
-        cases[mode] = report.read_cases(folder / "evaluation.json")
+        cases[mode] = report.read_cases(result)
     shared = set.intersection(*(set(found) for found in cases.values()))
-    result = side_by_side(
+    compared = side_by_side(
         cases,
         len(config.levels.factors),
         data.classes[1:],
@@ -74,8 +75,8 @@ def experiment(config: RunConfig, workdir: Path, extensions: Extensions) -> bool
     )
 
     def write() -> None:
-        report.write(result, workdir)
-        print(report.table(result))
+        report.write(compared, workdir)
+        print(report.table(compared))
 
     processes.first_does(write)
     return good

@@ -7,9 +7,9 @@
 
 The folds share what decides the grids of the levels and how cases are stored: the median spacing, and whether the
 background is cut out, are those of the cases of all folds. They would otherwise differ a little from fold to fold, the
-models would work on different grids, and every case would be prepared again for each. Of the cases held out only the
-spacing and the share of background enter, no label; nnU-Net takes them from all cases too. What CT is normalised by is
-learned for each fold from its training cases alone.
+models would work on different grids, and every case would be prepared again for each. nnU-Net does the same. Without a
+plan no label of a case that is held out enters; a plan is one for all folds, and also counts the voxels of the classes
+in the label maps of all cases. What CT is normalised by is learned for each fold from its training cases alone.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ from autocontext_jax.jobs.run_folder import (
     read_data,
     read_fingerprint,
     read_split,
+    write_split,
 )
 from autocontext_jax.jobs.timing import fit_minutes
 from autocontext_jax.jobs.train import train
@@ -257,7 +258,7 @@ def _begin(run: _Run) -> _Run:
 
     def write() -> None:
         if read_split(folder) != data.split:
-            write_json(folder / "split.json", data.split.to_json())
+            write_split(data.split, folder)
         if not (has_begun(folder) and (folder / "fingerprint.json").exists()):
             write_json(folder / "fingerprint.json", data.fingerprint.to_json())
 

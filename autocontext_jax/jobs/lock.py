@@ -22,6 +22,18 @@ def locked_by_first(workdir: Path, what: str = "run", *, wait: bool = False) -> 
         yield
 
 
+def is_locked(workdir: Path, what: str = "run") -> bool:
+    """Whether a lock of `locked` is held, by another process or by this one."""
+    try:
+        with (workdir / f".{what}.lock").open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or the file system knows no locks
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def locked(workdir: Path, what: str = "run", *, wait: bool = False) -> Iterator[None]:
     """Holds a lock meanwhile; the system releases it however the process ends.

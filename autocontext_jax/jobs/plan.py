@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from autocontext_jax.jobs.run_folder import RunData, has_begun, read_fingerprint
 from autocontext_jax.models.convolution import multiplies_bfloat16
 from autocontext_jax.planning import choices as topics
 from autocontext_jax.planning.compiled import TrainingStep
-from autocontext_jax.planning.grids import Geometry, is_flat, plan_geometry
+from autocontext_jax.planning.grids import Geometry, plan_geometry, spatial_dims
 from autocontext_jax.planning.measured import measure_step
 from autocontext_jax.planning.plan import FORMAT, Choices, Plan, config_file, plan_table
 from autocontext_jax.planning.step_size import SECONDS, Measured, Size, largest_size, sizes
@@ -52,7 +53,7 @@ def make_plan(config: RunConfig, workdir: Path, data: RunData, extensions: Exten
       config: with `plan.automatic`. Keys that differ from the defaults, and those of `plan.keep`, stay as they are.
       workdir: the run folder.
       data: of the run.
-      extensions: networks from outside the package.
+      extensions: networks and losses from outside the package.
       runs: how many share the minutes, such as the folds that are trained.
 
     Raises:
@@ -144,10 +145,8 @@ def _plan(
 ) -> Plan:
     """The plan, without what it was made from."""
     choices = Choices(given)
-    dtype = "bfloat16" if jax.default_backend() != "cpu" or multiplies_bfloat16() else "float32"
-    reason = (
-        "This device multiplies it faster." if dtype == "bfloat16" else "This processor does not multiply bfloat16."
-    )
+    dtype = "bfloat16" if _multiplies_bfloat16() else "float32"
+    reason = "This device multiplies it faster." if dtype == "bfloat16" else "This device does not multiply bfloat16."
     choices.choose("model.dtype", dtype, reason)
 
     # ---- the size of a step
@@ -180,7 +179,9 @@ def _plan(
                  planned.patch_shape, planned.loader.batch_size, shown)  # fmt: skip
         return measured
 
-    size, measured = largest_size(sizes(cost, same, flat=is_flat(found)), cost, measure, seconds=seconds, usable=usable)
+    size, measured = largest_size(
+        sizes(cost, same, flat=spatial_dims(found, given) == 2), cost, measure, seconds=seconds, usable=usable
+    )
     made = geometry(size.edge)
     _with_size(choices, found, size, made)
     if measured.seconds > seconds:
@@ -190,7 +191,7 @@ def _plan(
         )  # fmt: skip
 
     # ---- all else
-    topics.choose_flip(choices, data.classes[1:], made)
+    topics.choose_flip(choices, data.labels, made)
     topics.choose_augmentation(choices, data.image, made)
     topics.choose_sampling(choices, made)
     topics.choose_loss(choices, found, made)
@@ -202,6 +203,14 @@ def _plan(
         topics.choose_steps(choices, config.train.steps, "The default: plan.minutes sets another time.")
     steps = given.get("train.steps", choices.made["train.steps"].value if "train.steps" in choices.made else 0)
     return Plan("", choices.made, given, _needs(config, data, found, made, measured, steps))
+
+
+def _multiplies_bfloat16() -> bool:
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return multiplies_bfloat16()
+    # NVIDIA's GPUs before Ampere, such as V100 (7.0) and T4 (7.5), do not.
+    return re.fullmatch(r"[1-7]\.\d", str(getattr(device, "compute_capability", ""))) is None
 
 
 def _with_size(choices: Choices, found: Survey, size: Size, made: Geometry) -> Choices:
@@ -236,6 +245,7 @@ def _step(config: RunConfig, data: RunData, extensions: Extensions) -> TrainingS
         patch_size=config.patch_shape,
         batch_size=max(1, config.loader.batch_size // jax.device_count()),
         loss=config.phase_loss(config.phases()[-1]),
+        extra_losses=extensions.extra_losses(config),
         targets=Targets(data.labels.regions, ignore=data.labels.ignore >= 0),
         deterministic=config.train.deterministic,
     )

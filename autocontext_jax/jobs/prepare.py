@@ -1,7 +1,10 @@
 """--mode prepare: from a folder of labelled scans to the prepared data set."""
 
+import contextlib
 import dataclasses
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,6 +12,8 @@ from tqdm import tqdm
 from autocontext_jax import processes, runtime
 from autocontext_jax.data import preparation
 from autocontext_jax.errors import UserError
+from autocontext_jax.files import writing
+from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import RunData, open_data, read_fingerprint, write_learned
 
@@ -41,7 +46,10 @@ def prepare_cases(config: RunConfig, data: RunData) -> None:
     config.check_patch(levels)
     config.check_tile(levels)
     workers = config.data.workers or runtime.available_cpus()
-    with tqdm(total=len(cases), desc="prepare", unit="scan", disable=not processes.is_first()) as bar:
+    with (
+        _one_at_a_time(data.store),
+        tqdm(total=len(cases), desc="prepare", unit="scan", disable=not processes.is_first()) as bar,
+    ):
 
         def progress(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
@@ -58,6 +66,25 @@ def prepare_cases(config: RunConfig, data: RunData) -> None:
             log.error("%s", message)
         count = len(data.training) + len(data.validation)
         raise UserError(f"{messages[-1]} ({len(messages)} of {count} cases cannot be prepared)")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(store: str) -> Iterator[None]:
+    """Two runs that share a store do not write the same cases at the same time; one that only reads needs no lock."""
+    if "://" in store:
+        yield
+        return
+
+    def make() -> bool:
+        with writing(Path(store)):
+            Path(store).mkdir(parents=True, exist_ok=True)
+        return os.access(store, os.W_OK)
+
+    if processes.agree(make):
+        with locked_by_first(Path(store), "prepare", wait=True):
+            yield
+    else:
+        yield
 
 
 def learn(config: RunConfig, workdir: Path, data: RunData) -> RunData:

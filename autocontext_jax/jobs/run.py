@@ -68,7 +68,9 @@ def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_
         return _use(mode, config, paths, extensions)
     if mode == "plan" and not config.plan.automatic:
         raise UserError("--mode plan requires plan.automatic: --config configs/auto.py, or --config.plan.automatic")
-    extensions.network(config), extensions.extra_losses(config), extensions.extra_metrics(config)  # refused at once
+    extensions.network(config), extensions.extra_losses(config)  # refused at once
+    if mode == "all":
+        extensions.extra_metrics(config)
     workdir = paths.workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         return path if not path or "://" in path else str(Path(path).expanduser().absolute())
 
     root = ",".join(absolute(str(folder)) for folder in config.data.folders)
-    data = dataclasses.replace(config.data, root=root, prepared=absolute(config.data.prepared))
+    splits = str(Path(config.data.splits).expanduser()) if config.data.splits else ""
+    data = dataclasses.replace(config.data, root=root, prepared=absolute(config.data.prepared), splits=splits)
     return dataclasses.replace(config, data=data)
 
 

@@ -33,8 +33,8 @@ class DataConfig:
         all, by name. What a data set does not name is unknown in its cases, not background. Cases of one name are
         told apart as FOLDER_case. (A folder that exists and has a comma in its name is one folder.)
       outside_paths: whether `dataset.json` may name files outside that folder; otherwise one line refuses it.
-      prepared: where prepared cases go; "" is `prepared/` in the run folder. Runs of equal `levels`, labels and
-        normalisation can share one.
+      prepared: where prepared cases go; "" is `prepared/` in the run folder. Runs of the same
+        data set and of equal `levels` and normalisation can share one.
       validation_fraction: share of the training cases held out for validation.
       folds: folds of a cross-validation, drawn as nnU-Net draws them, in place of that share; each is a run in a
         folder `fold_N` of the run folder, see `jobs/folds.py`; 0 for none.

@@ -18,11 +18,22 @@ from autocontext_jax.data.fingerprint import Fingerprint, fingerprint, made_from
 from autocontext_jax.data.folds import read_fold
 from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.phantom.dataset import write_dataset
-from autocontext_jax.data.split import FORMAT, Changes, Split, compare, draw_validation, make_split, sides_of
+from autocontext_jax.data.split import (
+    FORMAT,
+    Changes,
+    Split,
+    compare,
+    draw_validation,
+    make_split,
+    same_scans,
+    sides_of,
+)
 from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.files import read_json, write_json, writing
 from autocontext_jax.images.spec import CT, ImageSpec, ct_image, image_spec
+from autocontext_jax.jobs.lock import is_locked
 from autocontext_jax.jobs.run_config import RunConfig
+from autocontext_jax.training.phases import MODES
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +130,7 @@ def open_data(
         else:
             split = _checked(config, dataset, known, workdir)
         if split != known:
-            write_json(workdir / "split.json", split.to_json())
+            write_split(split, workdir)
         _take_fingerprint(config, workdir, dataset, split)
 
     processes.first_does(prepare)
@@ -149,6 +160,16 @@ def read_split(workdir: Path) -> Split | None:
     """
     path = workdir / "split.json"
     return Split.from_json(read_json(path, FORMAT)) if path.exists() else None
+
+
+def write_split(split: Split, workdir: Path) -> None:
+    """Writes the split of a run. A scan that is trained on and held out too is named: its score says little."""
+    for trained, held_out in same_scans(split):
+        log.warning(
+            "%s: the training case %s and the %s case %s have the same scan, and their score is too good: remove one, "
+            "or put both on one side by data.splits", workdir, trained, split.cases[held_out].side, held_out,
+        )  # fmt: skip
+    write_json(workdir / "split.json", split.to_json())
 
 
 def read_fingerprint(config: RunConfig, workdir: Path) -> Fingerprint:
@@ -196,9 +217,10 @@ def _take_fingerprint(config: RunConfig, workdir: Path, dataset: Dataset, split:
 
 
 def has_begun(workdir: Path) -> bool:
-    """Whether a run, or one of an experiment's or of a cross-validation's, has a checkpoint."""
-    steps = (*workdir.glob("checkpoints/*"), *workdir.glob("*/checkpoints/*"))
-    return any(path.name.isdigit() for path in steps)
+    """Whether a run, or one of an experiment or of a cross-validation, has a checkpoint; or a fold is trained now."""
+    folds = list(workdir.glob("fold_*"))
+    runs = (workdir, *folds, *(workdir / mode for mode in MODES))
+    return any(step.name.isdigit() for run in runs for step in run.glob("checkpoints/*")) or any(map(is_locked, folds))
 
 
 def known_split(workdir: Path) -> Split:

@@ -73,7 +73,7 @@ def fit_minutes(
         trained = _time_training(config, folder, data, extensions)
         if trained is None:
             return None
-        step, beside = trained
+        step, beside, checkpoint = trained
         scoring = _time_evaluation(config, folder, data, extensions, evaluates) if evaluates else 0.0
         spent = time.monotonic() - timed
     finally:
@@ -81,7 +81,12 @@ def fit_minutes(
     left = (60 * config.plan.minutes - (time.monotonic() - started)) / runs
     phases = len(config.phases())
     seconds = (1 - SPARE) * (left - scoring) / phases - beside
-    steps = max(1, int(seconds / step))
+    if every := plan.given.get("train.checkpoint_every"):
+        steps = max(1, int(seconds / (step + checkpoint / every)))
+    else:
+        beside += 9 * checkpoint  # of the ten that a plan chooses; one is in the timed run
+        seconds -= 9 * checkpoint
+        steps = max(1, int(seconds / step))
     steps = min(processes.gather(steps))
     reason = (
         f"{config.plan.minutes:g} minutes in all: a step takes {step:.2g} s, start, validations and checkpoints "
@@ -99,10 +104,10 @@ def fit_minutes(
 
 def _time_training(
     config: RunConfig, folder: Path, data: RunData, extensions: Extensions
-) -> tuple[float, float] | None:
-    """Seconds of a step, and seconds of a run beside its steps: start, validations and checkpoints.
+) -> tuple[float, float, float] | None:
+    """Seconds of a step, of a phase beside its steps (start, a validation, a checkpoint), and of a further checkpoint.
 
-    None if a signal ended it.
+    Of several phases the averages. None if a signal ended it.
     """
 
     def begin() -> None:
@@ -118,22 +123,25 @@ def _time_training(
         if not train(short, folder, data, extensions):
             return None
         whole = seconds_passed()
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()][:ROWS]
-    rates = np.array([row["patches_per_second"] for row in rows])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+    phases = len(config.phases())
+    rates = np.array([row["patches_per_second"] for row in rows]).reshape(phases, ROWS)
+    step = float(np.mean([_step_seconds(config, each) for each in rates]))
+    beside = max(0.0, whole / phases - steps * step)
+    # Beside a second for a checkpoint, forward passes over the held-out patches, a third of a step each.
+    batches = -(-config.train.validation_patches // config.loader.batch_size) if data.validation else 0
+    return step, beside, 1.0 + batches * step / 3
+
+
+def _step_seconds(config: RunConfig, rates: np.ndarray) -> float:
+    """Seconds of a step, from the rows of a phase in patches a second."""
     frozen = config.train.frozen_batch_stats
     first = ROWS - round(frozen * ROWS)  # the row in which frozen statistics begin
     # The first half of both is left out: programs are compiled then, and no batches have been read ahead.
     parts = [part[len(part) // 2 :] for part in (rates[:first], rates[first:]) if part.size]
     weights = [1 - frozen, frozen][: len(parts)]
     seconds = [config.loader.batch_size / float(np.median(part)) for part in parts]
-    step = float(np.average(seconds, weights=weights if sum(weights) else None))
-    beside = max(0.0, whole - steps * step)
-    return step, beside + 9 * _validation_seconds(config, step)
-
-
-def _validation_seconds(config: RunConfig, step: float) -> float:
-    """Of each further checkpoint: forward passes over the held-out patches, a third of a step each."""
-    return step / 3 * -(-config.train.validation_patches // config.loader.batch_size) + 1.0
+    return float(np.average(seconds, weights=weights if sum(weights) else None))
 
 
 def _time_evaluation(config: RunConfig, folder: Path, data: RunData, extensions: Extensions, evaluates: str) -> float:

@@ -3,15 +3,16 @@
 The numbers are those of the configurations in `configs/`, which were found by trial on real scans.
 """
 
-from collections.abc import Sequence
-
+from autocontext_jax.data.augmentation_ranges import AugmentationConfig
+from autocontext_jax.data.labels import LabelSpec
 from autocontext_jax.data.survey import ClassSurvey, Survey
-from autocontext_jax.errors import some
+from autocontext_jax.errors import UserError, some
 from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.planning.grids import SHARE_SEEN, Geometry, target_spacing
 from autocontext_jax.planning.laterality import find_laterality
 from autocontext_jax.planning.plan import Choices
 
+MOST = 0.5  # share of a scan from which on a patch sees most of it
 RARE = 0.01  # share of the annotated voxels below which a class may vanish from the maps early in training
 FEW = 5_000  # steps: running averages must follow faster in a short run
 
@@ -42,22 +43,25 @@ def choose_grids(choices: Choices, survey: Survey, made: Geometry) -> None:
     choices.choose("model.depth", made.depth, "So many resolutions as a patch of this size can be halved.")
 
 
-def choose_flip(choices: Choices, classes: Sequence[str], made: Geometry) -> None:
+def choose_flip(choices: Choices, labels: LabelSpec, made: Geometry) -> None:
     """Mirroring, in training and in prediction.
 
     Args:
       choices: of the plan.
-      classes: names without the background.
+      labels: of the data set.
       made: the geometry.
     """
-    sides = find_laterality(classes)
+    sides = find_laterality(labels.classes[1:])
     if sides.unpaired:
         reason = f"Not mirrored: {some(sides.unpaired)} names one side, and no class its other side."
+        axes = choices.choose("augmentation.flip", "", reason)
+    elif sides.pairs and not _exchangeable(labels, sides.pairs):
+        reason = "Not mirrored: regions of several values, or which hold one side alone, cannot exchange their names."
         axes = choices.choose("augmentation.flip", "", reason)
     elif sides.pairs:
         reason = "Left and right are exchanged, with the names of the classes that have a side."
         axes = choices.choose("augmentation.flip", "x", reason)
-    elif len(made.levels.factors) == 1:
+    elif made.share[0] >= MOST:
         axes = choices.choose(
             "augmentation.flip", "x", "No name of a class has a side, and a patch sees most of a scan."
         )
@@ -70,6 +74,14 @@ def choose_flip(choices: Choices, classes: Sequence[str], made: Geometry) -> Non
         choices.choose("predict.flip", True, "Predictions of a scan and of its mirror image are averaged.")
 
 
+def _exchangeable(labels: LabelSpec, pairs: tuple[str, ...]) -> bool:
+    try:
+        AugmentationConfig(flip="x", flip_pairs=pairs).flip_classes(labels)
+    except UserError:
+        return False
+    return True
+
+
 def choose_augmentation(choices: Choices, image: ImageSpec, made: Geometry) -> None:
     """How far patches are moved, and how their intensities change."""
     choices.choose("augmentation.rotation", 10.0, "Degrees by which patients lie differently.")
@@ -79,13 +91,17 @@ def choose_augmentation(choices: Choices, image: ImageSpec, made: Geometry) -> N
     choices.choose("augmentation.elastic_sigma", sigma, "A little, so that small patches show no unnatural shapes.")
     reason = "Half of the patches stay as they are: moving blurs a little, which scans never are when predicted."
     choices.choose("augmentation.probability", 0.5, reason)
-    ct = [channel.is_ct for channel in image.channels]
-    if all(ct):
+    # Channels in different units, and those of unknown ones, stay as they are.
+    schemes = {channel.normalization for channel in image.channels}
+    if schemes == {"CT"}:
         choices.choose("augmentation.noise", 10.0, "HU, of white noise.")
         choices.choose("augmentation.intensity_shift", 10.0, "HU.")
-    elif not any(ct):
+    elif schemes == {"zscore"}:
         choices.choose("augmentation.noise", 0.1, "Standard deviations of a scan, of white noise.")
         choices.choose("augmentation.intensity_shift", 0.1, "Standard deviations of a scan.")
+    elif schemes <= {"rescale_to_0_1", "rgb_to_0_1"}:
+        choices.choose("augmentation.noise", 0.02, "Of white noise; intensities lie from 0 to 1.")
+        choices.choose("augmentation.intensity_shift", 0.02, "Intensities lie from 0 to 1.")
     choices.choose("augmentation.intensity_scale", 0.1, "Contrast differs between scanners.")
 
 
@@ -98,6 +114,8 @@ def choose_sampling(choices: Choices, made: Geometry) -> None:
     else:
         reason = "A patch holds so much of a scan that the background is seen with the classes."
         choices.choose("loader.background_fraction", 0.0, reason)
+    if made.share[0] >= MOST:
+        choices.choose("loader.inside", True, "A patch sees most of a scan, as prediction does: little is padding.")
 
 
 def choose_loss(choices: Choices, survey: Survey, made: Geometry) -> None:
@@ -108,7 +126,7 @@ def choose_loss(choices: Choices, survey: Survey, made: Geometry) -> None:
     if rare := [each.name for each in survey.classes if _is_rare(each)]:
         reason = f"Rare classes can vanish from the maps early and not come back: {some(rare)}."
         choices.choose("loss.log_dice", 0.1, reason)
-    elif len(made.levels.factors) == 1 and _always_there(survey):
+    elif made.share[0] >= MOST and _always_there(survey):
         reason = "Every case has every class and a patch sees most of a scan: each sample's own Dice is averaged."
         choices.choose("loss.per_sample", True, reason)
         choices.choose("loss.background", False, "The classes alone: the background has the largest Dice anyway.")

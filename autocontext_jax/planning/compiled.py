@@ -22,7 +22,7 @@ from autocontext_jax.inference.tile_programs import make_tile_program
 from autocontext_jax.inference.tiling import PredictorConfig, gaussian
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
-from autocontext_jax.training.losses import LossConfig
+from autocontext_jax.training.losses import Loss, LossConfig
 from autocontext_jax.training.sharding import batch_sharding, replicated, state_sharding
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
 from autocontext_jax.training.targets import CLASSES, Targets
@@ -40,6 +40,7 @@ class TrainingStep:
       batch_size: pyramid patches of each device, or of each `space` devices.
       space: devices that share the depth of their patches.
       loss: what is minimised.
+      extra_losses: the functions that `loss.extra` names.
       targets: what labels mean.
       deterministic: see `runtime.compiler_options`.
     """
@@ -49,6 +50,7 @@ class TrainingStep:
     batch_size: int
     space: int = 1
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    extra_losses: Mapping[str, Loss] = dataclasses.field(default_factory=dict)
     targets: Targets = CLASSES
     deterministic: bool = False
 
@@ -71,8 +73,9 @@ class TrainingStep:
         whole = replicated(mesh)
         placement = state_sharding(mesh, state), whole
         step = make_train_step(
-            graph, optimizer, self.loss, sharding=placement, targets=self.targets, deterministic=self.deterministic
-        )
+            graph, optimizer, self.loss, sharding=placement, extra_losses=self.extra_losses, targets=self.targets,
+            deterministic=self.deterministic,
+        )  # fmt: skip
         with jax.set_mesh(mesh):
             return step.lower(_placed(state, whole), _placed(batch, batch_sharding(mesh))), 0
 

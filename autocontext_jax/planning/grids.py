@@ -41,7 +41,7 @@ class Geometry:
       patch: voxels (z, y, x).
       depth: resolutions of the networks.
       scan: voxels (z, y, x) of the median scan at the finest level.
-      share: of the median scan, what the finest and what the coarsest patch hold.
+      share: of the median scan, in 2D of a slice of it, what the finest and what the coarsest patch hold.
     """
 
     levels: LevelGrids
@@ -73,16 +73,16 @@ def target_spacing(survey: Survey) -> tuple[Spacing, bool]:
     return (z, y, x), (z, y, x) != tuple(each.median for each in survey.spacing)
 
 
-def is_flat(survey: Survey) -> bool:
-    """Whether every scan is a single slice."""
-    return survey.shape[0].largest == 1
+def spatial_dims(survey: Survey, given: Mapping[str, Any]) -> int:
+    """2 where every scan is a single slice, or where it is given; else 3."""
+    return given.get("levels.spatial_dims", 2 if survey.shape[0].largest == 1 else 3)
 
 
 def plan_geometry(survey: Survey, edge: int, given: Mapping[str, Any]) -> Geometry:
     """The geometry of a data set for patches of about edge^3 voxels, in 2D of edge^2.
 
     Levels are added until the coarsest sees enough, `SHARE_SEEN` or `CLASSES_SEEN`. A finest level that no class needs,
-    `RESOLVED`, is left out where there are more than two.
+    `RESOLVED`, is left out where there are more than two, unless the finest level's spacing is given.
 
     Args:
       survey: of the data set.
@@ -90,18 +90,17 @@ def plan_geometry(survey: Survey, edge: int, given: Mapping[str, Any]) -> Geomet
       given: keys that the user has set, see `plan.Choices`.
     """
     own = {name: given[f"levels.{name}"] for name in keys(LevelGrids) if f"levels.{name}" in given}
-    default = LevelGrids(unit="mm", spatial_dims=2 if is_flat(survey) else 3)
-    base = dataclasses.replace(default, **own)
-    if "factors" in own or "finest_spacing" in own or base.unit == "voxels":
+    base = dataclasses.replace(LevelGrids(unit="mm", spatial_dims=spatial_dims(survey, given)), **own)
+    if "factors" in own:
         return _geometry(survey, base, edge, given)
-    finest = 1.0
+    finest, is_given = 1.0, bool(base.finest_spacing) or base.unit == "voxels"
     while True:
         for count in range(1, MOST_LEVELS + 1):
             factors = tuple(finest * 2.0 ** (count - number) for number in range(1, count + 1))
             chosen = _geometry(survey, dataclasses.replace(base, factors=factors), edge, given)
             if _sees_enough(survey, chosen):
                 break
-        if finest >= COARSEST_FINEST or count <= 2:
+        if is_given or finest >= COARSEST_FINEST or count <= 2:
             return chosen
         if not _resolves(survey, times(chosen.spacing, chosen.levels.scales[-2])):  # by the second finest level
             return chosen
@@ -123,11 +122,12 @@ def _geometry(survey: Survey, levels: LevelGrids, edge: int, given: Mapping[str,
     patch = given.get("loader.patch_size")
     ideal = along_axes(patch, known.spatial_dims) if patch else _ideal_patch(scan, spacing, edge, known.spatial_dims)
     depth = given.get("model.depth") or _depth(ideal, known)
-    units = size_unit(NetworkConfig(depth=depth), _connected(known))
+    planes, rows, columns = size_unit(NetworkConfig(depth=depth), _connected(known))
+    units = planes * given.get("mesh.space", 1), rows, columns
     z, y, x = (int(size) if patch else _multiple(size, unit) for size, unit in zip(ideal, units, strict=True))
-    finest_share, coarsest_share = (
-        float(np.prod(np.minimum(1.0, np.array((z, y, x)) * scale / np.array(scan)))) for scale in (1, known.scales[0])
-    )
+    shares = (np.minimum(1.0, np.array((z, y, x)) * scale / np.array(scan)) for scale in (1, known.scales[0]))
+    # Of what is seen slice by slice, the share of a slice.
+    finest_share, coarsest_share = (float(np.prod(share[3 - known.spatial_dims :])) for share in shares)
     return Geometry(known, spacing, (z, y, x), depth, scan, (finest_share, coarsest_share))
 
 
@@ -173,7 +173,7 @@ def _sees_enough(survey: Survey, made: Geometry) -> bool:
     if not found:
         return False
     scale = made.levels.scales[0]
-    for axis in range(3):
+    for axis in range(3 - made.levels.spatial_dims, 3):
         seen = made.patch[axis] * made.spacing[axis] * scale[axis]
         largest = max(extent[axis].median for extent in found)
         if seen < min(survey.extent[axis].median, CLASSES_SEEN * largest):

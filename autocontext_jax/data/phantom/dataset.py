@@ -51,6 +51,9 @@ def write_dataset(
     """An nnU-Net v2 folder of phantoms; returns at once where the same one stands already.
 
     A case depends on the seed and its number alone. `dataset.json` is written last: without it a folder is unfinished.
+
+    Raises:
+      UserError: the folder has other files, or phantoms of other parameters.
     """
     expected = {
         "training": training, "test": test, "size": list(size), "spacing": list(spacing), "look_alikes": look_alikes,
@@ -64,6 +67,12 @@ def write_dataset(
                 f"{index}: made with {found}, expected {expected}; choose another folder or remove this one"
             )
         return
+    begun = root / ".phantoms_unfinished"
+    if not begun.exists() and any(root.glob("*T[rs]/*")):
+        raise UserError(f"{root} holds scans that are no phantoms; expected an empty folder for phantoms: name another")
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        begun.touch()
     for unfinished in root.glob("*T[rs]/phantom_*.nii.gz"):  # perhaps of other parameters
         unfinished.unlink()
     for number in range(training + test):
@@ -81,6 +90,5 @@ def write_dataset(
         "file_ending": ".nii.gz",
         "phantom": expected,
     }
-    with writing(root):
-        root.mkdir(parents=True, exist_ok=True)
     write_whole(index, json.dumps(description, indent=2) + "\n")
+    begun.unlink()
