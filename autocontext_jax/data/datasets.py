@@ -115,7 +115,7 @@ def _nnunet(root: Root, description: Mapping[str, Any]) -> Dataset:
     if "dataset" in description:
         training = named_cases(root, get(str(root.json), description, "dataset", dict), channels)
         warn_of_unlisted(root, 'its key "dataset" does not name them', training, ("imagesTr", "labelsTr"))
-        _warn_of_number(root, description, "numTraining", "dataset", training)
+        _warn_of_number(root, description, "numTraining", '"dataset"', len(training), len(description["dataset"]))
     else:
         for folder in ("imagesTr", "labelsTr"):
             needed = visible(root.folder / "imagesTr") or not visible(root.folder / "imagesTs")

@@ -68,7 +68,7 @@ def describe(config: RunConfig, workdir: Path, split: Split, learned: Fingerprin
             config.augmentation.flip,
         ),
         training=_training(config, split, step),
-        evaluation=_evaluation(workdir, step),
+        evaluation=_evaluation(config, workdir, step),
     )
 
 
@@ -87,16 +87,20 @@ def _training(config: RunConfig, split: Split, step: int) -> dict[str, Any]:
     }
 
 
-def _evaluation(workdir: Path, step: int) -> dict[str, Any]:
-    """Dice of the finest level, if the run's evaluation is of this checkpoint; of a fold that of its validation."""
-    return _evaluation_in(workdir, step) or _evaluation_in(workdir / VALIDATION, step)
+def _evaluation(config: RunConfig, workdir: Path, step: int) -> dict[str, Any]:
+    """Dice of the finest level, if the run's evaluation is of this model; of a fold that of its validation."""
+    return _evaluation_in(workdir, config, step) or _evaluation_in(workdir / VALIDATION, config, step)
 
 
-def _evaluation_in(folder: Path, step: int) -> dict[str, Any]:
+def _evaluation_in(folder: Path, config: RunConfig, step: int) -> dict[str, Any]:
     path = folder / "evaluation.json"
+    predict = config.predict
+    tiling = {"tile": [*predict.tile], "margin": predict.margin, "crop_to_body": predict.crop_to_body,
+              "flip": predict.flip}  # fmt: skip
     try:
         result = json.loads(path.read_bytes())
-        if result["settings"]["step"] != step:
+        settings, evaluated = result["settings"], result["settings"]["predict"]
+        if settings["step"] != step or any(evaluated.get(key, value) != value for key, value in tiling.items()):
             return {}
         summary = result["summary"][list(result["summary"])[-1]]
         dice = {name: {key: scores["dice"][key] for key in ("avg", "std", "cases", "missed")}

@@ -25,7 +25,7 @@ from autocontext_jax.jobs.config_files import check_same_run, read_config, write
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import RunData
+from autocontext_jax.jobs.run_folder import VALIDATION, RunData
 from autocontext_jax.jobs.signals import StopSignal
 from autocontext_jax.planning.laterality import find_laterality
 from autocontext_jax.training.checkpoints import Checkpoints
@@ -74,6 +74,8 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
         check_same_run(config, saved, workdir)
         if changed := _changed_schedule(config, saved, done):
             log.warning("%s", changed)
+    if not done:
+        processes.first_does(lambda: _remove_evaluations(workdir))
     processes.first_does(lambda: write_config(config, workdir))
     phases = config.phases()
     if done >= len(phases) * config.train.steps:
@@ -89,6 +91,13 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
             for number, phase in enumerate(phases)
             if (checkpoints.latest or 0) < (number + 1) * config.train.steps
         )
+
+
+def _remove_evaluations(workdir: Path) -> None:
+    """Removes the results of a training before, whose checkpoints somebody has removed: they are of another model."""
+    for pattern in ("evaluation.json", f"{VALIDATION}/evaluation.json", "on_*/evaluation.json"):
+        for path in workdir.glob(pattern):
+            path.unlink()
 
 
 def warn_of_sides(augmentation: AugmentationConfig, classes: Sequence[str]) -> None:
