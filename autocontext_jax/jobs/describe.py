@@ -1,7 +1,6 @@
 """What a model file says of the run that it is from."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from autocontext_jax.data.fingerprint import Fingerprint
 from autocontext_jax.data.split import Split
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.pictures import class_color
+from autocontext_jax.evaluation.report import read_evaluation
 from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import VALIDATION
@@ -93,12 +93,11 @@ def _evaluation(config: RunConfig, workdir: Path, step: int) -> dict[str, Any]:
 
 
 def _evaluation_in(folder: Path, config: RunConfig, step: int) -> dict[str, Any]:
-    path = folder / "evaluation.json"
     predict = config.predict
     tiling = {"tile": [*predict.tile], "margin": predict.margin, "crop_to_body": predict.crop_to_body,
               "flip": predict.flip}  # fmt: skip
     try:
-        result = json.loads(path.read_bytes())
+        result = read_evaluation(folder)
         settings, evaluated = result["settings"], result["settings"]["predict"]
         if settings["step"] != step or any(evaluated.get(key, value) != value for key, value in tiling.items()):
             return {}

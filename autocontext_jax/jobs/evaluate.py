@@ -88,10 +88,10 @@ def is_validated(config: RunConfig, workdir: Path, data: RunData) -> bool:
 
 def _is_of(config: RunConfig, workdir: Path, cases: Sequence[Case], folder: Path) -> bool:
     """Whether a folder holds an evaluation of these cases by the checkpoint and under the settings of now."""
-    path = folder / "evaluation.json"
-    if not path.exists():
+    if not (folder / "evaluation.json").exists():
         return False
-    return json.loads(path.read_bytes()).get("settings") == _settings(config, chosen_step(config, workdir), cases)
+    settings = report.read_evaluation(folder).get("settings")
+    return settings == _settings(config, chosen_step(config, workdir), cases)
 
 
 def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
@@ -131,9 +131,10 @@ def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
     root = Path(config.evaluate.root).expanduser().resolve()
     for number in itertools.count(1):
         folder = workdir / (f"on_{root.name}" if number == 1 else f"on_{root.name}_{number}")
-        path = folder / "evaluation.json"
+        if not (folder / "evaluation.json").exists():
+            return folder
         # Evaluations of before do not say of which root they are.
-        if not path.exists() or json.loads(path.read_bytes())["settings"].get("root", str(root)) == str(root):
+        if report.read_evaluation(folder)["settings"].get("root", str(root)) == str(root):
             return folder
     raise AssertionError("counted to the end")
 

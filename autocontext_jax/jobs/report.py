@@ -10,7 +10,7 @@ import numpy as np
 from autocontext_jax.data.label_maps import read_label_map
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import page, pictures, surface_meshes
-from autocontext_jax.evaluation.report import beside_published
+from autocontext_jax.evaluation.report import beside_published, read_evaluation
 from autocontext_jax.images import scans
 from autocontext_jax.images.formats import mask_suffix
 from autocontext_jax.jobs.run_config import RunConfig
@@ -60,14 +60,15 @@ def _found(path: Path) -> Path:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads(_found(folder / "evaluation.json").read_bytes())
+    _found(folder / "evaluation.json")
+    return read_evaluation(folder)
 
 
 def _mean_dice(result: dict[str, Any], run: Path) -> dict[str, dict[str, float | None]]:
     """Dice per class, of every block of an evaluation, and of the run's finest level on other data sets."""
     found = dict(result["summary"])
     for path in sorted(run.glob("on_*/evaluation.json")):
-        *_, finest = json.loads(path.read_bytes())["summary"].values()
+        *_, finest = read_evaluation(path.parent)["summary"].values()
         found[path.parent.name.replace("_", " ", 1)] = finest
     return {
         name: {title: summary[title]["dice"]["avg"] for title in summary if title != "mean"}
