@@ -14,6 +14,7 @@ from dicom_files import refused
 from autocontext_jax.images import scans
 from autocontext_jax.images.finding import find_scans
 from autocontext_jax.images.formats import scan_name
+from autocontext_jax.images.intensity import looks_like_ct
 
 SIZE = (6, 5, 4)  # D, H, W
 SPACING = (2.5, 0.8, 0.7)
@@ -425,10 +426,10 @@ def test_scan_names():
 
 def test_what_looks_like_ct():
     rng = np.random.default_rng(0)
-    assert scans.looks_like_ct(rng.integers(-1024, 1500, (4, 4, 4), np.int16))
-    assert not scans.looks_like_ct(rng.integers(0, 2500, (4, 4, 4), np.int16))  # no offset, or MRI
-    assert not scans.looks_like_ct(rng.integers(-1, 2, (4, 4, 4), np.int16))  # scaled
-    assert not scans.looks_like_ct(np.full((4, 4, 4), -1000, np.int16))  # nothing but air
+    assert looks_like_ct(rng.integers(-1024, 1500, (4, 4, 4), np.int16))
+    assert not looks_like_ct(rng.integers(0, 2500, (4, 4, 4), np.int16))  # no offset, or MRI
+    assert not looks_like_ct(rng.integers(-1, 2, (4, 4, 4), np.int16))  # scaled
+    assert not looks_like_ct(np.full((4, 4, 4), -1000, np.int16))  # nothing but air
 
 
 def test_refusals_are_silent_on_standard_error(tmp_path):
@@ -458,7 +459,7 @@ def test_a_real_scan_and_its_label():
     assert scan.voxels[0].shape == (112, 101, 122)
     assert scan.spacing == (3.0, 3.0, 3.0)
     assert scan.grid.orientation == "RAS"
-    assert scans.looks_like_ct(scan.voxels[0])
+    assert looks_like_ct(scan.voxels[0])
     label = scans.read_label(SHARED / "abdomen/labelsTr/abdomen.nii.gz", values=range(8), like=scan.grid, case="a")
     where = [np.argwhere(label == organ).mean(0) for organ in (3, 4)]  # liver, spleen
     assert where[0][2] < where[1][2]  # x grows to the left, where the spleen is

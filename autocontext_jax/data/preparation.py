@@ -22,6 +22,7 @@ from autocontext_jax.data.store.writer import write_case
 from autocontext_jax.data.workers import WorkerDiedError, in_processes, out_of_memory
 from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.images import scans
+from autocontext_jax.images.intensity import looks_like_ct
 from autocontext_jax.images.spec import CT, ImageSpec, with_statistics
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def prepare_case(case: Case, root: str, grids: LevelGrids, labels: LabelSpec, im
     scan = scans.read_scan(case.images, image)
     for channel in image.ct:
         values = scan.voxels[channel]
-        if not scans.looks_like_ct(values):
+        if not looks_like_ct(values):
             log.warning("case %s does not look like CT in HU: %d to %d", case.name, values.min(), values.max())
     label = read_label_map(case, labels, scan.grid)
     if image.ct and (lost := voxels_outside(scan.voxels[image.ct[0]], label)):

@@ -100,3 +100,8 @@ def sheared_affine(grid: Grid) -> np.ndarray:
     affine[:3, 2] = axes @ grid.stack.step
     affine[:3, 3] = np.array(grid.origin) + axes[:, :2] @ grid.stack.offsets[0]
     return affine
+
+
+def array_of_image(image: Image) -> np.ndarray:
+    """The voxels of an image, [k, j, i] or [k, j, i, C]."""
+    return sitk.GetArrayFromImage(image)

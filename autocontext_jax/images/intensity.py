@@ -66,6 +66,16 @@ def stored_voxels(name: str, channels: Sequence[np.ndarray], spec: ImageSpec) ->
     return voxels
 
 
+def looks_like_ct(voxels: np.ndarray) -> bool:
+    """Whether a channel's values can be HU: the lowest is at most -200 (air or lung) and they span 200 or more.
+
+    MRI, scans scaled to [0, 1] and scanner values stored without their offset of -1024 all fail it. A CT cut out so
+    tightly that it holds no air fails too: warn, do not refuse.
+    """
+    low, high = int(voxels.min()), int(voxels.max())
+    return low <= -200 and high - low >= 200
+
+
 def shown(voxels: np.ndarray) -> tuple[np.ndarray, tuple[slice, ...]]:
     """What a scan shows, as nnU-Net finds it: where any channel is not 0, without holes.
 

@@ -124,11 +124,6 @@ def scan_of_image(image: sitk.Image, spec: ImageSpec = CT) -> Scan:
     return _scan_of(str(name), [grid.to_canonical(channel) for channel in stored], grid, spec)
 
 
-def array_of_image(image: sitk.Image) -> np.ndarray:
-    """The voxels of an image, [k, j, i] or [k, j, i, C]."""
-    return sitk.GetArrayFromImage(image)
-
-
 def _scan_of(name: str, channels: Sequence[np.ndarray], grid: Grid, spec: ImageSpec) -> Scan:
     voxels = stored_voxels(name, channels, spec)
     return Scan(voxels, grid.canonical_spacing, grid.canonical_origin, grid.canonical_direction, grid)
@@ -261,16 +256,6 @@ def write_scan(
     """
     size = voxels.shape[::-1]
     write_mask(path, voxels, make_grid(Path(path), size, spacing[::-1], origin[::-1], np.eye(3).ravel().tolist()))
-
-
-def looks_like_ct(voxels: np.ndarray) -> bool:
-    """Whether a channel's values can be HU: the lowest is at most -200 (air or lung) and they span 200 or more.
-
-    MRI, scans scaled to [0, 1] and scanner values stored without their offset of -1024 all fail it. A CT cut out so
-    tightly that it holds no air fails too: warn, do not refuse.
-    """
-    low, high = int(voxels.min()), int(voxels.max())
-    return low <= -200 and high - low >= 200
 
 
 def _read(path: Path, series: str | None, *, header_only: bool = False, several: bool = False) -> tuple[Any, Grid]:

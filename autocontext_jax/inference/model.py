@@ -15,7 +15,8 @@ from autocontext_jax.errors import InvalidField, UserError
 from autocontext_jax.files import full_path
 from autocontext_jax.images import scans
 from autocontext_jax.images.checks import numbers
-from autocontext_jax.images.in_memory import Image, as_image, image_of_array
+from autocontext_jax.images.in_memory import Image, array_of_image, as_image, image_of_array
+from autocontext_jax.images.intensity import looks_like_ct
 from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.model_card import model_card
 from autocontext_jax.inference.model_file import (
@@ -124,7 +125,7 @@ class Model:
                 images = [as_image(mask, given.grid)]
         if target is not None:
             scans.write_mask(target, mask, given.grid)
-        made = images if _paths(scan) or isinstance(scan, Image) else list(map(scans.array_of_image, images))
+        made = images if _paths(scan) or isinstance(scan, Image) else list(map(array_of_image, images))
         return tuple(made) if probabilities else made[0]
 
     def predict_many(self, items: Iterable[Any], **options: Any) -> Iterator[Any]:
@@ -146,7 +147,7 @@ class Model:
         """Warns of a scan that is unlike those that the model was trained on; `name` is what the message calls it."""
         for channel in self.description.image.ct:
             values = scan.voxels[channel]
-            if not scans.looks_like_ct(values):
+            if not looks_like_ct(values):
                 log.warning("%s does not look like CT in HU: its values are %d to %d", name, values.min(), values.max())
         if self.description.levels.unit == "voxels" and self.description.trained_spacing:
             smallest, largest = self.description.trained_spacing
