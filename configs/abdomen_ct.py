@@ -4,8 +4,9 @@
 
 Everything is the paper's: its U-Net of 19 million parameters a level, batch normalisation, the Dice loss alone, Adam,
 20,000 steps, uniform foreground centres, translation, rotation and elastic deformation. The paper's four 24 GB cards
-took several days. As compiled, the training step fits one accelerator of 16 GB; none has run it yet. The authors report
-a mean organ Dice of 89.0 % at level 2 and 83.2 % at level 1 on 37 of their 377 scans, which are not public.
+took several days. On one H200 the training step took 7.5 GB in float32 (docs/devices.md); the whole experiment has not
+been run yet. The authors report a mean organ Dice of 89.0 % at level 2 and 83.2 % at level 1 on 37 of their 377 scans,
+which are not public.
 """
 
 from autocontext_jax.jobs.config_files import default_config

@@ -26,8 +26,9 @@ class LoaderConfig:
 
     Attributes:
       batch_size: B, pyramid patches a step, over all devices and processes.
-      patch_size: (z, y, x) voxels of a patch, the same at every level; multiples of 4, in 2D but for z, which is 1
-        there. One number, (64,), is that of all axes that the networks look along.
+      patch_size: (z, y, x) voxels of a patch, the same at every level; multiples of 2^(model.depth - 1), and of 4 where
+        levels halve an axis, less along thick slices. In 2D z is 1. One number, (64,), is that of all axes that the
+        networks look along.
       sampling: how a patch's centre is drawn: `foreground`, uniformly over all foreground voxels, as in the paper; or
         `classes`, uniformly over the classes and then over the class's voxels, so that small ones are seen as often.
       background_fraction: share of the patches whose centre is drawn from the whole scan instead. What lies far from
