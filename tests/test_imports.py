@@ -12,8 +12,8 @@ HOUSE = Path(__file__).parent.parent / "autocontext_jax"
 # A file imports only files of groups above its own, or of its own group if that is a folder ("*").
 ORDER = [
     "errors", "sections", "files", "processes", "runtime", "geometry",
-    "images/formats", "images/voxel_files", "images/stack", "images/grid", "images/spec", "images/checks", "images/intensity",
-    "images/in_memory", "images/nifti", "images/itk",
+    "images/formats", "images/voxel_files", "images/stack", "images/grid", "images/spec", "images/checks",
+    "images/intensity", "images/in_memory", "images/nifti", "images/itk",
     "images/dicom_planes", "images/dicom_voxels", "images/dicom_order", "images/dicom", "images/reader_process",
     "images/finding", "images/scans",
     "data/labels", "data/layouts", "data/datasets", "data/combination", "data/label_maps", "data/phantom/*",
