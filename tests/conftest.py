@@ -1,16 +1,40 @@
 """Fixtures that several test files share."""
 
+import os
+
 import jax
 import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
-from autocontext_jax.data import preparation
+from autocontext_jax.data import preparation, survey
 from autocontext_jax.errors import UserError
+
+# Two workers share two cores. With two threads each, oneDNN's small convolutions wait for each other: 5 ms, not 0.1.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 OPTION = "jax_disable_most_optimizations"
 # XLA's newer way of writing the code of a fused loop, which takes most of the time in which a small program compiles.
 FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
+
+
+# xdist begins with the files of many tests. A long file with few tests, begun last, would leave the other worker idle.
+LONGEST = [
+    "main", "predictor", "onednn", "accelerator", "api", "faults", "benchmarks", "plan", "fixed_normalization", "fuzz",
+    "boxes", "channels", "learning", "levels", "backbones", "thick_slices", "kept_programs", "sharding", "label_kinds",
+    "body", "augment", "state", "phases", "phantom",
+]  # fmt: skip
+
+
+def pytest_configure(config):
+    """The order of `pytest_collection_modifyitems` stays."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,7 +101,8 @@ def in_turn(function, items, *, workers):
 
 @pytest.fixture(scope="module")
 def prepared_here():
-    """Prepares cases in this process: starting another one takes longer."""
+    """Prepares and surveys cases in this process: starting another one takes longer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "in_processes", in_turn)
+        patch.setattr(survey, "in_processes", in_turn)
         yield

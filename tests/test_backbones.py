@@ -16,6 +16,8 @@ from autocontext_jax.models.residual_unet import ResidualUNet
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import dice_loss
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BACKBONES = (UNet, ResidualUNet, FCN)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import accuracy_at_time
 import pytest
 
+from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.evaluation.statistics import summarise
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -29,8 +30,9 @@ def rows(script: str, flags: str) -> list[dict]:
     return result["rows"]
 
 
-def test_train_step():
-    (row,) = rows("train_step.py", "--width 2 --edge 16 --batch 1 --steps 1 --rounds 1 --data phantoms")
+def test_train_step(tmp_path):
+    write_dataset(tmp_path, training=2, test=0, size=(16, 24, 24), spacing=(12.0, 12.0, 12.0), seed=0)
+    (row,) = rows("train_step.py", f"--width 2 --edge 16 --batch 1 --steps 1 --rounds 1 --data {tmp_path}")
     assert row.keys() >= {"patches/s", "GFLOP/s", "peak GB", "compile s", "feed"}
 
 

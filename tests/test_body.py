@@ -15,6 +15,8 @@ from autocontext_jax.images import scans
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tiling import PredictorConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 AIR = -1000
 
 

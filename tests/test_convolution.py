@@ -11,6 +11,8 @@ from scipy import ndimage
 from autocontext_jax.models import convolution
 from autocontext_jax.models.resizing import depth_to_space
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -14,9 +14,11 @@ from autocontext_jax.models.convolution import direct_convolution
 from autocontext_jax.models.fixed_normalization import convolution_relu, deconvolution_relu
 from autocontext_jax.models.unet import UNet
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def expected_convolution(xs, kernel, slope, shift):

@@ -12,6 +12,8 @@ from autocontext_jax import geometry
 from autocontext_jax.data import augment
 from autocontext_jax.data.augmentation_ranges import SpatialRanges, crop_margins, rotation_matrix
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LEVELS = (1, 2, 3)
 CENTRES = [*itertools.product((-7, -6, 0, 33), (-1, 20, 21), (5, 6, 7, 8)), (1000, -1000, 123)]
 ANISOTROPIC = [(1.0, 1.0, 1.0), (5.0, 0.7, 0.8), (0.9, 3.0, 0.6), (0.7, 4.0, 4.0)]

@@ -156,17 +156,6 @@ def test_centres_drawn_from_the_whole_scan(cases):
     assert 0 < np.mean(central) < 0.9  # around a foreground voxel it would be 1
 
 
-def test_patches_that_stay_inside_show_no_padding(cases):
-    shown = []
-    for inside in (False, True):
-        config = LoaderConfig(3, (EDGE,), background_fraction=1.0, inside=inside)
-        batches = host_batches(cases, config, PATCH, [NONE] * len(cases), seed=0)
-        shown.append(np.mean([(batch["images"][-1] == -1024).mean() for batch in take(batches, 10)]))
-        batches.close()
-    assert shown[0] > 0.1
-    assert shown[1] < 0.05  # the grids of two levels nest, so that a patch may leave the scan by a voxel
-
-
 def test_same_seed_same_batches(cases):
     margins = margins_of(cases)
     runs = []

@@ -11,11 +11,14 @@ import pytest
 
 from autocontext_jax.models import convolution, onednn, onednn_operations
 
-pytestmark = pytest.mark.skipif(onednn.version() is None, reason="oneDNN's package is for x86 Linux alone")
+pytestmark = [
+    pytest.mark.skipif(onednn.version() is None, reason="oneDNN's package is for x86 Linux alone"),
+    pytest.mark.usefixtures("compiled_quickly"),
+]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def assert_relative(value: jax.Array, expected: jax.Array, tolerance: float):

@@ -40,7 +40,7 @@ from autocontext_jax.planning.compiled import TrainingStep
 from autocontext_jax.planning.measured import measure_step
 from autocontext_jax.planning.step_size import Measured
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly", "prepared_here")
 
 ROOT = Path(__file__).parent.parent
 SMALL = {

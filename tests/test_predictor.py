@@ -27,6 +27,8 @@ from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.state import inference_model
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 AIR = -1024
 
 

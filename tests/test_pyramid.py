@@ -14,6 +14,8 @@ from autocontext_jax.models.unet import UNet
 from autocontext_jax.training.losses import dice_loss
 from autocontext_jax.training.state import inference_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TINY = NetworkConfig(base_channels=2, depth=1, norm="none")
 
 

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from autocontext_jax.data.sampling import SAMPLING, case_batches, centre_inside, draw_anywhere, draw_entry
-from autocontext_jax.geometry import PyramidPatch
+from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_anywhere, draw_entry
 
 
 @pytest.mark.parametrize(("cases", "batch"), [(6, 3), (7, 3), (5, 5), (1, 1), (12, 1)])
@@ -133,21 +132,3 @@ def test_anywhere_always_takes_four_numbers():
         rng = np.random.default_rng(3)
         draw_anywhere((5, 6, 7), rng, share=share)
         assert rng.random() == np.random.default_rng(3).random(5)[4]
-
-
-@pytest.mark.parametrize("size", [1, 5, 16, 33])
-@pytest.mark.parametrize("length", [1, 16, 17, 33, 50])
-def test_patches_that_stay_inside_begin_in_the_scan(size, length):
-    patch = PyramidPatch((size, size, size), 1)
-    for voxel in range(length):
-        (drawn,), (begin,) = (
-            patch.starts(centre)
-            for centre in (
-                (voxel, voxel, voxel),
-                centre_inside((voxel, voxel, voxel), (length, length, length), patch.shape),
-            )
-        )
-        if length >= size:
-            assert begin[0] == min(max(drawn[0], 0), length - size)
-        else:
-            assert abs(2 * begin[0] + size - length) <= 1  # the same centre

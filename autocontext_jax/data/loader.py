@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from autocontext_jax.data.augment import Augment, make_augment, make_flip_known
 from autocontext_jax.data.augmentation_ranges import IntensityRanges, SpatialRanges, crop_margins
-from autocontext_jax.data.sampling import SAMPLING, case_batches, centre_inside, draw_centre
+from autocontext_jax.data.sampling import SAMPLING, case_batches, draw_centre
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import require
 from autocontext_jax.geometry import PyramidPatch, Triple
@@ -33,8 +33,6 @@ class LoaderConfig:
         `classes`, uniformly over the classes and then over the class's voxels, so that small ones are seen as often.
       background_fraction: share of the patches whose centre is drawn from the whole scan instead. What lies far from
         every class is seen in no other way, and could be taken for one. Of a case without any class all are.
-      inside: whether patches of the finest level stay inside the scan along axes where it is large enough, as far as
-        the levels' grids allow; along others they share its centre. False shows more padding, and centres where drawn.
       threads: that read ahead; TensorStore decodes in threads of its own.
       prefetch: batches read ahead.
     """
@@ -43,7 +41,6 @@ class LoaderConfig:
     patch_size: tuple[int, ...] = (64,)
     sampling: str = "foreground"
     background_fraction: float = 0.0
-    inside: bool = False
     threads: int = 2
     prefetch: int = 4
 
@@ -199,14 +196,11 @@ def host_batches(
             )
             for number in numbers
         ]
-        crops = []
-        for number, at in list(zip(numbers, centres, strict=True))[rows or slice(None)]:
-            case = cases[number]
-            centre = case.foreground_voxel(at) if isinstance(at, int) else at
-            if config.inside:
-                centre = centre_inside(centre, case.shapes[-1], patch.shape)
-            crops.append((case, centre, margins[number]))
-        return crops
+        own = list(zip(numbers, centres, strict=True))[rows or slice(None)]
+        return [
+            (cases[number], cases[number].foreground_voxel(at) if isinstance(at, int) else at, margins[number])
+            for number, at in own
+        ]
 
     def read(index: int, crops: list[tuple[PreparedCase, Triple, Margins]]) -> dict[str, Any]:
         return {

@@ -49,23 +49,6 @@ def draw_centre(
     return entry if voxel is None else voxel
 
 
-def centre_inside(centre: Triple, shape: Triple, patch: Triple) -> Triple:
-    """The centre nearest to a drawn one whose patch lies in the scan; along axes that it is too short for, its middle.
-
-    Args:
-      centre: a voxel (z, y, x) of the finest level.
-      shape: voxels of the scan at that level.
-      patch: voxels of the patch; it begins (size - 1) // 2 voxels before its centre, see `PyramidPatch.starts`.
-    """
-
-    def along(voxel: int, length: int, size: int) -> int:
-        before = (size - 1) // 2
-        return (length - 1) // 2 if length < size else min(max(voxel, before), length - size + before)
-
-    z, y, x = map(along, centre, shape, patch)
-    return z, y, x
-
-
 def draw_entry(offsets: Sequence[int], rng: np.random.Generator, *, sampling: str) -> int:
     """Number of a random entry of a case's foreground list.
 

@@ -32,7 +32,7 @@ INFERENCE = ("predict.", "evaluate.", "export.", "data.root", "data.outside_path
 # Keys that came since the format, with what runs before them did.
 ADDED = {
     "data.outside_paths": False, "data.normalization": (), "data.folds": 0, "predict.margin": PredictorConfig.margin,
-    "predict.memory": 0.0, "predict.crop_to_body": False, "loader.inside": False,
+    "predict.memory": 0.0, "predict.crop_to_body": False,
 }  # fmt: skip
 # Keys that are gone: tiles were cubes that overlapped by a share of them.
 REMOVED = ("predict.overlap", "predict.plane", "predict.space")

@@ -114,8 +114,6 @@ def choose_sampling(choices: Choices, made: Geometry) -> None:
     else:
         reason = "A patch holds so much of a scan that the background is seen with the classes."
         choices.choose("loader.background_fraction", 0.0, reason)
-    if made.share[0] >= MOST:
-        choices.choose("loader.inside", True, "A patch sees most of a scan, as prediction does: little is padding.")
 
 
 def choose_loss(choices: Choices, survey: Survey, made: Geometry) -> None:
