@@ -239,7 +239,7 @@ def test_a_number_that_contradicts_msds_list_is_named_and_so_is_what_the_list_la
     dataset, lines = warnings(msd(tmp_path, listed, numTraining=3, test=[]))
     assert sorted(values(dataset.training)) == ["a", "b"]
     number, left = lines
-    assert '"numTraining" is 3, and "training" names 2 cases' in number
+    assert '"numTraining" is 3, and "training" has 2 cases' in number
     assert "imagesTr/c.nii.gz, labelsTr/c.nii.gz, imagesTs/t.nii.gz" in left
     # A number that agrees, of the list's lines or of its visible files, is no news.
     hidden = [*listed, entry("imagesTr/._a.nii.gz", "labelsTr/._a.nii.gz")]
@@ -264,7 +264,7 @@ def test_a_number_that_contradicts_the_key_dataset_is_named(tmp_path, warnings):
     root = nnunet(tmp_path, dataset={"a": {"images": ["i.nii.gz"], "label": "l.nii.gz"}}, numTraining=2)
     dataset, (line,) = warnings(root)
     assert sorted(values(dataset.training)) == ["a"]
-    assert '"numTraining" is 2, and "dataset" names 1 case:' in line
+    assert '"numTraining" is 2, and "dataset" has 1 case:' in line
 
 
 # ---- names and endings ----

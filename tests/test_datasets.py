@@ -60,10 +60,16 @@ def msd(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("key", "number", "folder"), [("numTraining", 3, "imagesTr"), ("numTest", 1, "imagesTs")])
-def test_as_many_cases_as_the_file_says(nnunet, key, number, folder):
-    describe(nnunet, NNUNET, **{key: number})
-    refused(lambda: datasets.read_dataset(nnunet), f'"{key}" is {number}', nnunet / folder, "has 2 cases")
+def test_as_many_training_cases_as_the_file_says(nnunet):
+    describe(nnunet, NNUNET, numTraining=3)
+    refused(lambda: datasets.read_dataset(nnunet), '"numTraining" is 3', nnunet / "imagesTr", "has 2 cases")
+
+
+def test_another_number_of_test_cases_is_named(nnunet, caplog):
+    """Test cases may have been removed, and nnU-Net does not look at their number."""
+    describe(nnunet, NNUNET, numTest=1)
+    assert len(datasets.read_dataset(nnunet).test) == 2
+    assert '"numTest" is 1, and imagesTs has 2 cases: no others are taken' in caplog.text
 
 
 def test_nnunet(nnunet):

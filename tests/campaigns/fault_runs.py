@@ -69,7 +69,7 @@ class UndisturbedRun:
         found: dict[str, Any] = {}
         prepared = workdir / "prepared"
         for path in sorted(prepared.rglob("*")):
-            if path.is_file():
+            if path.is_file() and path.suffix != ".lock":  # which holds the number of a process
                 found[f"file {path.relative_to(workdir)}"] = path.read_bytes()
         if job == "prepare":
             return found
