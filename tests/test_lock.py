@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from autocontext_jax.errors import UserError
 from autocontext_jax.jobs.lock import locked
+from autocontext_jax.jobs.prepare import _one_at_a_time
 
 
 def test_a_second_run_is_refused_until_the_first_ends(tmp_path):
-    refused = pytest.raises(UserError, match=rf"--workdir .* is in use by process {os.getpid()}: wait for it")
+    refused = pytest.raises(UserError, match=rf"{tmp_path} is in use by process {os.getpid()}: wait for it")
     with locked(tmp_path), refused, locked(tmp_path):
         pass
     with locked(tmp_path):
@@ -31,7 +33,22 @@ def test_a_killed_run_holds_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     with (
-        pytest.raises(UserError, match=r"--workdir .*cannot be written.*choose another folder"),
+        pytest.raises(UserError, match=r" cannot be written.*choose another folder"),
         locked(tmp_path / "no"),
     ):
         pass
+
+
+def test_two_runs_that_share_a_store_prepare_one_after_the_other(tmp_path):
+    store, entered = str(tmp_path / "store"), threading.Event()
+
+    def other():
+        with _one_at_a_time(store):
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with _one_at_a_time(store):
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    thread.join()

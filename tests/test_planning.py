@@ -131,7 +131,10 @@ def test_volumes_seen_slice_by_slice_need_the_levels_of_a_slice():
         made = plan_geometry(SETS[name], 256, {"levels.spatial_dims": 2})
         assert made.patch[0] == 1
         assert made.share[1] >= SHARE_SEEN
-    assert plan_geometry(SETS["hippocampus"], 256, {"levels.spatial_dims": 2}).levels.factors == (1,)
+    slices = plan_geometry(SETS["hippocampus"], 256, {"levels.spatial_dims": 2})
+    assert slices.levels.factors == (1,)
+    assert made_by(topics.choose_sampling, slices)["loader.background_fraction"] == 0.2  # of all slices
+    assert "loss.per_sample" not in made_by(topics.choose_loss, SETS["hippocampus"], slices)
 
 
 # ---- the size of a step
@@ -218,7 +221,9 @@ def test_one_level_is_not_a_patch_that_sees_most_of_a_scan():
     choices = Choices({})
     topics.choose_flip(choices, LabelSpec.plain(("background", "spleen")), made)
     assert choices.made["augmentation.flip"].value == ""
-    assert "loss.per_sample" not in made_by(topics.choose_loss, CT, made)
+    large = make_survey((400, 512, 512), (1, 0.75, 0.75), [LIVER])  # no rare class
+    one = plan_geometry(large, 32, {"levels.factors": (2.0,)})
+    assert "loss.per_sample" not in made_by(topics.choose_loss, large, one)
 
 
 def made_by(topic, *arguments):

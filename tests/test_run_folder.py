@@ -410,6 +410,12 @@ def test_data_sets_of_one_name_are_scored_in_different_folders(tmp_path):
     (tmp_path / "on_heart/evaluation.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
     assert folder("a/heart") == tmp_path / "on_heart"
     assert folder("b/heart") == tmp_path / "on_heart_2"
+    folder("b/heart").mkdir()
+    settings = {"root": str((tmp_path / "b/heart").resolve())}
+    (tmp_path / "on_heart_2/evaluation.json").write_text(json.dumps({"settings": settings}), encoding="utf-8")
+    (tmp_path / "on_heart/evaluation.json").unlink()  # an evaluation that was killed
+    assert folder("b/heart") == tmp_path / "on_heart_2"
+    assert folder("a/heart") == tmp_path / "on_heart"
 
 
 def test_a_scan_that_is_trained_on_and_held_out_is_named(root, tmp_path, caplog):

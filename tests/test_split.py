@@ -140,6 +140,11 @@ def test_voxels_beside_a_header_belong_to_the_file(dataset, tmp_path):
     header.with_suffix(".raw").write_bytes(b"behind")
     _, changes = compare(split, dataset)
     assert changes.changed == ("b",)
+    # A record of before is of the header alone: that is no change.
+    status = header.stat()
+    label = dataclasses.replace(split.cases["b"].label, bytes=status.st_size, modified=status.st_mtime_ns)
+    before = dataclasses.replace(split, cases={**split.cases, "b": dataclasses.replace(split.cases["b"], label=label)})
+    assert compare(before, dataset)[1].changed == ()
     header.with_suffix(".raw").unlink()  # reading the case says so
     _, changes = compare(split, dataset)
     assert changes.changed == ("b",)

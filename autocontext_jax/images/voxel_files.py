@@ -60,7 +60,7 @@ def _parts(path: Path) -> list[Path]:
             )
         place = path.parent / name
         if "%" in name and exists(place.parent):  # a pattern of names, of which any may be in the folder
-            found_parts += [entry for entry in place.parent.iterdir() if entry.is_file()]
+            found_parts += [entry for entry in sorted(place.parent.iterdir()) if entry.is_file()]
         elif not is_file(place):
             raise UserError(f"{path} has its voxels in {name!r}, which does not exist: copy that file too")
         else:

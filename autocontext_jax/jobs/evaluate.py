@@ -129,12 +129,15 @@ def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
     if not config.evaluate.root:
         return workdir
     root = Path(config.evaluate.root).expanduser().resolve()
+    free = None
     for number in itertools.count(1):
         folder = workdir / (f"on_{root.name}" if number == 1 else f"on_{root.name}_{number}")
         if not (folder / "evaluation.json").exists():
-            return folder
+            free = free or folder
+            if not folder.exists():
+                return free
         # Evaluations of before do not say of which root they are.
-        if report.read_evaluation(folder)["settings"].get("root", str(root)) == str(root):
+        elif report.read_evaluation(folder)["settings"].get("root", str(root)) == str(root):
             return folder
     raise AssertionError("counted to the end")
 

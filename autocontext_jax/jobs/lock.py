@@ -52,14 +52,14 @@ def locked(workdir: Path, what: str = "run", *, wait: bool = False) -> Iterator[
         lock = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"--workdir {workdir} cannot be written ({error.strerror}): choose another folder or change its permissions"
+            f"{workdir} cannot be written ({error.strerror}): choose another folder or change its permissions"
         ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = f"--workdir {workdir} is in use by process {lock.read().strip() or '(unknown)'}"
+            holder = f"{workdir} is in use by process {lock.read().strip() or '(unknown)'}"
             if not wait:
                 raise UserError(f"{holder}: wait for it, stop it or choose another folder") from None
             log.info("%s: waiting for it", holder)

@@ -70,17 +70,18 @@ def prepare_cases(config: RunConfig, data: RunData) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time(store: str) -> Iterator[None]:
-    """Two runs that share a store do not write the same cases at the same time; one that only reads needs no lock."""
+    """Two runs that share a store do not write the same cases at the same time; who cannot write in it only reads."""
     if "://" in store:
         yield
         return
+    lock = Path(store) / ".prepare.lock"
 
     def make() -> bool:
         with writing(Path(store)):
             Path(store).mkdir(parents=True, exist_ok=True)
-        return os.access(store, os.W_OK)
+        return os.access(store, os.W_OK) and (not lock.exists() or os.access(lock, os.W_OK))
 
-    if processes.agree(make):
+    if all(processes.gather(processes.agree(make))):
         with locked_by_first(Path(store), "prepare", wait=True):
             yield
     else:

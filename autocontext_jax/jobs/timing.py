@@ -83,10 +83,11 @@ def fit_minutes(
     seconds = (1 - SPARE) * (left - scoring) / phases - beside
     if every := plan.given.get("train.checkpoint_every"):
         steps = max(1, int(seconds / (step + checkpoint / every)))
+        further = steps / every * checkpoint
     else:
-        beside += 9 * checkpoint  # of the ten that a plan chooses; one is in the timed run
-        seconds -= 9 * checkpoint
-        steps = max(1, int(seconds / step))
+        further = 9 * checkpoint  # of the ten that a plan chooses; one is in the timed run
+        steps = max(1, int((seconds - further) / step))
+    beside, seconds = beside + further, seconds - further
     steps = min(processes.gather(steps))
     reason = (
         f"{config.plan.minutes:g} minutes in all: a step takes {step:.2g} s, start, validations and checkpoints "

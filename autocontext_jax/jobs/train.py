@@ -21,6 +21,7 @@ from autocontext_jax.data.loader import Loader
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError, some
 from autocontext_jax.evaluation import pictures
+from autocontext_jax.files import writing
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.restore import make_model
@@ -75,7 +76,7 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
         if changed := _changed_schedule(config, saved, done):
             log.warning("%s", changed)
     if not done:
-        processes.first_does(lambda: _remove_evaluations(workdir))
+        processes.first_does(lambda: _remove_evaluations(config, workdir))
     processes.first_does(lambda: write_config(config, workdir))
     phases = config.phases()
     if done >= len(phases) * config.train.steps:
@@ -93,11 +94,15 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
         )
 
 
-def _remove_evaluations(workdir: Path) -> None:
+def _remove_evaluations(config: RunConfig, workdir: Path) -> None:
     """Removes the results of a training before, whose checkpoints somebody has removed: they are of another model."""
-    for pattern in ("evaluation.json", f"{VALIDATION}/evaluation.json", "on_*/evaluation.json"):
-        for path in workdir.glob(pattern):
-            path.unlink()
+    folders = [workdir, workdir / VALIDATION, *workdir.glob("on_*")]
+    if config.data.folds and config.data.fold >= 0 and (workdir / VALIDATION / "evaluation.json").exists():
+        folders.append(workdir.parent)  # the table of all folds has these scores too
+    with writing(workdir):
+        for folder in folders:
+            for name in ("evaluation.json", "table.md", "table.csv"):
+                (folder / name).unlink(missing_ok=True)
 
 
 def warn_of_sides(augmentation: AugmentationConfig, classes: Sequence[str]) -> None:

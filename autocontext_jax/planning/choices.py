@@ -30,7 +30,8 @@ def choose_grids(choices: Choices, survey: Survey, made: Geometry) -> None:
             reason += f" times {levels.factors[-1]:g} along axes that are halved, which resolves every class"
         choices.choose("levels.finest_spacing", made.spacing, reason + ".")
     finest, coarsest = (f"{100 * share:.0f} %" for share in made.share)
-    seen = f"A patch of the finest level holds {finest} of the median scan"
+    whole = "a slice of the median scan" if levels.spatial_dims == 2 else "the median scan"
+    seen = f"A patch of the finest level holds {finest} of {whole}"
     if count > 1:
         seen += f", one of the coarsest of {count} levels {coarsest}"
     choices.choose("levels.factors", levels.factors, seen + ".")
@@ -108,7 +109,7 @@ def choose_augmentation(choices: Choices, image: ImageSpec, made: Geometry) -> N
 def choose_sampling(choices: Choices, made: Geometry) -> None:
     """Where patches are drawn."""
     choices.choose("loader.sampling", "classes", "Small classes are drawn as often as large ones.")
-    if made.share[0] < SHARE_SEEN:
+    if _seen(made) < SHARE_SEEN:
         reason = "Patches from anywhere: what lies far from every class would else never be seen."
         choices.choose("loader.background_fraction", 0.2, reason)
     else:
@@ -124,10 +125,15 @@ def choose_loss(choices: Choices, survey: Survey, made: Geometry) -> None:
     if rare := [each.name for each in survey.classes if _is_rare(each)]:
         reason = f"Rare classes can vanish from the maps early and not come back: {some(rare)}."
         choices.choose("loss.log_dice", 0.1, reason)
-    elif made.share[0] >= MOST and _always_there(survey):
+    elif _seen(made) >= MOST and _always_there(survey):
         reason = "Every case has every class and a patch sees most of a scan: each sample's own Dice is averaged."
         choices.choose("loss.per_sample", True, reason)
         choices.choose("loss.background", False, "The classes alone: the background has the largest Dice anyway.")
+
+
+def _seen(made: Geometry) -> float:
+    """Share of the median scan that a patch of the finest level holds; a slice holds little of a volume."""
+    return made.share[0] / (made.scan[0] if made.levels.spatial_dims == 2 else 1.0)
 
 
 def _is_rare(found: ClassSurvey) -> bool:

@@ -102,7 +102,8 @@ def plan_geometry(survey: Survey, edge: int, given: Mapping[str, Any]) -> Geomet
                 break
         if is_given or finest >= COARSEST_FINEST or count <= 2:
             return chosen
-        if not _resolves(survey, times(chosen.spacing, chosen.levels.scales[-2])):  # by the second finest level
+        # By the second finest level.
+        if not _resolves(survey, times(chosen.spacing, chosen.levels.scales[-2]), base.spatial_dims):
             return chosen
         finest *= 2
 
@@ -123,7 +124,8 @@ def _geometry(survey: Survey, levels: LevelGrids, edge: int, given: Mapping[str,
     ideal = along_axes(patch, known.spatial_dims) if patch else _ideal_patch(scan, spacing, edge, known.spatial_dims)
     depth = given.get("model.depth") or _depth(ideal, known)
     planes, rows, columns = size_unit(NetworkConfig(depth=depth), _connected(known))
-    units = planes * given.get("mesh.space", 1), rows, columns
+    shared = given.get("mesh.space", 1) if known.spatial_dims == 3 else 1  # slices are not shared, `check_patch` says
+    units = planes * shared, rows, columns
     z, y, x = (int(size) if patch else _multiple(size, unit) for size, unit in zip(ideal, units, strict=True))
     shares = (np.minimum(1.0, np.array((z, y, x)) * scale / np.array(scan)) for scale in (1, known.scales[0]))
     # Of what is seen slice by slice, the share of a slice.
@@ -181,9 +183,9 @@ def _sees_enough(survey: Survey, made: Geometry) -> bool:
     return True
 
 
-def _resolves(survey: Survey, spacing: Spacing) -> bool:
-    """Whether a grid has enough voxels across every class."""
+def _resolves(survey: Survey, spacing: Spacing, dims: int) -> bool:
+    """Whether a grid has enough voxels across every class; in 2D across it in a slice."""
     found = [each.thickness for each in survey.classes if each.thickness]
     return bool(found) and all(
-        thickness[axis].median >= RESOLVED * mm for thickness in found for axis, mm in enumerate(spacing)
+        thickness[axis].median >= RESOLVED * spacing[axis] for thickness in found for axis in range(3 - dims, 3)
     )

@@ -91,4 +91,5 @@ def write_dataset(
         "phantom": expected,
     }
     write_whole(index, json.dumps(description, indent=2) + "\n")
-    begun.unlink()
+    with writing(root):
+        begun.unlink(missing_ok=True)  # another run may have made the same phantoms meanwhile
