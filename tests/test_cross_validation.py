@@ -148,6 +148,13 @@ def test_the_table_says_whether_its_scores_are_optimistic():
     assert text.endswith("not trained on it; the cases also chose the checkpoints: scores are optimistic")
 
 
+def test_without_a_table_of_all_folds_python_says_where_the_scores_are(whole, tmp_path, monkeypatch):
+    """As where two folds validate the same case."""
+    shutil.copy(whole / "config.json", tmp_path)
+    monkeypatch.setattr("autocontext_jax.jobs.run.run", lambda *arguments: True)
+    refused(lambda: ac.evaluate(tmp_path), "has no table of all folds", "fold_N/validation/evaluation.json")
+
+
 def test_test_cases_are_scored_by_one_fold_beside_its_validation_cases(whole, tmp_path):
     folder = shutil.copytree(whole / "fold_1", tmp_path / "fold_1")
     before = evaluation(folder / "validation")

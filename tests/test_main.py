@@ -469,11 +469,16 @@ def test_an_experiment_compares_modes_and_goes_on(whole_job, tmp_path):
             assert scores[block] == cases[name][f"level_{level}"]
     assert [len(metrics(tmp_path / mode)) for mode in ("first_level", "no_context")] == [4, 4]
 
-    # What is done is not done anew.
+    # What is done is not done anew, but for a mode of which a scan could not be scored.
     before = (tmp_path / "first_level" / "evaluation.json").stat().st_mtime_ns
+    incomplete = tmp_path / "no_context" / "evaluation.json"
+    scored = json.loads(incomplete.read_bytes())
+    del scored["cases"][next(iter(scored["cases"]))]
+    incomplete.write_text(json.dumps(scored), encoding="utf-8")
     result = run("--workdir", tmp_path, *arguments, experiment)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "evaluation.json").read_bytes()) == evaluation
+    assert json.loads(incomplete.read_bytes())["cases"].keys() == evaluation["cases"].keys()
     assert (tmp_path / "first_level" / "evaluation.json").stat().st_mtime_ns == before
 
     # An evaluation under other settings is not the one that is there.

@@ -14,13 +14,14 @@ import pytest
 import SimpleITK as sitk
 
 from autocontext_jax import processes, runtime
+from autocontext_jax.data.datasets import Case
 from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs import train as training
 from autocontext_jax.jobs.config_files import config_from_flat, default_config, from_config_dict, write_config
-from autocontext_jax.jobs.evaluate import evaluation_folder
+from autocontext_jax.jobs.evaluate import _settings, evaluation_folder
 from autocontext_jax.jobs.experiment import side_by_side
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.prepare import prepare
@@ -416,6 +417,24 @@ def test_data_sets_of_one_name_are_scored_in_different_folders(tmp_path):
     (tmp_path / "on_heart/evaluation.json").unlink()  # an evaluation that was killed
     assert folder("b/heart") == tmp_path / "on_heart_2"
     assert folder("a/heart") == tmp_path / "on_heart"
+
+
+def test_a_training_that_begins_anew_removes_the_results_of_another_model(root, trained, tmp_path):
+    shutil.rmtree(trained / "checkpoints")
+    results = [trained / place / "evaluation.json" for place in ("", "validation", "on_heart")]
+    for result in results:
+        result.parent.mkdir(exist_ok=True)
+        result.write_text("{}", encoding="utf-8")
+    config = small(root)
+    assert train(config, trained, prepare(config, trained))
+    assert not any(result.exists() for result in results)
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_scores_of_another_data_set(tmp_path):
+    """What is written of its cases is known without reading them."""
+    config = config_from_flat(RunConfig(), {"evaluate.root": str(tmp_path)})
+    settings = _settings(config, 1, [Case("a", (tmp_path / "none.nii.gz",), tmp_path / "none.nii.gz")])
+    assert (settings["cases"], settings["root"]) == ({"a": ""}, str(tmp_path.resolve()))
 
 
 def test_a_scan_that_is_trained_on_and_held_out_is_named(root, tmp_path, caplog):

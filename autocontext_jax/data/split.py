@@ -248,7 +248,7 @@ def _record(root: Path, path: Path, known: FileRecord | None, case: str) -> File
         return dataclasses.replace(known, file=file)
     header = statuses[0].st_size, statuses[0].st_mtime_ns
     if known and len(files) > 1 and (known.bytes, known.modified) == header:
-        return FileRecord(file, size, modified, known.checksum)  # a record of before, of the header alone
+        return FileRecord(file, size, modified, known.checksum)  # an older record, of the header alone
     return FileRecord(file, size, modified, _hash(files, case))
 
 

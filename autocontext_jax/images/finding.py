@@ -216,21 +216,15 @@ def _grouped(found: list[Source], channels: int) -> list[Source]:
 
 
 def _without_number(found: list[Source]) -> list[Source]:
-    """The scans of one channel; the mask of `case_0000.nii.gz` is named `case`, unless files are numbered otherwise."""
-    names = {source.name for source in found}
-    numbered = collections.Counter(_unnumbered(source) for source in found)
-    return [
-        dataclasses.replace(source, name=base)
-        if source.name.name.endswith("_0000") and source.series is None and numbered[base] == 1 and base not in names
-        else source
-        for source in found
-        for base in [_unnumbered(source)]
-    ]
+    """The scans of one channel: the mask of `case_0000.nii.gz` is named `case`, if no other file has that name."""
+    bases = [source.name.with_name(re.sub(r"(?<=.)_\d{4}$", "", source.name.name)) for source in found]
+    count = collections.Counter(bases)
 
+    def renamed(source: Source, base: Path) -> Source:
+        first = source.name.name.endswith("_0000") and source.series is None
+        return dataclasses.replace(source, name=base) if first and count[base] == 1 else source
 
-def _unnumbered(source: Source) -> Path:
-    """The name without the number of a channel, if it has one."""
-    return source.name.with_name(re.sub(r"(?<=.)_\d{4}$", "", source.name.name))
+    return [renamed(source, base) for source, base in zip(found, bases, strict=True)]
 
 
 def _without_pictures(found: list[Source]) -> list[Source]:

@@ -93,9 +93,8 @@ def _evaluation(config: RunConfig, workdir: Path, step: int) -> dict[str, Any]:
 
 
 def _evaluation_in(folder: Path, config: RunConfig, step: int) -> dict[str, Any]:
-    predict = config.predict
-    tiling = {"tile": [*predict.tile], "margin": predict.margin, "crop_to_body": predict.crop_to_body,
-              "flip": predict.flip}  # fmt: skip
+    tiling = {name: getattr(config.predict, name) for name in ("margin", "crop_to_body", "flip")}
+    tiling["tile"] = [*config.predict.tile]  # as JSON has it
     try:
         result = read_evaluation(folder)
         settings, evaluated = result["settings"], result["settings"]["predict"]

@@ -129,17 +129,16 @@ def evaluation_folder(config: RunConfig, workdir: Path) -> Path:
     if not config.evaluate.root:
         return workdir
     root = Path(config.evaluate.root).expanduser().resolve()
-    free = None
-    for number in itertools.count(1):
-        folder = workdir / (f"on_{root.name}" if number == 1 else f"on_{root.name}_{number}")
+    folder, number, free = workdir / f"on_{root.name}", 1, None
+    while folder.exists():
         if not (folder / "evaluation.json").exists():
             free = free or folder
-            if not folder.exists():
-                return free
-        # Evaluations of before do not say of which root they are.
+        # Older evaluations do not name their root.
         elif report.read_evaluation(folder)["settings"].get("root", str(root)) == str(root):
             return folder
-    raise AssertionError("counted to the end")
+        number += 1
+        folder = workdir / f"on_{root.name}_{number}"
+    return free or folder
 
 
 def _score_own(
@@ -162,7 +161,7 @@ def _score_own(
 def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, as JSON."""
     predict = {key: value for key, value in as_dict(config.predict).items() if key != "memory"}
-    evaluated = {case.name: " ".join([case.checksum or "", *(case.annotated or ())]) for case in cases}
+    evaluated = {case.name: " ".join([case.checksum, *(case.annotated or ())]) for case in cases}
     settings = {"step": step, "predict": predict, "tolerance": config.evaluate.tolerance, "cases": evaluated}
     settings["metrics"] = config.evaluate.metrics
     if config.evaluate.root:

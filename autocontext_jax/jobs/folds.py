@@ -302,7 +302,7 @@ def _write_table(
             *twice,
         )
         return
-    # Two commands that end at the same time write it one after the other: the later one knows of both folds.
+    # Two commands that end at the same time write it one after the other: the second one has the scores of both folds.
     with locked_by_first(workdir, "evaluation", wait=True):
         cases: dict[str, dict[str, Any]] = {}
         fold_of: dict[str, int] = {}

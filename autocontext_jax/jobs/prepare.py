@@ -70,7 +70,7 @@ def prepare_cases(config: RunConfig, data: RunData) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time(store: str) -> Iterator[None]:
-    """Two runs that share a store do not write the same cases at the same time; who cannot write in it only reads."""
+    """Runs that share a store prepare one after the other. A run that cannot write into the store needs no lock."""
     if "://" in store:
         yield
         return

@@ -95,7 +95,7 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
 
 
 def _remove_evaluations(config: RunConfig, workdir: Path) -> None:
-    """Removes the results of a training before, whose checkpoints somebody has removed: they are of another model."""
+    """Removes the results of an earlier training, whose checkpoints somebody has removed: they are another model's."""
     folders = [workdir, workdir / VALIDATION, *workdir.glob("on_*")]
     if config.data.folds and config.data.fold >= 0 and (workdir / VALIDATION / "evaluation.json").exists():
         folders.append(workdir.parent)  # the table of all folds has these scores too

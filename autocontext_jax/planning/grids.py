@@ -102,7 +102,7 @@ def plan_geometry(survey: Survey, edge: int, given: Mapping[str, Any]) -> Geomet
                 break
         if is_given or finest >= COARSEST_FINEST or count <= 2:
             return chosen
-        # By the second finest level.
+        # Would the second finest level do as the finest?
         if not _resolves(survey, times(chosen.spacing, chosen.levels.scales[-2]), base.spatial_dims):
             return chosen
         finest *= 2
@@ -124,7 +124,7 @@ def _geometry(survey: Survey, levels: LevelGrids, edge: int, given: Mapping[str,
     ideal = along_axes(patch, known.spatial_dims) if patch else _ideal_patch(scan, spacing, edge, known.spatial_dims)
     depth = given.get("model.depth") or _depth(ideal, known)
     planes, rows, columns = size_unit(NetworkConfig(depth=depth), _connected(known))
-    shared = given.get("mesh.space", 1) if known.spatial_dims == 3 else 1  # slices are not shared, `check_patch` says
+    shared = given.get("mesh.space", 1) if known.spatial_dims == 3 else 1  # in 2D `check_patch` refuses it
     units = planes * shared, rows, columns
     z, y, x = (int(size) if patch else _multiple(size, unit) for size, unit in zip(ideal, units, strict=True))
     shares = (np.minimum(1.0, np.array((z, y, x)) * scale / np.array(scan)) for scale in (1, known.scales[0]))
