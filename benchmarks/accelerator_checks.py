@@ -1,6 +1,7 @@
 """Part 2 of accelerator.py: whether an accelerator's results are right, and the same in every run."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import make_pyramid
 from training_program import Calls, TrainingProgram, in_turn
 
+from autocontext_jax.data.labels import IGNORE
+from autocontext_jax.geometry import CUBES, Spacing
+from autocontext_jax.images.spec import Channel, ImageSpec
+from autocontext_jax.models.activations import activate
+from autocontext_jax.models.blocks import NetworkConfig
+from autocontext_jax.models.pyramid import PyramidConfig, make_pyramid
+from autocontext_jax.models.unet import UNet
 from autocontext_jax.runtime import compiler_options
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.losses import LossConfig
 from autocontext_jax.training.state import Batch, create_state, inference_model, make_train_step
+from autocontext_jax.training.targets import CLASSES, Targets
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 FACTORS = {"float32": 3.0, "bfloat16": 1.5}
+LABELS = 8  # 0 and seven organs
 
 
-def against_the_cpu(*, width: int, depth: int, edge: int, batch: int, classes: int = 8) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of model and data.
+
+    Attributes:
+      loss: that is minimised.
+      norm: see `NetworkConfig`.
+      spacing: of the finest level.
+      channels: of an image.
+      targets: what the labels mean.
+      unknown: whether the first sample of a batch does not annotate the last class or region.
+    """
+
+    loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
+    norm: str = "batch"
+    spacing: Spacing = CUBES
+    channels: int = 1
+    targets: Targets = CLASSES
+    unknown: bool = False
+
+
+MODELS = {
+    "CT, as in the paper": Kind(),
+    "thick slices, instance norm, two channels, partly annotated regions, ignored voxels": Kind(
+        LossConfig(cross_entropy=0.5),
+        "instance",
+        (4.0, 1.0, 1.0),
+        2,
+        Targets(((1, 2, 3), (2, 3), (5,)), ignore=True),
+        unknown=True,
+    ),
+}
+
+
+def against_the_cpu(kind: Kind, *, width: int, depth: int, edge: int, batch: int) -> list[dict[str, Any]]:
     """Loss, gradients, running averages and predicted maps of a small pyramid beside the CPU's in float32.
 
     Errors are the norm of the difference over the norm of the CPU's values, all arrays of a kind together. In float32
@@ -31,67 +74,85 @@ def against_the_cpu(*, width: int, depth: int, edge: int, batch: int, classes: i
     if they are no further off than the tolerance, or than 1.5 times (bfloat16) or 3 times (float32) that.
 
     Args:
+      kind: of model and data.
       width: channels of the first convolution.
       depth: resolutions of the network.
       edge: N.
       batch: B.
-      classes: K.
 
     Returns:
       A row for each type and kind of result.
     """
     steps, states = {}, {}
     for dtype in TOLERANCES:
-        pyramid = make_pyramid(levels=2, classes=classes, width=width, depth=depth, dtype=dtype)
-        graph, states[dtype] = create_state(pyramid, _keep_gradients())
+        network = NetworkConfig(width, depth, kind.norm, dtype=dtype)
+        graph, states[dtype] = create_state(make_pyramid(UNet, network, _pyramid(kind), seed=0), _keep_gradients())
         # The function beneath the jitted step: all of it is compiled as one program below.
-        steps[dtype] = (graph, make_train_step(graph, _keep_gradients(), LossConfig()).__wrapped__)
+        step = make_train_step(graph, _keep_gradients(), kind.loss, targets=kind.targets).__wrapped__
+        steps[dtype] = (graph, step)
 
     def compute(dtype: str, state: Any, batch: Batch) -> dict[str, Any]:
         graph, step = steps[dtype]
         with jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext():
             after, metrics = step(state, batch)
             logits = inference_model(graph, state.params, state.batch_stats)(batch.images)
-        maps = tuple(jax.nn.softmax(level) for level in logits)
-        results = {"loss": metrics.loss, "gradients": after.optimizer, "running averages": after.batch_stats}
-        return results | {"maps": maps}
+        maps = tuple(activate(level, kind.targets.activation) for level in logits)
+        results = {"loss": metrics.loss, "gradients": after.optimizer, "maps": maps}
+        return results | ({"running averages": after.batch_stats} if kind.norm == "batch" else {})
 
     def both(states, batch):
         return {dtype: compute(dtype, states[dtype], batch) for dtype in TOLERANCES}
 
-    images, labels = _blocks(edge, batch, classes)
-    arguments = states, _on_device(images, labels)
+    images, labels = _blocks(kind, edge, batch)
+    arguments = states, _batch(kind, images, labels)
     program = jax.jit(both, compiler_options=compiler_options(jax.default_backend()))
     found = jax.device_get(program(*jax.device_put(arguments, jax.devices()[0])))
     reference = program if jax.default_backend() == "cpu" else jax.jit(both)  # there, one compilation is enough
     cpu = jax.devices("cpu")[0]
     on_cpu = jax.device_get(reference(*jax.device_put(arguments, cpu)))
-    nudged = _on_device([np.nextafter(image, np.float32(np.inf)) for image in images], labels)
+    nudged = _batch(kind, [np.nextafter(image, np.float32(np.inf)) for image in images], labels)
     moved = jax.device_get(reference(*jax.device_put((states, nudged), cpu)))["float32"]
     rows = []
     for dtype, tolerance in TOLERANCES.items():
-        for kind, expected in on_cpu["float32"].items():
-            error = relative_error(found[dtype][kind], expected)
-            own = relative_error(moved[kind] if dtype == "float32" else on_cpu[dtype][kind], expected)
+        for name, expected in on_cpu["float32"].items():
+            error = relative_error(found[dtype][name], expected)
+            own = relative_error(moved[name] if dtype == "float32" else on_cpu[dtype][name], expected)
             allowed = max(tolerance, FACTORS[dtype] * own)
-            row = {"type": dtype, "of": kind, "relative error": error, "the CPU's own": own, "allowed": allowed}
+            row = {"type": dtype, "of": name, "relative error": error, "the CPU's own": own, "allowed": allowed}
             rows.append(row | {"right": "yes" if error <= allowed else "NO"})
     return rows
 
 
-def _blocks(edge: int, batch: int, classes: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _pyramid(kind: Kind) -> PyramidConfig:
+    """Two levels."""
+    image = PyramidConfig().image
+    if kind.channels > 1:
+        image = ImageSpec(tuple(Channel(f"MR {number}", "zscore") for number in range(kind.channels)))
+    outputs, activation = len(kind.targets.regions) or LABELS, kind.targets.activation
+    return PyramidConfig(2, outputs, image=image, spacing=kind.spacing, activation=activation)
+
+
+def _blocks(kind: Kind, edge: int, batch: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Noisy images of 4^3 blocks, labelled by the blocks' intensities: gradients of pure noise would say nothing."""
     rng = np.random.default_rng(0)
     images, labels = [], []
     for _ in range(2):
-        blocks = np.kron(rng.uniform(-500, 500, (batch, 4, 4, 4)), np.ones((1, *(edge // 4,) * 3)))
-        images.append((blocks + 50 * rng.standard_normal(blocks.shape)).astype(np.float32))
-        labels.append(((blocks + 500) * classes / 1000).astype(np.uint8))
+        blocks = np.kron(rng.uniform(-1, 1, (batch, 4, 4, 4)), np.ones((1, *(edge // 4,) * 3)))
+        noise = 0.1 * rng.standard_normal((*blocks.shape, kind.channels))
+        scale = 1 if kind.channels > 1 else 500  # HU of CT
+        images.append((scale * (blocks[..., None] + noise)).astype(np.float32))
+        labels.append(((blocks + 1) * LABELS / 2).astype(np.uint8))
+        if kind.targets.ignore:
+            labels[-1][:, 0] = IGNORE
     return images, labels
 
 
-def _on_device(images: list[np.ndarray], labels: list[np.ndarray]) -> Batch:
-    return Batch(jax.device_put(tuple(image[..., None] for image in images)), jax.device_put(tuple(labels)))
+def _batch(kind: Kind, images: list[np.ndarray], labels: list[np.ndarray]) -> Batch:
+    known = None
+    if kind.unknown:
+        known = np.ones((len(labels[0]), 1 + len(kind.targets.regions) if kind.targets.regions else LABELS), bool)
+        known[0, -1] = False
+    return jax.device_put(Batch(tuple(images), tuple(labels), known))
 
 
 def relative_error(found: Any, expected: Any) -> float:

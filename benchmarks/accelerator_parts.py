@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from accelerator import MARK, box_seconds, numbers
-from accelerator_checks import against_the_cpu, price_of_determinism, repeatability
+from accelerator_checks import MODELS, against_the_cpu, price_of_determinism, repeatability
 from accelerator_session import SMALL, Session, Sizes, memory, nvidia_driver, table
 from common import machine, make_pyramid, median_ratio
 from flax import nnx
@@ -107,7 +107,8 @@ def what_it_is(session: Session) -> None:
 
 def is_it_right(session: Session) -> None:
     """Part 2."""
-    table("Against the CPU", iter(against_the_cpu(**session.sizes.check)))
+    for name, kind in MODELS.items():
+        table(f"Against the CPU: {name}", iter(against_the_cpu(kind, **session.sizes.check)))
     batch = session.sizes.batch
 
     def rows() -> Iterable[dict[str, Any]]:
