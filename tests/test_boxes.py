@@ -31,7 +31,7 @@ from test_predictor import (
 from autocontext_jax.data.resampling import downsample_image
 from autocontext_jax.errors import UserError
 from autocontext_jax.inference import boxes, scan_tiles
-from autocontext_jax.inference.boxes import box_sizes, choose_box
+from autocontext_jax.inference.boxes import SMALL, box_sizes, choose_box
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tile_memory import bytes_a_voxel, row_bytes
 from autocontext_jax.inference.tiling import PredictorConfig, crop, gaussian
@@ -69,6 +69,25 @@ def test_a_level_that_fits_is_one_tile(size):
     assert counts_of(box) == [1, 1, 1]
     assert box.size == box.stride == box.extent
     assert computed(box) <= 1.2 * np.prod([max(32, n) for n in size])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((36, 50, 35), (64, 64, 64)), ((20, 90, 120), (64, 96, 128)), ((128, 1, 65), (128, 64, 96))]
+)
+@pytest.mark.parametrize("align", [2, 8, 16])
+def test_on_accelerators_small_levels_share_few_sizes(size, expected, align):
+    arguments = {"margin": 8, "align": (align,) * 3, "blend": gaussian, "step": 4}
+    regions = [(0, n) for n in size]
+    box = choose_box(regions, **arguments, fits=lambda _: True, small=SMALL)
+    assert box.size == box.extent == expected
+    assert counts_of(box) == [1, 1, 1]
+    # Where the memory is too small, and for larger levels, they change nothing.
+    tight = choose_box(regions, **arguments, fits=lambda box: computed(box) < 64**3, small=SMALL)
+    assert tight == choose_box(regions, **arguments, fits=lambda box: computed(box) < 64**3)
+    large = [(0, n) for n in (129, 60, 60)]
+    assert choose_box(large, **arguments, fits=lambda _: True, small=SMALL) == choose_box(
+        large, **arguments, fits=lambda _: True
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,14 +160,36 @@ def test_boxes_with_the_margin_of_the_field_of_view_equal_the_whole_scan(factors
         np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-5)
 
 
-def test_one_box_equals_the_whole_scan(monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "spacing", "expected"),
+    [
+        ("cpu", (1.0, 1.0, 1.0), (24, 56, 40)),
+        ("gpu", (1.0, 1.0, 1.0), (64, 64, 64)),
+        ("tpu", (math.inf, 1.0, 1.0), (scan_tiles.SLICES, 56, 40)),  # slices: they are small anyway
+    ],
+)
+def test_small_sizes_are_those_of_accelerators(backend, spacing, expected, monkeypatch):
+    """Also where the body begins anywhere in the scan."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tiles = scan_tiles.ScanTiles(
+        PredictorConfig(), PyramidConfig(levels=1, classes=CLASSES, spacing=spacing), align=(2, 8, 8), blend=gaussian,
+        bytes_a_voxel=lambda: pytest.fail("a small box is not measured"),
+    )  # fmt: skip
+    for low in (-1, 0, 5):
+        chosen = tiles._choose([(low, low + 20), (low, low + 45), (low, low + 33)])
+        assert tuple(len(blend.weights) for blend, _ in chosen) == expected
+
+
+@pytest.mark.parametrize("sizes", [(), SMALL], ids=["on a CPU", "on accelerators"])
+def test_one_box_equals_the_whole_scan(sizes, monkeypatch):
     """Where a level is one tile, nothing is blended, and the maps are those of the network on the padded level."""
     shape, factors = (15, 21, 30), cubed(2, 1)
     model, voxels = trained_pyramid(2), scan(shape)
     predictor = Predictor(model, PredictorConfig(**WHOLE), align=(2,) * 3)
+    monkeypatch.setattr(predictor.tiles, "_small", sizes)
     tiled = tiled_maps(predictor, voxels, factors, monkeypatch)
     plan = plan_of(predictor, voxels, factors)
-    assert all(len(axis.starts) == 1 for axes in plan for axis in axes)
+    assert all(len(axis.starts) == 1 and (not sizes or axis.size == 64) for axes in plan for axis in axes)
     low = None
     maps = None
     for level, (axes, factor) in enumerate(zip(plan, factors, strict=True), start=1):

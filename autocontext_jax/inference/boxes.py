@@ -1,8 +1,10 @@
-"""Tiles as boxes: of the sizes that compute the fewest voxels of a level within the memory that there is.
+"""Tiles as boxes: of the sizes that compute few voxels of a level within the memory that there is.
 
 A network computes every voxel of a tile, so that what matters is how often tiles overlap and how far they reach beyond
 the level. Few large tiles are best; where memory forbids one for the whole level, boxes that are nearly cubes overlap
-least. Sizes are few, so that scans of similar sizes share their compiled programs.
+least. Sizes are few, so that scans of similar sizes share their compiled programs. On accelerators a program takes
+longer to compile than many scans to predict, so that there are fewer sizes, and for a level that one small box holds
+only three along each axis.
 """
 
 import dataclasses
@@ -15,6 +17,9 @@ from autocontext_jax.inference.tiling import MakeBlend, axis_count
 SMALLEST = 64  # voxels along an axis of a box that does not hold the level along it
 # Voxels of a box beyond which a larger one hardly computes fewer: its overlap is some percent by then.
 LARGEST = 8 << 20
+# On accelerators: sizes along each axis of a box that holds all of a small level. One H200 computes the paper's network
+# for 128^3 voxels in about 10 ms, and took up to 36 s to compile a program of one size, as it times cuDNN's algorithms.
+SMALL = (64, 96, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +62,9 @@ def choose_box(
     blend: MakeBlend,
     fits: Callable[[Box], bool],
     step: int = 8,
+    small: Sequence[int] = (),
 ) -> Box:
-    """The box whose tiles cover a level with the fewest voxels computed.
+    """The box whose tiles cover a level with the fewest voxels computed, or one of the `small` sizes.
 
     Args:
       regions: voxels [low, high) of the level to cover, along z, y, x.
@@ -67,10 +73,15 @@ def choose_box(
       blend: weights of a tile; a border of theirs is at most the margin.
       fits: whether a box fits the memory. If none does, the smallest is taken.
       step: of the sizes, see `box_sizes`.
+      small: sizes such as `SMALL`. If a box of such sizes holds all of the level, the smallest such box is taken, even
+        if another computes fewer voxels. () means none.
 
     Returns:
       The box. Among equals it is the smallest.
     """
+    held = _small_box(regions, align, blend, small)
+    if held is not None and fits(held):
+        return held
     axes = []
     for (low, high), unit in zip(regions, align, strict=True):
         choices = []  # size, stride, number of tiles
@@ -94,6 +105,22 @@ def choose_box(
     options.sort(key=lambda option: option[:2])
     smallest = min(options, key=lambda option: option[1])[2]
     return next((box for _, voxels, box in options if voxels <= LARGEST and fits(box)), smallest)
+
+
+def _small_box(regions: Sequence[tuple[int, int]], align: Triple, blend: MakeBlend, small: Sequence[int]) -> Box | None:
+    """The box of `small` sizes that holds all of a level; None if none does."""
+    found = []
+    for (low, high), unit in zip(regions, align, strict=True):
+        sizes = [-(-size // unit) * unit for size in small]
+        holding = [
+            size for size in sizes if axis_count(low, high, size, blend(size).border, stride=size, align=unit) == 1
+        ]
+        if not holding:
+            return None
+        size = holding[0]
+        found.append((size, max(unit, (size - 2 * blend(size).border) // unit * unit)))
+    size, stride = zip(*found, strict=True)
+    return Box(size, stride, size)
 
 
 def tile_stride(size: int, margin: int, align: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from autocontext_jax.data.body import Interval, body_box
 from autocontext_jax.errors import UserError
 from autocontext_jax.geometry import Triple, along_axes, level_shape
-from autocontext_jax.inference.boxes import Box, choose_box, tile_stride
+from autocontext_jax.inference.boxes import SMALL, Box, choose_box, tile_stride
 from autocontext_jax.inference.tile_memory import free_bytes, row_bytes
 from autocontext_jax.inference.tiling import (
     SLICES,
@@ -51,8 +51,11 @@ class ScanTiles:
     ):
         self._config, self._pyramid = config, pyramid
         self._align, self._blend, self._bytes_a_voxel = align, blend, bytes_a_voxel
-        # On accelerators a program takes longer to compile than a scan to predict, so that fewer sizes are better.
-        self._step = 8 if jax.default_backend() == "cpu" else 4
+        on_cpu = jax.default_backend() == "cpu"
+        self._step = 8 if on_cpu else 4
+        self._small = SMALL if not on_cpu and all(np.isfinite(pyramid.spacing)) else ()
+        # To measure what a voxel takes is to compile a program too.
+        self._unmeasured = max(FITS, SMALL[-1] ** 3 if self._small else 0)
         self._too_large = math.inf  # voxels of the smallest tile that did not fit
 
     def plan(
@@ -108,8 +111,9 @@ class ScanTiles:
             # Along an axis that the networks do not look along a tile is a stack of slices.
             covered = [region if looks else (0, SLICES) for region, looks in zip(regions, seen, strict=True)]
             box = choose_box(
-                covered, margin=config.margin, align=self._align, blend=self._blend, fits=self._fits, step=self._step
-            )
+                covered, margin=config.margin, align=self._align, blend=self._blend, fits=self._fits, step=self._step,
+                small=self._small,
+            )  # fmt: skip
             sizes, strides = list(box.size), list(box.stride)
         else:
             sizes = list(along_axes(config.tile))
@@ -125,7 +129,7 @@ class ScanTiles:
             return False
         step = min(self._pyramid.steps[1:], key=math.prod, default=(2, 2, 2))
         maps = row_bytes(box.size[0], box.stride[0], box.extent[1:], self._pyramid.classes, step=step)
-        return maps + (voxels * self._cost if voxels > FITS else 0) <= self._limit
+        return maps + (voxels * self._cost if voxels > self._unmeasured else 0) <= self._limit
 
     @functools.cached_property
     def _cost(self) -> float:
