@@ -88,7 +88,7 @@ def test_a_step_changes_everything_and_donates_its_state(made, batch):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.optimizer)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(batch))
     assert metrics.losses.shape == (2,)
-    assert metrics.counts.shape == (2, 2, 2)
+    assert metrics.counts.shape == (2, 3, 2)
     assert float(metrics.loss) == pytest.approx(float(metrics.losses.sum()))
     np.testing.assert_array_equal(metrics.counts[:, 1].sum(-1), [2 * 2 * 8**3] * 2)
 
@@ -234,7 +234,7 @@ def test_steps_of_partly_annotated_and_partly_labelled_batches(batch, regions):
     step = make_train_step(graph, OPTIMIZER, config, targets=targets)
     after, metrics = step(state, fed)
     assert np.isfinite(metrics.gradient_norm)
-    assert metrics.counts.shape == (2, 2, 3 if regions else 2)
+    assert metrics.counts.shape == (2, 3, 3 if regions else 2)
     assert all((a != b).any() for a, b in zip(before, leaves(after.params), strict=True))
     nobody = Batch(batch.images, tuple(jnp.full_like(label, IGNORE) for label in labels), known)
     _, metrics = step(after, nobody)

@@ -78,7 +78,7 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """Step of the best checkpoint; the newest if none was validated; None if there is none.
+        """Step of the best checkpoint; the newest if none has a Dice; None if there is none.
 
         Raises:
           UserError: a checkpoint is damaged.
@@ -99,7 +99,7 @@ class Checkpoints:
           step: steps done.
           state: a pytree of arrays.
           progress: what else the run needs to go on after this step, such as the loader's position; JSON.
-          dice: mean validation Dice of this state, if it was validated.
+          dice: mean validation Dice of this state; None if it was not validated, or no held-out patch shows a class.
 
         Raises:
           UserError: this or the last checkpoint cannot be written.

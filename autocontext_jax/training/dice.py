@@ -1,6 +1,10 @@
 """Dice scores of hard masks from counts that add up over batches and devices.
 
 They are shown while a pyramid trains and choose the best checkpoint. `evaluation.metrics` scores whole scans instead.
+
+Only classes that the labels contain have a score. The patches that choose the best checkpoint are the same for all
+checkpoints, so that all are compared by the same classes: a few voxels predicted of a class that no patch shows would
+otherwise count as a Dice of 0 at one checkpoint, and not at the next.
 """
 
 import jax
@@ -25,13 +29,15 @@ def overlap_counts(
         counts of other classes; where these are predicted it counts as background.
 
     Returns:
-      [2, K] float32: 2 |P ∩ T| and |P| + |T|, with P and T the voxels that the prediction and the labels give a class.
-      Exact up to 2^24 voxels a class and batch. With regions [2, R + 1], the first column 0 as they have no background.
+      [3, K] float32: 2 |P ∩ T|, |P| + |T| and |T|, with P and T the voxels that the prediction and the labels give a
+      class. Exact up to 2^24 voxels a class and batch. With regions [3, R + 1], the first column 0 as they have no
+      background.
     """
     predicted = hard_maps(logits, labels, targets, known)
     truth = truth_maps(labels, logits.shape[-1], targets, known)
     voxels = (0, 1, 2, 3)
-    counts = jnp.stack([2 * jnp.sum(predicted * truth, voxels), jnp.sum(predicted, voxels) + jnp.sum(truth, voxels)])
+    true = jnp.sum(truth, voxels)
+    counts = jnp.stack([2 * jnp.sum(predicted * truth, voxels), jnp.sum(predicted, voxels) + true, true])
     return jnp.pad(counts, ((0, 0), (1, 0))) if targets.regions else counts
 
 
@@ -39,21 +45,21 @@ def class_dice(counts: jax.Array) -> jax.Array:
     """Dice of each foreground class.
 
     Args:
-      counts: [..., 2, K], sums of `overlap_counts`; [..., 2, R + 1] of regions.
+      counts: [..., 3, K], sums of `overlap_counts`; [..., 3, R + 1] of regions.
 
     Returns:
-      [..., K - 1], without the background; NaN for a class that neither prediction nor labels contain.
+      [..., K - 1], without the background; NaN for a class that the labels do not contain.
     """
-    overlap, total = counts[..., 0, 1:], counts[..., 1, 1:]
-    present = total > 0
+    overlap, total, true = (counts[..., row, 1:] for row in range(3))
+    present = true > 0
     return jnp.where(present, overlap / jnp.where(present, total, 1), jnp.nan)
 
 
 def mean_dice(counts: jax.Array) -> jax.Array:
-    """Mean Dice over the foreground classes that prediction or labels contain.
+    """Mean Dice over the foreground classes that the labels contain.
 
     Args:
-      counts: [..., 2, K], sums of `overlap_counts`.
+      counts: [..., 3, K], sums of `overlap_counts`.
 
     Returns:
       [...]; NaN where there is no such class.

@@ -54,7 +54,7 @@ class Metrics:
     Attributes:
       loss: the total, scalar.
       losses: each level's own, [S].
-      counts: each level's `overlap_counts`, [S, 2, K]; with regions [S, 2, R + 1].
+      counts: each level's `overlap_counts`, [S, 3, K]; with regions [S, 3, R + 1].
       gradient_norm: of all gradients together, scalar; 0 where nothing learns.
     """
 

@@ -106,6 +106,6 @@ def named_values(metrics: Metrics, levels: Sequence[int]) -> dict[str, float]:
     values = {"loss": float(metrics.loss)}
     for level, loss, dice in zip(levels, metrics.losses, mean_dice(metrics.counts), strict=True):
         values[f"loss_level_{level}"] = float(loss)
-        if np.isfinite(dice):  # without any class in prediction or truth there is no Dice
+        if np.isfinite(dice):  # without any class in the labels there is no Dice
             values[f"dice_level_{level}"] = float(dice)
     return values
