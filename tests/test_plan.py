@@ -89,12 +89,21 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     caplog.set_level(logging.INFO)
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "autocontext_jax.main", "--config=configs/auto.py", f"--workdir={workdir}"]
-    command += [f"--config.data.root={phantoms}", "--config.plan.minutes=0.3"]
+    command += [f"--config.data.root={phantoms}"]
     command += [f"--config.{key}={value}" for key, value in SMALL.items()]
     cached = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, env={**os.environ, **cached}
-    )
+    for minutes in (0.4, 0.8, 1.6, 3.2):  # a slow machine has nothing left for training of the first
+        done = subprocess.run(
+            [*command, f"--config.plan.minutes={minutes}"],
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+            env={**os.environ, **cached},
+        )
+        if "and nothing of it is left for training" not in done.stderr:
+            break
+        assert done.returncode == 2
     assert done.returncode == 0, done.stderr
     assert "timing the training and the evaluation" in done.stderr
     plan, config = read_plan(workdir), read_config(workdir)
@@ -102,13 +111,15 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     assert len(list(tmp_path.glob("jit_step-*-cache"))) == 4
     assert plan.timed
     assert plan.values["train.steps"] == config.train.steps
-    assert "0.3 minutes in all" in plan.choices["train.steps"].reason
+    assert f"{minutes} minutes in all" in plan.choices["train.steps"].reason
     assert SMALL.keys() <= plan.given.keys()
     assert not SMALL.keys() & plan.values.keys()
     assert len(json.loads((workdir / "evaluation.json").read_bytes())["cases"]) == 2
     assert not (workdir / "timing").exists()
     assert read_fingerprint(config, workdir).survey.cases == 4  # what was learned of CT later leaves it there
-    again = automatic(phantoms, plan__minutes=0.3, **{key.replace(".", "__"): value for key, value in SMALL.items()})
+    again = automatic(
+        phantoms, plan__minutes=minutes, **{key.replace(".", "__"): value for key, value in SMALL.items()}
+    )
     assert run("train", again, Paths(workdir))
     assert "trained already" in caplog.text
     assert read_plan(workdir) == plan
@@ -161,6 +172,20 @@ def test_the_steps_are_those_that_the_rest_of_the_time_allows(phantoms, tmp_path
     assert fitted.train.checkpoint_every == -(-fitted.train.steps // 10)
     again = timing.fit_minutes(fitted, tmp_path, data, NO_EXTENSIONS, started=started - 100, runs=runs)
     assert again == fitted  # timed once
+
+
+def test_too_few_minutes_are_refused_before_the_training(phantoms, tmp_path, quick, monkeypatch):
+    config = automatic(phantoms, plan__minutes=10.0)
+    data = open_data(config, tmp_path)
+    config = make_plan(config, tmp_path, data, NO_EXTENSIONS)
+    monkeypatch.setattr(timing, "_time_training", lambda *arguments: (0.25, 11.0, 1.0))
+    started = time.monotonic() - 580  # 0.97 of 20 s are left, and 20 s are taken beside the steps
+    refused(
+        lambda: timing.fit_minutes(config, tmp_path, data, NO_EXTENSIONS, started=started),
+        "plan.minutes is 10, and nothing of it is left for training: 580 s have passed",
+    )
+    assert not read_plan(tmp_path).timed
+    assert timing.fit_minutes(config, tmp_path, data, NO_EXTENSIONS, started=time.monotonic()).train.steps > 1000
 
 
 def test_checkpoints_that_are_given_take_their_time(phantoms, tmp_path, quick, monkeypatch):

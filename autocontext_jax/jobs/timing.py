@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from autocontext_jax import processes
+from autocontext_jax.errors import UserError
 from autocontext_jax.files import write_json
 from autocontext_jax.jobs.config_files import config_from_flat
 from autocontext_jax.jobs.evaluate import evaluate_run, evaluate_validation
@@ -61,6 +62,9 @@ def fit_minutes(
 
     Returns:
       None if a signal ended it.
+
+    Raises:
+      UserError: no time is left for training.
     """
     folder = workdir / FOLDER
     processes.first_does(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a start that was killed
@@ -82,17 +86,24 @@ def fit_minutes(
     phases = len(config.phases())
     seconds = (1 - SPARE) * (left - scoring) / phases - beside
     if every := plan.given.get("train.checkpoint_every"):
-        steps = max(1, int(seconds / (step + checkpoint / every)))
+        steps = int(seconds / (step + checkpoint / every))
         further = steps / every * checkpoint
     else:
         further = 9 * checkpoint  # of the ten that a plan chooses; one is in the timed run
-        steps = max(1, int((seconds - further) / step))
+        steps = int((seconds - further) / step)
     beside, seconds = beside + further, seconds - further
     steps = min(processes.gather(steps))
     reason = (
         f"{config.plan.minutes:g} minutes in all: a step takes {step:.2g} s, start, validations and checkpoints "
         f"{beside:.0f} s, the evaluation {scoring:.0f} s; measured in {spent:.0f} s."
     )
+    if steps < 1:
+        raise UserError(
+            f"plan.minutes is {config.plan.minutes:g}, and nothing of it is left for training: "
+            f"{time.monotonic() - started:.0f} s have passed, {spent:.0f} s of them to time a step and the evaluation, "
+            f"and beside its steps each run takes {beside * phases + scoring:.0f} s for its start, validations, "
+            "checkpoints and evaluation; expected more minutes. Compiled programs are kept: another start is faster"
+        )
     if seconds < 0.5 * 60 * config.plan.minutes / runs / phases:
         log.warning("plan.minutes is %g, and only %.0f s of it are left for training", config.plan.minutes, seconds)
     chosen = Choices(plan.given)
