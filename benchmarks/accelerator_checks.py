@@ -152,7 +152,7 @@ def _batch(kind: Kind, images: list[np.ndarray], labels: list[np.ndarray]) -> Ba
     if kind.unknown:
         known = np.ones((len(labels[0]), 1 + len(kind.targets.regions) if kind.targets.regions else LABELS), bool)
         known[0, -1] = False
-    return jax.device_put(Batch(tuple(images), tuple(labels), known))
+    return Batch(*jax.device_put((tuple(images), tuple(labels), known)))
 
 
 def relative_error(found: Any, expected: Any) -> float:

@@ -161,14 +161,14 @@ def test_boxes_with_the_margin_of_the_field_of_view_equal_the_whole_scan(factors
 
 
 @pytest.mark.parametrize(
-    ("backend", "spacing", "expected"),
+    ("backend", "spacing", "few"),
     [
-        ("cpu", (1.0, 1.0, 1.0), (24, 56, 40)),
-        ("gpu", (1.0, 1.0, 1.0), (64, 64, 64)),
-        ("tpu", (math.inf, 1.0, 1.0), (scan_tiles.SLICES, 56, 40)),  # slices: they are small anyway
+        ("cpu", (1.0, 1.0, 1.0), False),
+        ("gpu", (1.0, 1.0, 1.0), True),
+        ("tpu", (math.inf, 1.0, 1.0), False),  # slices are small anyway
     ],
 )
-def test_small_sizes_are_those_of_accelerators(backend, spacing, expected, monkeypatch):
+def test_small_sizes_are_those_of_accelerators(backend, spacing, few, monkeypatch):
     """Also where the body begins anywhere in the scan."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     tiles = scan_tiles.ScanTiles(
@@ -177,7 +177,8 @@ def test_small_sizes_are_those_of_accelerators(backend, spacing, expected, monke
     )  # fmt: skip
     for low in (-1, 0, 5):
         chosen = tiles._choose([(low, low + 20), (low, low + 45), (low, low + 33)])
-        assert tuple(len(blend.weights) for blend, _ in chosen) == expected
+        sizes = [len(blend.weights) for blend, _ in chosen]
+        assert sizes == [64] * 3 if few else max(sizes) < 64
 
 
 @pytest.mark.parametrize("sizes", [(), SMALL], ids=["on a CPU", "on accelerators"])

@@ -117,10 +117,9 @@ def _small_box(regions: Sequence[tuple[int, int]], align: Triple, blend: MakeBle
         ]
         if not holding:
             return None
-        size = holding[0]
-        found.append((size, max(unit, (size - 2 * blend(size).border) // unit * unit)))
-    size, stride = zip(*found, strict=True)
-    return Box(size, stride, size)
+        found.append((holding[0], max(unit, (holding[0] - 2 * blend(holding[0]).border) // unit * unit)))
+    (z, z_stride), (y, y_stride), (x, x_stride) = found
+    return Box((z, y, x), (z_stride, y_stride, x_stride), (z, y, x))
 
 
 def tile_stride(size: int, margin: int, align: int) -> int:
