@@ -48,7 +48,7 @@ class Sizes:
 
 
 SMALL = Sizes(
-    matrix=128, vector=2**16, check={"width": 2, "depth": 2, "edge": 8, "batch": 1}, width=2, depth=2, edge=8, batch=1,
+    matrix=128, vector=2**16, check={"width": 2, "depth": 1, "edge": 8, "batch": 1}, width=2, depth=1, edge=8, batch=1,
     batches=(2,), steps=1, phantoms=(2, (24, 24, 24), (12.0, 12.0, 12.0)), scan=(12, 24, 24), tile=(16,),
 )  # fmt: skip
 

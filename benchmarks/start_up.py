@@ -1,6 +1,6 @@
 """Where does the time go when `--mode predict` is given one small scan?
 
-    python benchmarks/start_up.py [--size 96] [--width 8] [--rounds 3]
+    python benchmarks/start_up.py [--size 96] [--width 8] [--depth 4] [--rounds 3]
 
 A model file with random weights, two levels and eight classes predicts one scan, in a process of its own each time: the
 whole command, without kept programs and with them, in turn; and its parts, each measured by itself within one process.
@@ -52,12 +52,12 @@ print(json.dumps(times))
 def main() -> None:
     """Measures in turn and prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("size", 96), ("width", 8), ("rounds", 3)):
+    for name, default in (("size", 96), ("width", 8), ("depth", 4), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_files(folder, flags.size, flags.width)
+        make_files(folder, flags.size, flags.width, flags.depth)
         files = [str(folder / file) for file in ("model.autocontext", "scan.nii.gz", "mask.nii.gz")]
         kinds = {
             "without kept programs": {"JAX_COMPILATION_CACHE_DIR": ""},
@@ -82,7 +82,7 @@ def main() -> None:
     report(rows, machine=machine(), flags=vars(flags))
 
 
-def make_files(folder: Path, size: int, width: int) -> None:
+def make_files(folder: Path, size: int, width: int, depth: int) -> None:
     """A model file and a scan."""
     import jax
     from flax import nnx
@@ -100,8 +100,8 @@ def make_files(folder: Path, size: int, width: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     description = Description(
         name="model", license="CC0-1.0", classes=tuple(ClassDescription(f"class {n}", n) for n in range(8)),
-        network=NetworkDescription(name="unet", base_channels=width), pyramid=PyramidConfig(), image=ct_image(),
-        levels=LevelGrids((2.0, 1.0)), trained_spacing=((1.0,) * 3, (1.0,) * 3),
+        network=NetworkDescription(name="unet", base_channels=width, depth=depth), pyramid=PyramidConfig(),
+        image=ct_image(), levels=LevelGrids((2.0, 1.0)), trained_spacing=((1.0,) * 3, (1.0,) * 3),
         tiling=Tiling((0,), PredictorConfig.margin, crop_to_body=True, flip=False), training={}, evaluation={},
     )  # fmt: skip
     pyramid = make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0)

@@ -64,7 +64,7 @@ def test_predict_scan():
 
 
 def test_start_up():
-    without, kept = rows("start_up.py", "--size 16 --width 1 --rounds 1")
+    without, kept = rows("start_up.py", "--size 16 --width 1 --depth 1 --rounds 1")
     assert without.keys() >= {"whole command", "import", "load the model", "compile", "predict"}
     assert kept["whole command"] > 0
 
