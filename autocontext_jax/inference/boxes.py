@@ -18,7 +18,7 @@ SMALLEST = 64  # voxels along an axis of a box that does not hold the level alon
 # Voxels of a box beyond which a larger one hardly computes fewer: its overlap is some percent by then.
 LARGEST = 8 << 20
 # On accelerators: sizes along each axis of a box that holds all of a small level. One H200 computes the paper's network
-# for 128^3 voxels in about 10 ms, and took up to 36 s to compile a program of one size, as it times cuDNN's algorithms.
+# for 128^3 voxels in about 10 ms, and took up to 40 s to compile a program of one size, as it times cuDNN's algorithms.
 SMALL = (64, 96, 128)
 
 

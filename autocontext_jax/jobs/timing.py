@@ -87,7 +87,7 @@ def fit_minutes(
     seconds = (1 - SPARE) * (left - scoring) / phases - beside
     if every := plan.given.get("train.checkpoint_every"):
         steps = int(seconds / (step + checkpoint / every))
-        further = steps / every * checkpoint
+        further = max(0, steps) / every * checkpoint
     else:
         further = 9 * checkpoint  # of the ten that a plan chooses; one is in the timed run
         steps = int((seconds - further) / step)
@@ -98,11 +98,13 @@ def fit_minutes(
         f"{beside:.0f} s, the evaluation {scoring:.0f} s; measured in {spent:.0f} s."
     )
     if steps < 1:
+        needed = beside * phases + scoring
+        shared = f" for the {runs} runs that share them" if runs > 1 else ""
         raise UserError(
             f"plan.minutes is {config.plan.minutes:g}, and nothing of it is left for training: "
-            f"{time.monotonic() - started:.0f} s have passed, {spent:.0f} s of them to time a step and the evaluation, "
-            f"and beside its steps each run takes {beside * phases + scoring:.0f} s for its start, validations, "
-            "checkpoints and evaluation; expected more minutes. Compiled programs are kept: another start is faster"
+            f"{time.monotonic() - started:.0f} s have passed, {spent:.0f} s of them to time what follows, and each run "
+            f"takes {needed:.0f} s beside its steps, for start, validations, checkpoints and what evaluates it; expected "
+            f"more minutes{shared}. Another start is faster where compiled programs are kept"
         )
     if seconds < 0.5 * 60 * config.plan.minutes / runs / phases:
         log.warning("plan.minutes is %g, and only %.0f s of it are left for training", config.plan.minutes, seconds)
