@@ -103,7 +103,7 @@ def fit_minutes(
         raise UserError(
             f"plan.minutes is {config.plan.minutes:g}, and nothing of it is left for training: "
             f"{time.monotonic() - started:.0f} s have passed, {spent:.0f} s of them to time what follows, and each run "
-            f"takes {needed:.0f} s beside its steps, for start, validations, checkpoints and what evaluates it; expected "
+            f"takes {needed:.0f} s beside its steps, for start, validations, checkpoints and its evaluation; expected "
             f"more minutes{shared}. Another start is faster where compiled programs are kept"
         )
     if seconds < 0.5 * 60 * config.plan.minutes / runs / phases:
