@@ -13,7 +13,7 @@ from training_program import Calls, TrainingProgram, in_turn
 
 from autocontext_jax.data.labels import IGNORE
 from autocontext_jax.geometry import CUBES, Spacing
-from autocontext_jax.images.spec import Channel, ImageSpec
+from autocontext_jax.images.spec import CT, Channel, ImageSpec
 from autocontext_jax.models.activations import activate
 from autocontext_jax.models.blocks import NetworkConfig
 from autocontext_jax.models.pyramid import PyramidConfig, make_pyramid
@@ -27,6 +27,7 @@ from autocontext_jax.training.targets import CLASSES, Targets
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 FACTORS = {"float32": 3.0, "bfloat16": 1.5}
 LABELS = 8  # 0 and seven organs
+DICE = LossConfig()  # of the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Kind:
       unknown: whether the first sample of a batch does not annotate the last class or region.
     """
 
-    loss: LossConfig = LossConfig()  # noqa: RUF009 (frozen)
+    loss: LossConfig = DICE
     norm: str = "batch"
     spacing: Spacing = CUBES
     channels: int = 1
@@ -125,7 +126,7 @@ def against_the_cpu(kind: Kind, *, width: int, depth: int, edge: int, batch: int
 
 def _pyramid(kind: Kind) -> PyramidConfig:
     """Two levels."""
-    image = PyramidConfig().image
+    image = CT
     if kind.channels > 1:
         image = ImageSpec(tuple(Channel(f"MR {number}", "zscore") for number in range(kind.channels)))
     outputs, activation = len(kind.targets.regions) or LABELS, kind.targets.activation

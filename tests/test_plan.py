@@ -90,13 +90,13 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "autocontext_jax.main", "--config=configs/auto.py", f"--workdir={workdir}"]
     command += [f"--config.data.root={phantoms}"]
-    command += [*(f"--config.{key}={value}" for key, value in SMALL.items()), "the minutes"]
+    command += [f"--config.{key}={value}" for key, value in SMALL.items()]
     cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for minutes in (0.7, 4.0):  # a slow machine has nothing left for training of the first
-        command[-1] = f"--config.plan.minutes={minutes}"
+        timed = [*command, f"--config.plan.minutes={minutes}"]
         cached["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / f"programs_{minutes}")
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, env={**os.environ, **cached}
+            timed, cwd=ROOT, capture_output=True, encoding="utf-8", check=False, env={**os.environ, **cached}
         )
         if "nothing of it is left for training" not in done.stderr:
             break
@@ -171,15 +171,17 @@ def test_the_steps_are_those_that_the_rest_of_the_time_allows(phantoms, tmp_path
     assert again == fitted  # timed once
 
 
-def test_too_few_minutes_are_refused_before_the_training(phantoms, tmp_path, quick, monkeypatch):
-    config = automatic(phantoms, plan__minutes=10.0)
+@pytest.mark.parametrize(("given", "beside"), [({}, 20), ({"train__checkpoint_every": 4}, 11)])
+def test_too_few_minutes_are_refused_before_the_training(phantoms, tmp_path, quick, monkeypatch, given, beside):
+    config = automatic(phantoms, plan__minutes=10.0, **given)
     data = open_data(config, tmp_path)
     config = make_plan(config, tmp_path, data, NO_EXTENSIONS)
     monkeypatch.setattr(timing, "_time_training", lambda *arguments: (0.25, 11.0, 1.0))
-    started = time.monotonic() - 580  # 0.97 of 20 s are left, and 20 s are taken beside the steps
+    started = time.monotonic() - 590  # less is left than is taken beside the steps
     refused(
         lambda: timing.fit_minutes(config, tmp_path, data, NO_EXTENSIONS, started=started),
-        "plan.minutes is 10, and nothing of it is left for training: 580 s have passed",
+        "plan.minutes is 10, and nothing of it is left for training: 590 s have passed",
+        f"each run takes {beside} s beside its steps",
     )
     assert not read_plan(tmp_path).timed
     assert timing.fit_minutes(config, tmp_path, data, NO_EXTENSIONS, started=time.monotonic()).train.steps > 1000

@@ -89,8 +89,8 @@ def choose_box(
         # Of several tiles the stride is one of the sizes; each tile is larger than the stride by two margins.
         strides = {size + -(-2 * margin // unit) * unit: size for size in sizes}
         for size in sorted({*strides, *sizes}):
-            if axis_count(low, high, size, blend(size).border, stride=size, align=unit) == 1:
-                choices.append((size, max(unit, (size - 2 * blend(size).border) // unit * unit), 1))
+            if _holds(size, (low, high), unit, blend):
+                choices.append((size, _stride_of_one(size, unit, blend), 1))
                 break
             if size >= SMALLEST and size in strides:
                 count = axis_count(low, high, size, blend(size).border, stride=strides[size], align=unit)
@@ -109,17 +109,26 @@ def choose_box(
 
 def _small_box(regions: Sequence[tuple[int, int]], align: Triple, blend: MakeBlend, small: Sequence[int]) -> Box | None:
     """The box of `small` sizes that holds all of a level; None if none does."""
-    found = []
-    for (low, high), unit in zip(regions, align, strict=True):
-        sizes = [-(-size // unit) * unit for size in small]
-        holding = [
-            size for size in sizes if axis_count(low, high, size, blend(size).border, stride=size, align=unit) == 1
-        ]
-        if not holding:
+    sizes, strides = [], []
+    for region, unit in zip(regions, align, strict=True):
+        aligned = (-(-size // unit) * unit for size in small)
+        size = next((size for size in aligned if _holds(size, region, unit, blend)), None)
+        if size is None:
             return None
-        found.append((holding[0], max(unit, (holding[0] - 2 * blend(holding[0]).border) // unit * unit)))
-    (z, z_stride), (y, y_stride), (x, x_stride) = found
+        sizes.append(size)
+        strides.append(_stride_of_one(size, unit, blend))
+    (z, y, x), (z_stride, y_stride, x_stride) = sizes, strides
     return Box((z, y, x), (z_stride, y_stride, x_stride), (z, y, x))
+
+
+def _holds(size: int, region: tuple[int, int], unit: int, blend: MakeBlend) -> bool:
+    """Whether one tile of a size covers the voxels [low, high) of a level along an axis."""
+    return axis_count(*region, size, blend(size).border, stride=size, align=unit) == 1
+
+
+def _stride_of_one(size: int, unit: int, blend: MakeBlend) -> int:
+    """The stride of a single tile along an axis: a multiple of the unit within which no weight is zero."""
+    return max(unit, (size - 2 * blend(size).border) // unit * unit)
 
 
 def tile_stride(size: int, margin: int, align: int) -> int:

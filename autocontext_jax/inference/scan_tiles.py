@@ -55,7 +55,7 @@ class ScanTiles:
         self._step = 8 if on_cpu else 4
         self._small = SMALL if not on_cpu and all(np.isfinite(pyramid.spacing)) else ()
         # To measure what a voxel takes is to compile a program too.
-        self._unmeasured = max(FITS, SMALL[-1] ** 3 if self._small else 0)
+        self._unmeasured = SMALL[-1] ** 3 if self._small else FITS
         self._too_large = math.inf  # voxels of the smallest tile that did not fit
 
     def plan(

@@ -93,10 +93,6 @@ def fit_minutes(
         steps = int((seconds - further) / step)
     beside, seconds = beside + further, seconds - further
     steps = min(processes.gather(steps))
-    reason = (
-        f"{config.plan.minutes:g} minutes in all: a step takes {step:.2g} s, start, validations and checkpoints "
-        f"{beside:.0f} s, the evaluation {scoring:.0f} s; measured in {spent:.0f} s."
-    )
     if steps < 1:
         needed = beside * phases + scoring
         shared = f" for the {runs} runs that share them" if runs > 1 else ""
@@ -108,6 +104,10 @@ def fit_minutes(
         )
     if seconds < 0.5 * 60 * config.plan.minutes / runs / phases:
         log.warning("plan.minutes is %g, and only %.0f s of it are left for training", config.plan.minutes, seconds)
+    reason = (
+        f"{config.plan.minutes:g} minutes in all: a step takes {step:.2g} s, start, validations and checkpoints "
+        f"{beside:.0f} s, the evaluation {scoring:.0f} s; measured in {spent:.0f} s."
+    )
     chosen = Choices(plan.given)
     topics.choose_steps(chosen, steps, reason)
     made = plan.with_choices(chosen.made, timed=True)
