@@ -5,8 +5,8 @@
     model = ac.load("liver.autocontext")
     mask = model.predict("scan.nii.gz")
 
-See `load`, `Model`, `plan`, `train`, `evaluate`, `default_config`. A mistake of the user raises `UserError`, with one
-line that says what is wrong and what to do.
+See `load`, `Model`, `ensemble`, `plan`, `train`, `evaluate`, `default_config`. A mistake of the user raises
+`UserError`, with one line that says what is wrong and what to do.
 """
 
 import importlib
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 __version__: str
 
 if TYPE_CHECKING:
-    from autocontext_jax.api import Model, default_config, evaluate, load, plan, train
+    from autocontext_jax.api import Model, default_config, ensemble, evaluate, load, plan, train
     from autocontext_jax.errors import UserError
 
-__all__ = ["Model", "UserError", "default_config", "evaluate", "load", "plan", "train"]
+__all__ = ["Model", "UserError", "default_config", "ensemble", "evaluate", "load", "plan", "train"]
 
 
 def __getattr__(name: str) -> Any:

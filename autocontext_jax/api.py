@@ -12,6 +12,7 @@ from autocontext_jax import runtime
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.report import read_evaluation
 from autocontext_jax.files import full_path
+from autocontext_jax.inference.ensemble import ensemble as ensemble
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs import config_files, run
 from autocontext_jax.jobs.evaluate import evaluation_folder
@@ -36,7 +37,7 @@ def load(path: str | Path, *, networks: Named | None = None, **options: Any) -> 
     """The trained model of a model file or of a run folder.
 
     Args:
-      path: of the file NAME.autocontext, or of the folder.
+      path: of the file NAME.autocontext, or of the folder; of a cross-validation it is the ensemble of its folds.
       networks: classes of networks from outside the package, by the name that the model has for them. A model file
         names its network; it is never imported.
       options: what prediction changes: `tile`, `margin`, `memory`, `crop_to_body` and `flip` as in
@@ -125,7 +126,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Predicts and scores the scans that a run has held out, and writes its tables.
 
-    Of a cross-validation these are the validation cases of the folds that are trained to their end.
+    Of a cross-validation these are the validation cases of the folds that are trained to their end. With `root` the
+    ensemble of these folds is scored on another data set.
 
     Args:
       workdir: the run folder.

@@ -90,8 +90,8 @@ def make_files(folder: Path, size: int, width: int, depth: int) -> None:
     from autocontext_jax.data.store.level_grids import LevelGrids
     from autocontext_jax.images import scans
     from autocontext_jax.images.spec import ct_image
+    from autocontext_jax.inference.description import ClassDescription, Description, NetworkDescription, Tiling
     from autocontext_jax.inference.model import Model
-    from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
     from autocontext_jax.inference.tiling import PredictorConfig
     from autocontext_jax.models.pyramid import PyramidConfig, make_pyramid
     from autocontext_jax.models.unet import UNet
@@ -106,7 +106,7 @@ def make_files(folder: Path, size: int, width: int, depth: int) -> None:
     )  # fmt: skip
     pyramid = make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0)
     pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
-    Model(description, pyramid, PredictorConfig()).save(folder / "model.autocontext")
+    Model(description, [pyramid], PredictorConfig()).save(folder / "model.autocontext")
     voxels = np.random.default_rng(0).integers(-300, 300, (size,) * 3, dtype=np.int16)
     scans.write_scan(folder / "scan.nii.gz", voxels, (1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0))
 

@@ -9,15 +9,8 @@ from flax import nnx
 
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.images.spec import ct_image
-from autocontext_jax.inference.model_file import (
-    DESCRIPTION,
-    ClassDescription,
-    Description,
-    NetworkDescription,
-    Tiling,
-    _checksum,
-    write_model,
-)
+from autocontext_jax.inference.description import ClassDescription, Description, NetworkDescription, Tiling
+from autocontext_jax.inference.model_file import DESCRIPTION, _checksum, write_model
 from autocontext_jax.models.pyramid import PyramidConfig
 
 

@@ -1,5 +1,6 @@
 """Cross-validation as a job: a run folder for each fold, every case scored once by the model that has not seen it."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -172,15 +173,67 @@ def test_a_report_of_all_folds(whole, tmp_path, monkeypatch):
     assert len(list(workdir.glob("fold_*/validation/pictures/*_surfaces.png"))) == 3
 
 
-def test_what_needs_one_model_or_one_run_names_a_fold(whole, phantoms, tmp_path):
-    config = read_config(whole)
-    for use in (
-        lambda: ac.load(whole),
-        lambda: run("export", config, Paths(whole, target=tmp_path / "x.autocontext")),
-        lambda: run("predict", config, Paths(whole, source=phantoms / "imagesTs", target=tmp_path / "masks")),
-    ):
-        refused(use, "holds the folds of a cross-validation, each with a model of its own", whole / "fold_0")
-    refused(lambda: ac.evaluate(whole, root=str(phantoms)), "expected it with the folder of one fold")
+def test_the_folder_of_all_folds_is_the_ensemble_of_their_models(whole, phantoms, tmp_path):
+    folds = [ac.load(whole / f"fold_{number}") for number in range(2)]
+    expected = ac.ensemble(folds, name=whole.name)
+    together = ac.load(whole)
+    assert [member.name for member in together.description.members] == ["fold_0", "fold_1"]
+    windows = [member.image.channels[0].window for member in together.description.members]
+    assert windows == [fold.description.image.channels[0].window for fold in folds]
+    scores = together.description.evaluation
+    assert scores["cases_are"] == "5 cases, each scored by the model of the fold that was not trained on it"
+    assert scores["dice"]["liver"]["avg"] == evaluation(whole)["summary"]["level_1"]["liver"]["dice"]["avg"]
+    assert dataclasses.replace(together.description, evaluation={}) == expected.description
+    scan = next((phantoms / "imagesTs").glob("*.nii.gz"))
+    mask, maps = (sitk.GetArrayFromImage(made) for made in together.predict(scan, probabilities=True, progress=False))
+    average = sum(sitk.GetArrayFromImage(fold.predict(scan, probabilities=True, progress=False)[1]) for fold in folds)
+    np.testing.assert_allclose(maps, average / 2, atol=3e-3)
+    config, file = read_config(whole), tmp_path / "x.autocontext"
+    run("export", config, Paths(whole, target=file))
+    exported = ac.load(file)
+    assert exported.description == dataclasses.replace(together.description, name="x")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(exported.predict(scan, progress=False)), mask)
+    assert run("predict", config, Paths(whole, source=phantoms / "imagesTs", target=tmp_path / "masks"))
+    (written,) = (tmp_path / "masks").glob("*")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(written)), mask)
+
+
+def test_a_table_of_other_models_is_not_the_evaluation_of_the_ensemble(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    assert ac.load(workdir, margin=4).description.evaluation == {}  # they would predict otherwise
+    table = evaluation(workdir)
+    table["cases"]["phantom_000"]["level_1"]["liver"]["dice"] = 0.5
+    (workdir / "evaluation.json").write_text(json.dumps(table))
+    assert ac.load(workdir).description.evaluation == {}
+
+
+def test_one_fold_is_used_by_its_number(whole, phantoms, tmp_path):
+    run("export", small(phantoms, 1), Paths(whole, target=tmp_path / "one.autocontext"))
+    found, expected = ac.load(tmp_path / "one.autocontext").description, ac.load(whole / "fold_1").description
+    assert (found.members, found.training) == ((), expected.training)
+
+
+def test_an_ensemble_is_scored_on_another_data_set(whole, phantoms, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    result = ac.evaluate(workdir, root=str(phantoms))
+    assert result["cases_are"] == "6 labelled cases of data, predicted by the ensemble of fold_0, fold_1"
+    assert result["settings"]["step"] == {"fold_0": 4, "fold_1": 4}
+    assert evaluation(workdir / "on_data") == result
+    assert evaluation(workdir) == evaluation(whole)
+
+
+def test_folds_that_are_not_trained_are_named(whole, tmp_path, caplog):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(workdir / "fold_0" / "checkpoints")
+    model = ac.load(workdir)
+    assert "the ensemble has 1 of 2 folds; not trained to their end: 0" in caplog.text
+    assert model.description.members == ()
+    assert model.description.evaluation["cases_are"] == "2 validation cases"
+    shutil.rmtree(workdir / "fold_1" / "checkpoints")
+    refused(lambda: ac.load(workdir), "no fold of", "is trained to its end: train there first")
+
+
+def test_a_fold_is_no_run_of_its_own(whole, phantoms):
     refused(
         lambda: run("train", small(phantoms, 1), Paths(whole / "fold_1")),
         "is fold 1 of a cross-validation", f"--workdir {whole.resolve()} --config.data.fold=1",

@@ -14,8 +14,8 @@ from random_models import with_random_weights
 from small_model import DESCRIPTION_OF_SCALE
 
 from autocontext_jax.images import scans
+from autocontext_jax.inference.description import NetworkDescription
 from autocontext_jax.inference.model import Model
-from autocontext_jax.inference.model_file import NetworkDescription
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.pyramid import make_pyramid
 from autocontext_jax.models.unet import UNet
@@ -69,7 +69,7 @@ def test_kept_programs_give_the_same_mask_also_where_they_are_damaged(tmp_path):
         lambda: make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0), seed=3
     )
     pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
-    Model(description, pyramid, PredictorConfig()).save(model)
+    Model(description, [pyramid], PredictorConfig()).save(model)
     voxels = np.random.default_rng(0).integers(-300, 300, (40, 70, 60), dtype=np.int16)
     scans.write_scan(source, voxels, (1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0))
 

@@ -24,16 +24,9 @@ from small_model import (
 
 import autocontext_jax as ac
 from autocontext_jax.errors import InvalidField, UserError
+from autocontext_jax.inference.description import ClassDescription, Tiling
 from autocontext_jax.inference.model import load_file
-from autocontext_jax.inference.model_file import (
-    CARD,
-    DESCRIPTION,
-    WEIGHTS,
-    ClassDescription,
-    Tiling,
-    read_model,
-    write_model,
-)
+from autocontext_jax.inference.model_file import CARD, DESCRIPTION, WEIGHTS, read_model, write_model
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.jobs.saved_config import config_of_model
 

@@ -94,6 +94,12 @@ class ImageSpec:
         return all(channel.window for channel in self.channels if channel.is_ct)
 
     @property
+    def declared(self) -> "ImageSpec":
+        """The same without what was learned from the training scans."""
+        channels = tuple(Channel(channel.name, channel.normalization) for channel in self.channels)
+        return dataclasses.replace(self, channels=channels)
+
+    @property
     def ct(self) -> tuple[int, ...]:
         """Numbers of the channels that are CT."""
         return tuple(number for number, channel in enumerate(self.channels) if channel.is_ct)

@@ -18,19 +18,14 @@ from autocontext_jax.images.checks import numbers
 from autocontext_jax.images.in_memory import Image, array_of_image, as_image, image_of_array
 from autocontext_jax.images.intensity import looks_like_ct
 from autocontext_jax.images.spec import ImageSpec
+from autocontext_jax.inference.description import Description, MemberDescription
 from autocontext_jax.inference.model_card import model_card
-from autocontext_jax.inference.model_file import (
-    SUFFIX,
-    Description,
-    check_weights,
-    flat_name,
-    read_model,
-    write_model,
-)
+from autocontext_jax.inference.model_file import SUFFIX, check_weights, flat_name, read_model, write_model
 from autocontext_jax.inference.predictor import Predictor
 from autocontext_jax.inference.tile_programs import ONCE, Mirroring
 from autocontext_jax.inference.tiling import PredictorConfig
 from autocontext_jax.models.backbones import BACKBONES
+from autocontext_jax.models.ensemble import Ensemble
 from autocontext_jax.models.pyramid import Pyramid, check_size, divisor, make_pyramid
 from autocontext_jax.training.state import inference_model
 
@@ -41,17 +36,18 @@ log = logging.getLogger(__name__)
 
 
 class Model:
-    """A trained pyramid with all that its use needs. It predicts; nothing changes it.
+    """A trained pyramid, or an ensemble of several, with all that its use needs. It predicts; nothing changes it.
 
     Attributes:
       description: classes, network, levels, and how it was trained and scored.
+      tiling: how scans are divided into tiles.
     """
 
-    def __init__(self, description: Description, pyramid: Pyramid, config: PredictorConfig):
-        self.description = description
-        self._pyramid = pyramid
+    def __init__(self, description: Description, pyramids: Sequence[Pyramid], config: PredictorConfig):
+        self.description, self.tiling = description, config
+        self._pyramid: Pyramid | Ensemble = Ensemble(pyramids) if len(pyramids) > 1 else pyramids[0]
         self._predictor = Predictor(
-            pyramid,
+            self._pyramid,
             config,
             align=divisor(description.network.alone(), description.full_pyramid),
             mirroring=_mirroring(description),
@@ -61,6 +57,13 @@ class Model:
     def classes(self) -> dict[str, int]:
         """The value of each class in a mask, background first."""
         return {entry.name: entry.value for entry in self.description.classes}
+
+    @property
+    def members(self) -> list[tuple[MemberDescription, Pyramid]]:
+        """What its maps are averages of; a single pyramid is its own only member."""
+        own = self.description
+        described = own.members or (MemberDescription(own.name, own.image, own.training, own.evaluation),)
+        return list(zip(described, self._pyramids(), strict=True))
 
     def predict(
         self,
@@ -175,11 +178,18 @@ class Model:
         Raises:
           UserError: it cannot be written.
         """
-        _, *states = nnx.split(self._pyramid, nnx.Param, ...)
-        weights = {flat_name(keys): np.asarray(leaf) for state in states for keys, leaf in _leaves(state)}
+        weights = {
+            flat_name(keys, number): np.asarray(leaf)
+            for number, pyramid in _numbered(self._pyramids())
+            for state in nnx.split(pyramid, nnx.Param, ...)[1:]
+            for keys, leaf in _leaves(state)
+        }
         path = full_path(path)
         named = dataclasses.replace(self.description, name=path.name.removesuffix(SUFFIX))
         write_model(path, named, weights, model_card(named))
+
+    def _pyramids(self) -> list[Pyramid]:
+        return self._pyramid.members() if isinstance(self._pyramid, Ensemble) else [self._pyramid]
 
     def _valued(self, mask: np.ndarray) -> np.ndarray:
         """The values of classes in the place of their numbers."""
@@ -211,14 +221,22 @@ def load_file(path: Path, networks: Mapping[str, Any], options: Mapping[str, Any
         return make_pyramid(known[name], description.network.alone(), description.full_pyramid, seed=0)
 
     graph, *like = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
-    shapes = {flat_name(keys): leaf for state in like for keys, leaf in _leaves(state)}
-    check_weights(path, weights, shapes)
+    images = _numbered([member.image for member in description.members] or [description.image])
+    leaves = [(keys, leaf) for state in like for keys, leaf in _leaves(state)]
+    check_weights(path, weights, {flat_name(keys, number): leaf for number, _ in images for keys, leaf in leaves})
 
-    def filled(state: Any) -> Any:
-        flat = nnx.to_flat_state(state)
-        return nnx.from_flat_state([(keys, leaf.replace(jnp.asarray(weights[flat_name(keys)]))) for keys, leaf in flat])
+    def filled(number: int, image: ImageSpec) -> Pyramid:
+        def fill(state: Any) -> Any:
+            return nnx.from_flat_state(
+                (keys, leaf.replace(jnp.asarray(weights[flat_name(keys, number)])))
+                for keys, leaf in nnx.to_flat_state(state)
+            )
 
-    return Model(description, inference_model(graph, *map(filled, like)), config)
+        pyramid = inference_model(graph, *map(fill, like))
+        pyramid.config = dataclasses.replace(pyramid.config, image=image)
+        return pyramid
+
+    return Model(description, [filled(number, image) for number, image in images], config)
 
 
 def tiled(description: Description, options: Mapping[str, Any]) -> tuple[Description, PredictorConfig]:
@@ -280,6 +298,11 @@ def _read(scan: Any, spacing: Any, direction: Any, series: str | None, image: Im
     if spacing is None:
         raise UserError("an array is given without its spacing; expected spacing=(z, y, x) in mm")
     return scans.scan_of_image(image_of_array(scan, spacing, direction), image)
+
+
+def _numbered(members: Sequence[Any]) -> list[tuple[int, Any]]:
+    """The members of an ensemble with their numbers, from 1; a single one has the number 0, see `flat_name`."""
+    return list(enumerate(members, start=1 if len(members) > 1 else 0))
 
 
 def _leaves(state: Any) -> list[tuple[tuple[Any, ...], Any]]:

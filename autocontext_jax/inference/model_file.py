@@ -1,13 +1,13 @@
 """The model file NAME.autocontext: a zip of weights, a description of them, and a model card.
 
-    model.json           `Description`, with the format's number and SHA-256 checksums of the other parts
-    weights.safetensors  every parameter and running average, by its path in the network
+    model.json           `description.Description`, with the format's number and SHA-256 checksums of the other parts
+    weights.safetensors  every parameter and running average, by its path in the network; of an ensemble those of each
+                         member
     README.md            the model card, for people
 
 Reading it executes nothing: safetensors holds numbers alone, JSON holds texts, and no name in it is imported.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -21,14 +21,10 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from autocontext_jax.data.augmentation_ranges import AXES
-from autocontext_jax.data.store.level_grids import LevelGrids
-from autocontext_jax.errors import UserError, require
+from autocontext_jax.errors import UserError
 from autocontext_jax.files import exists, write_whole, writing
-from autocontext_jax.images.spec import ImageSpec
+from autocontext_jax.inference.description import Description
 from autocontext_jax.inference.tiling import PredictorConfig
-from autocontext_jax.models.blocks import NetworkConfig
-from autocontext_jax.models.pyramid import PyramidConfig
 from autocontext_jax.sections import as_dict, from_dict
 
 FORMAT = 1  # raise it when what is written changes its meaning
@@ -36,139 +32,6 @@ SUFFIX = ".autocontext"
 
 DESCRIPTION, WEIGHTS, CARD = "model.json", "weights.safetensors", "README.md"
 LARGEST_TEXT = 2**24  # bytes of the description and of the card
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassDescription:
-    """A class of voxels.
-
-    Attributes:
-      name: as the data set calls it.
-      value: of its voxels in a mask.
-      color: (red, green, blue), 0 to 255, for display; () for none.
-      code: of the class in a terminology, "SCHEME:VALUE:MEANING" such as "SCT:10200004:Liver"; "" for none.
-      members: of a region the values of the labels that it is made up of; () for the background and ordinary classes.
-    """
-
-    name: str
-    value: int
-    color: tuple[int, ...] = ()
-    code: str = ""
-    members: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        require(0 <= self.value < 2**31, self, "value", "a number from 0 to 2147483647")
-        good = len(self.color) in (0, 3) and all(0 <= part <= 255 for part in self.color)
-        require(good, self, "color", "three numbers from 0 to 255, or none")
-
-
-@dataclasses.dataclass(frozen=True)
-class NetworkDescription(NetworkConfig):
-    """The network of every level.
-
-    Attributes:
-      name: of its class: one of `models.backbones`, or one that the caller passes.
-    """
-
-    name: str = "unet"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How scans are divided into tiles unless the caller says otherwise, see `tiling.PredictorConfig`.
-
-    Attributes:
-      tile: (z, y, x) voxels, or one number for all axes; (0,) chooses boxes, which a network that normalises by each
-        sample cannot have.
-      margin: voxels by which a tile reaches beyond the middle between it and the next.
-      crop_to_body: whether only the box around the body is predicted.
-      flip: whether every tile is also predicted mirrored, along all combinations of `flip_axes`.
-      flip_classes: the class that each class becomes where x is mirrored, which exchanges left and right; () if the
-        network has not learned from exchanged sides.
-      flip_axes: along which the network has learned from mirrored patches, letters of "zyx"; "" for none.
-    """
-
-    tile: tuple[int, ...]
-    margin: int
-    crop_to_body: bool
-    flip: bool
-    flip_classes: tuple[int, ...] = ()
-    flip_axes: str = ""
-
-    def __post_init__(self):
-        PredictorConfig(self.tile, self.margin)
-        axes = "".join(axis for axis in AXES if axis in self.flip_axes)
-        require(axes == self.flip_axes, self, "flip_axes", f'some of the letters "{AXES}", in this order')
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What a trained model is.
-
-    Attributes:
-      name: of the model.
-      license: under which the weights may be used; "" if nobody said.
-      classes: [K], background first; the number of a class in the network's output is its place here. If they are
-        regions, which may overlap, the network has no output for the background, and `value` is what a mask shows of
-        the last region that holds a voxel.
-      network: of every level.
-      pyramid: how the levels are connected.
-      image: the channels, and how they are normalised.
-      levels: the model's levels, coarsest first.
-      trained_spacing: the smallest and the largest spacing of the training scans along each axis, mm, (z, y, x); () if
-        they are not known.
-      tiling: of whole scans.
-      training: how it was trained, for people.
-      evaluation: how it was scored and how well, for people; {} if it was not.
-    """
-
-    name: str
-    license: str
-    classes: tuple[ClassDescription, ...]
-    network: NetworkDescription
-    pyramid: PyramidConfig
-    image: ImageSpec
-    levels: LevelGrids
-    trained_spacing: tuple[tuple[float, float, float], ...]
-    tiling: Tiling
-    training: dict
-    evaluation: dict
-
-    def __post_init__(self):
-        require(2 <= len(self.classes) <= 256, self, "classes", "2 to 256 classes, background first")
-        values = [entry.value for entry in self.classes]
-        require(len(set(values)) == len(values) and values[0] == 0, self, "classes",
-                "classes of different values, the first of which is 0")  # fmt: skip
-        require(self.image.learned, self, "image", "channels of CT with a window")
-        described = [bool(entry.members) for entry in self.classes]
-        require(not described[0] and len(set(described[1:])) == 1, self, "classes",
-                "members of all classes but the background, or of none")  # fmt: skip
-        require(len(self.trained_spacing) in (0, 2), self, "trained_spacing", "the smallest and the largest, or none")
-        require(self.levels.unit == "voxels" or bool(self.levels.finest_spacing), self, "levels", "a finest_spacing")
-        flipped = self.tiling.flip_classes
-        numbers = list(range(len(self.classes))) if "x" in self.tiling.flip_axes else []
-        require(sorted(flipped) == numbers, self, "tiling",
-                "a permutation of the classes as flip_classes if x is one of flip_axes, else none")  # fmt: skip
-        boxes = PredictorConfig(self.tiling.tile).boxes
-        require(not boxes or not self.network.normalizes_by_sample, self, "tiling",
-                f"a tile with the norm {self.network.norm}, on whose size results depend")  # fmt: skip
-
-    @property
-    def regions(self) -> bool:
-        """Whether the classes are regions."""
-        return bool(self.classes[1].members)
-
-    @property
-    def full_pyramid(self) -> PyramidConfig:
-        """The pyramid's configuration with the fields that other parts of the description determine."""
-        return dataclasses.replace(
-            self.pyramid,
-            levels=len(self.levels.factors),
-            classes=len(self.classes) - self.regions,
-            activation="sigmoid" if self.regions else "softmax",
-            image=self.image,
-            spacing=self.levels.relative_spacing,
-        )
 
 
 def write_model(path: Path, description: Description, weights: Mapping[str, np.ndarray], card: str) -> None:
@@ -186,7 +49,10 @@ def write_model(path: Path, description: Description, weights: Mapping[str, np.n
     if other := [name for name, array in weights.items() if array.dtype.kind not in "biuf"]:
         raise UserError(f"the array {other[0]} is {weights[other[0]].dtype}; expected float32 or another NumPy type")
     parts = {WEIGHTS: safetensors.numpy.save(dict(weights)), CARD: card.encode()}
-    content = {"format": FORMAT, "model": as_dict(description)}
+    model = as_dict(description)
+    if not description.members:
+        del model["members"]  # earlier versions do not know the key
+    content = {"format": FORMAT, "model": model}
     content["parts"] = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
     parts = {DESCRIPTION: (json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n").encode(), **parts}
     packed = io.BytesIO()
@@ -244,6 +110,8 @@ def _described(path: Path, content: dict[str, Any]) -> Description:
             channel = {"name": "CT", "normalization": "CT", "window": window}
             channel |= {"mean": (low + high) / 2, "std": (high - low) / 2}
             model.setdefault("image", {"channels": [channel], "cut_out": False})
+    if isinstance(model, dict):
+        model.setdefault("members", [])
     classes = model.get("classes") if isinstance(model, dict) else None
     for entry in classes if isinstance(classes, list) else ():
         if isinstance(entry, dict):
@@ -319,8 +187,14 @@ def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is no whole model file ({reason}): copy or export it again")
 
 
-def flat_name(keys: tuple[Any, ...]) -> str:
-    """The name of an array in the file: "level_1/analysis/0/0/layer/kernel" of its path in the pyramid."""
+def flat_name(keys: tuple[Any, ...], member: int = 0) -> str:
+    """The name of an array in the file: "level_1/analysis/0/0/layer/kernel" of its path in the pyramid.
+
+    Args:
+      keys: the path.
+      member: number, from 1, of the ensemble's member that has it; its name then begins with "member_1/". 0 of a single
+        pyramid.
+    """
     networks, number, *inner = keys
     assert networks == "networks", keys
-    return "/".join([f"level_{number + 1}", *map(str, inner)])
+    return "/".join([*[f"member_{member}"] * (member > 0), f"level_{number + 1}", *map(str, inner)])

@@ -62,6 +62,7 @@ from autocontext_jax.inference.tiling import (
     gaussian,
     tile_shape,
 )
+from autocontext_jax.models.ensemble import Ensemble
 from autocontext_jax.models.pyramid import Pyramid, PyramidConfig
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Predictor:
       tiles: divides scans into tiles.
 
     Args:
-      model: a pyramid in inference mode, as `state.inference_model` returns it.
+      model: a pyramid in inference mode, as `state.inference_model` returns it, or an ensemble of them.
       config: how scans are divided into tiles.
       align: starts of tiles along each axis are multiples of it, see `pyramid.divisor`.
       blend: weights along an axis of a tile; Gaussian by default.
@@ -84,7 +85,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Pyramid,
+        model: Pyramid | Ensemble,
         config: PredictorConfig,
         *,
         align: Triple,
@@ -211,8 +212,7 @@ class Predictor:
         progress: Callable[[int, int], None],
     ) -> None:
         """Predicts all levels; the writers of those that are requested record them."""
-        total = sum(math.prod(len(axis.starts) for axis in axes) for axes in tiles)
-        done = 0
+        done, total = 0, sum(math.prod(len(axis.starts) for axis in axes) for axes in tiles)
 
         def advance(count: int) -> None:
             nonlocal done

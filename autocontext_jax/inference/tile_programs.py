@@ -17,6 +17,7 @@ from autocontext_jax.data.augmentation_ranges import AXES
 from autocontext_jax.geometry import Triple
 from autocontext_jax.inference.context import MAP_DTYPE, context_size, cut_window
 from autocontext_jax.inference.masks import weighted_maps
+from autocontext_jax.models.ensemble import Ensemble
 from autocontext_jax.models.pyramid import Pyramid
 from autocontext_jax.runtime import compiler_options
 
@@ -62,7 +63,7 @@ def make_tile_program(graph: Any, level: int, *, mirroring: Mirroring = ONCE, me
     """The jitted program that predicts tiles of a level, one on each device.
 
     Args:
-      graph: of the pyramid, see `nnx.split`.
+      graph: of the pyramid or ensemble, see `nnx.split`.
       level: 1 = coarsest.
       mirroring: see there.
       mesh: of several devices, with the axis `data`.
@@ -78,7 +79,7 @@ def make_tile_program(graph: Any, level: int, *, mirroring: Mirroring = ONCE, me
     combinations = mirroring.combinations
 
     def predict_tiles(state, images, maps, weights, offsets):
-        model: Pyramid = nnx.merge(graph, state, copy=True)
+        model: Pyramid | Ensemble = nnx.merge(graph, state, copy=True)
         z, y, x = weights
         weight = z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]
         context = None

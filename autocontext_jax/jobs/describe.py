@@ -1,6 +1,7 @@
 """What a model file says of the run that it is from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from autocontext_jax.data.split import Split
 from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation.pictures import class_color
 from autocontext_jax.evaluation.report import read_evaluation
-from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
+from autocontext_jax.inference.description import ClassDescription, Description, NetworkDescription, Tiling
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import VALIDATION
 from autocontext_jax.runtime import package_version
@@ -78,7 +79,7 @@ def _training(config: RunConfig, split: Split, step: int) -> dict[str, Any]:
         "mode": config.train.mode,
         "steps": step,
         "batch_size": config.loader.batch_size,
-        "patch_size": config.patch_shape,
+        "patch_size": [*config.patch_shape],  # as JSON has it
         "training_cases": sides.count("training"),
         "validation_cases": sides.count("validation"),
         "seed": config.seed,
@@ -100,9 +101,36 @@ def _evaluation_in(folder: Path, config: RunConfig, step: int) -> dict[str, Any]
         settings, evaluated = result["settings"], result["settings"]["predict"]
         if settings["step"] != step or any(evaluated.get(key, value) != value for key, value in tiling.items()):
             return {}
-        summary = result["summary"][list(result["summary"])[-1]]
-        dice = {name: {key: scores["dice"][key] for key in ("avg", "std", "cases", "missed")}
-                for name, scores in summary.items()}  # fmt: skip
-        return {"cases_are": result["cases_are"], "dice": dice}
+        return _dice(result)
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # none, or not whole: an evaluation that is written meanwhile
+
+
+def cross_validated(config: RunConfig, workdir: Path, steps: Mapping[str, int]) -> dict[str, Any]:
+    """Dice of the finest level in the table of a cross-validation, if it is of these models; else {}.
+
+    Args:
+      config: how all folds predict.
+      workdir: of all folds.
+      steps: of each fold's checkpoint, by the name of its folder.
+    """
+    try:
+        result = read_evaluation(workdir)
+        if {f"fold_{number}" for number in result["folds"].values()} != set(steps):
+            return {}
+        for name, step in steps.items():
+            own = workdir / name / VALIDATION
+            scored = read_evaluation(own)["cases"]
+            if not _evaluation_in(own, config, step) or scored != {case: result["cases"][case] for case in scored}:
+                return {}
+        return _dice(result)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _dice(result: dict[str, Any]) -> dict[str, Any]:
+    """What a description holds of an evaluation."""
+    summary = result["summary"][list(result["summary"])[-1]]
+    dice = {name: {key: scores["dice"][key] for key in ("avg", "std", "cases", "missed")}
+            for name, scores in summary.items()}  # fmt: skip
+    return {"cases_are": result["cases_are"], "dice": dice}

@@ -158,11 +158,16 @@ def _score_own(
         )
 
 
-def _settings(config: RunConfig, step: int, cases: Sequence[Case]) -> dict[str, Any]:
+def _settings(config: RunConfig, step: int | dict[str, int], cases: Sequence[Case]) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, as JSON."""
     predict = {key: value for key, value in as_dict(config.predict).items() if key != "memory"}
     evaluated = {case.name: " ".join([case.checksum, *(case.annotated or ())]) for case in cases}
-    settings = {"step": step, "predict": predict, "tolerance": config.evaluate.tolerance, "cases": evaluated}
+    settings: dict[str, Any] = {
+        "step": step,
+        "predict": predict,
+        "tolerance": config.evaluate.tolerance,
+        "cases": evaluated,
+    }
     settings["metrics"] = config.evaluate.metrics
     if config.evaluate.root:
         settings["root"] = str(Path(config.evaluate.root).expanduser().resolve())
@@ -257,8 +262,9 @@ def _score(
     def write() -> None:
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
+        by = f", predicted by the ensemble of {', '.join(step)}" if isinstance(step, dict) else ""
         result = report.evaluation(
-            results, labels.annotated, cases_are=cases_are(len(results)), tolerance=tolerance, pairs=pairs,
+            results, labels.annotated, cases_are=cases_are(len(results)) + by, tolerance=tolerance, pairs=pairs,
             extra_metrics=list(extra),
         )  # fmt: skip
         report.write(result | {"settings": _settings(config, step, cases)}, folder)

@@ -32,7 +32,7 @@ from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.plan import make_plan
 from autocontext_jax.jobs.prepare import learn, prepare_cases
-from autocontext_jax.jobs.restore import latest_step
+from autocontext_jax.jobs.restore import is_trained
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import (
     VALIDATION,
@@ -135,15 +135,10 @@ def evaluate_folds(config: RunConfig, workdir: Path, extensions: Extensions) -> 
     Raises:
       UserError: no fold is trained to its end; see `evaluate_run`.
     """
-    if config.evaluate.root:
-        raise UserError(
-            f"config key evaluate.root is {config.evaluate.root}; expected it with the folder of one fold, such as "
-            f"--workdir {workdir / 'fold_0'}"
-        )
     data = processes.agree(lambda: read_data(config, workdir))
     folds = processes.agree(lambda: _checked_folds(config, data, workdir))
     runs = [_run(config, workdir, data, folds, number) for number in range(len(folds))]
-    trained = [run for run in runs if _is_trained(run)]
+    trained = [run for run in runs if is_trained(run.config, run.folder)]
     if not trained:
         raise UserError(f"no fold of {workdir} is trained to its end: train there first (--mode train)")
     good = True
@@ -267,10 +262,6 @@ def _begin(run: _Run) -> _Run:
     return dataclasses.replace(run, data=learn(run.config, folder, data))
 
 
-def _is_trained(run: _Run) -> bool:
-    return latest_step(run.folder) >= len(run.config.phases()) * run.config.train.steps
-
-
 def _validate(run: _Run, extensions: Extensions) -> bool:
     """Scores the validation cases, unless that was done; False if some could not be read."""
     if not run.data.validation:
@@ -309,7 +300,7 @@ def _write_table(
         missing = []
         for number, fold in enumerate(folds):
             run = _run(config, workdir, data, folds, number)
-            if fold.validation and _is_trained(run) and _is_validated(run):
+            if fold.validation and is_trained(run.config, run.folder) and _is_validated(run):
                 found = _scores(run)
                 cases |= found
                 fold_of |= dict.fromkeys(found, number)

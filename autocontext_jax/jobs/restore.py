@@ -15,11 +15,13 @@ from autocontext_jax.data.split import Split
 from autocontext_jax.data.store.level_grids import LevelGrids
 from autocontext_jax.errors import UserError
 from autocontext_jax.images.spec import ImageSpec
+from autocontext_jax.inference.ensemble import ensemble
 from autocontext_jax.inference.model import Model
-from autocontext_jax.jobs.describe import describe
+from autocontext_jax.jobs.config_files import read_config
+from autocontext_jax.jobs.describe import cross_validated, describe
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import read_fingerprint
+from autocontext_jax.jobs.run_folder import known_split, read_fingerprint
 from autocontext_jax.models.pyramid import Pyramid, make_pyramid
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.sharding import make_mesh, replicated
@@ -54,8 +56,12 @@ def make_model(config: RunConfig, grids: LevelGrids, labels: LabelSpec, image: I
     )
 
 
-def restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
+def restore_model(
+    config: RunConfig, workdir: Path, split: Split, extensions: Extensions
+) -> tuple[Model, int | dict[str, int]]:
     """The trained model of a run folder, and the step of its checkpoint. Nothing in the folder is changed.
+
+    Of a cross-validation it is the ensemble of the folds that are trained to their end, and the step of each.
 
     Args:
       config: the run's own, see `config_files.for_inference`.
@@ -64,9 +70,47 @@ def restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Ex
       extensions: networks from outside the package.
 
     Raises:
-      UserError: there is no checkpoint, it is damaged, or there are too few devices.
+      UserError: there is no checkpoint, it is damaged, or there are too few devices; no fold is trained to its end.
     """
+    if config.data.holds_folds:
+        return _restore_ensemble(config, workdir, extensions)
     return processes.agree(lambda: _restore_model(config, workdir, split, extensions))
+
+
+def _restore_ensemble(config: RunConfig, workdir: Path, extensions: Extensions) -> tuple[Model, dict[str, int]]:
+    numbers = [number for number in range(config.data.folds) if _is_trained(workdir / f"fold_{number}")]
+    numbers = processes.gather(numbers)[0]  # a fold may come to its end meanwhile
+    if not numbers:
+        raise UserError(f"no fold of {workdir} is trained to its end: train there first (--mode train)")
+    if missing := [str(number) for number in range(config.data.folds) if number not in numbers]:
+        log.warning(
+            "%s: the ensemble has %d of %d folds; not trained to their end: %s",
+            workdir, len(numbers), config.data.folds, ", ".join(missing),
+        )  # fmt: skip
+    models, steps = [], {}
+    for number in numbers:
+        model, step = processes.agree(lambda number=number: _restore_fold(config, workdir, number, extensions))  # type: ignore[misc]
+        models.append(model)
+        steps[f"fold_{number}"] = step
+    if len(set(steps.values())) > 1:
+        log.warning("%s: the checkpoints of the folds are of different steps: %s", workdir, steps)
+    evaluation = cross_validated(config, workdir, steps) if len(steps) > 1 else {}
+    return ensemble(models, name=workdir.resolve().name, evaluation=evaluation), steps
+
+
+def _restore_fold(config: RunConfig, workdir: Path, number: int, extensions: Extensions) -> tuple[Model, int]:
+    """The model of a fold, which predicts as `config` says, and the step of its checkpoint."""
+    folder = workdir / f"fold_{number}"
+    saved = read_config(folder)
+    assert saved is not None, "a fold that is trained has one"
+    own = dataclasses.replace(saved, predict=config.predict, export=config.export)
+    return _restore_model(own, folder, known_split(folder), extensions)
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether a run is trained to the end that its own configuration names."""
+    saved, done = processes.agree(lambda: read_config(folder)), latest_step(folder)
+    return saved is not None and done >= saved.last_step
 
 
 def chosen_step(config: RunConfig, workdir: Path) -> int:
@@ -95,6 +139,11 @@ def latest_step(workdir: Path) -> int:
     return processes.agree(look)
 
 
+def is_trained(config: RunConfig, workdir: Path) -> bool:
+    """Whether a run is trained to its end. Nothing in its folder is changed."""
+    return latest_step(workdir) >= config.last_step
+
+
 def _chosen_step(config: RunConfig, workdir: Path, checkpoints: Checkpoints) -> int:
     step = checkpoints.best if config.predict.checkpoint == "best" else checkpoints.latest
     if step is None:
@@ -115,7 +164,7 @@ def _restore_model(config: RunConfig, workdir: Path, split: Split, extensions: E
     weights = jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_data(0)), weights)
     log.info("restored step %d of %s", step, workdir)
     description = describe(config, workdir, split, learned, step)
-    return Model(description, inference_model(graph, *weights), config.tiling()), step
+    return Model(description, [inference_model(graph, *weights)], config.tiling()), step
 
 
 def _restore_weights(config: RunConfig, workdir: Path, like: Any) -> tuple[int, Any]:

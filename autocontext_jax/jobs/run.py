@@ -87,7 +87,7 @@ def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_
 
 
 def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
-    """The model of a run folder or of a model file.
+    """The model of a run folder or of a model file; of a cross-validation the ensemble of its folds.
 
     Args:
       config: of the run and of what inference changes; of a model file only the section `predict`.
@@ -104,19 +104,20 @@ def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
     from autocontext_jax.jobs.restore import restore_model
     from autocontext_jax.jobs.run_folder import known_split
 
-    workdir = paths.workdir
-    config = for_inference(config, _saved_with_model(workdir), workdir)
+    workdir = _chosen(config, paths.workdir)
+    config = for_inference(config, _saved(workdir), workdir)
     split = processes.agree(lambda: known_split(workdir))
     return restore_model(config, workdir, split, extensions)[0]
 
 
-def _image(paths: Paths) -> ImageSpec:
+def _image(config: RunConfig, paths: Paths) -> ImageSpec:
     """The channels of a model, which is not loaded yet."""
     if paths.model is not None:
         return read_description(paths.model).image
     from autocontext_jax.jobs.run_folder import read_fingerprint
 
-    return read_fingerprint(_saved_with_model(paths.workdir), paths.workdir).image
+    workdir = _chosen(config, paths.workdir)
+    return read_fingerprint(_saved(workdir), workdir).image
 
 
 def _from_file(path: Path, config: RunConfig, extensions: Extensions, options: dict[str, Any]) -> Model:
@@ -220,42 +221,36 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
         assert paths.target is not None
         return predict(
             lambda: load(config, paths, extensions),
-            lambda: processes.agree(lambda: _image(paths)),
+            lambda: processes.agree(lambda: _image(config, paths)),
             paths.source,
             paths.target,
             paths.series,
         )
-    workdir = paths.workdir
-    saved = _saved_with_model(workdir) if mode == "export" else _saved(workdir)
-    config = for_inference(config, saved, workdir)
+    workdir = _chosen(config, paths.workdir)
+    if mode == "export":
+        from autocontext_jax.jobs.export import export
+
+        export(lambda: load(config, paths, extensions), workdir, paths.target)
+        return True
+    config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":
-        if saved.data.holds_folds:
+        if config.data.holds_folds and not config.evaluate.root:
             from autocontext_jax.jobs.folds import evaluate_folds
 
             return evaluate_folds(config, workdir, extensions)
         from autocontext_jax.jobs.evaluate import evaluate
 
         return evaluate(config, workdir, extensions)
-    if mode == "export":
-        from autocontext_jax.jobs.export import export
-
-        export(config, workdir, paths.target, extensions)
-        return True
     from autocontext_jax.jobs.report import report
 
     processes.first_does(lambda: report(config, workdir))
     return True
 
 
-def _saved_with_model(workdir: Path) -> RunConfig:
-    """`_saved` of a run folder that has a model."""
-    saved = _saved(workdir)
-    if saved.data.holds_folds:
-        raise UserError(
-            f"--workdir {workdir} holds the folds of a cross-validation, each with a model of its own; expected the "
-            f"folder of one: {workdir / 'fold_0'}"
-        )
-    return saved
+def _chosen(config: RunConfig, workdir: Path) -> Path:
+    """The run folder to use: of a cross-validation that of a fold, if the configuration names one."""
+    one = _saved(workdir).data.holds_folds and config.data.fold >= 0
+    return workdir / f"fold_{config.data.fold}" if one else workdir
 
 
 def _saved(workdir: Path) -> RunConfig:

@@ -39,7 +39,7 @@ class DataConfig:
       folds: folds of a cross-validation, drawn as nnU-Net draws them, in place of that share; each is a run in a
         folder `fold_N` of the run folder, see `jobs/folds.py`; 0 for none.
       splits: a file of folds (nnU-Net's splits_final.json) to take instead of drawing them.
-      fold: number of the one fold to train, from 0; -1 trains every fold, one after the other.
+      fold: number of the one fold to train or to use, from 0; -1 trains every fold, and predicts with all of them.
       new_cases: what becomes of cases that were added to the data set after the run began: `ignore` names them and
         leaves them out; `train` takes them into training. They never join the validation or test cases.
       normalization: of each channel, where its name in dataset.json does not choose well: `CT`, `zscore`,
@@ -306,6 +306,11 @@ class RunConfig:
     def phases(self) -> tuple[Phase, ...]:
         """What the run trains, in order; the last phase runs every level that the model has."""
         return phases(self.train.mode, len(self.levels.factors))
+
+    @property
+    def last_step(self) -> int:
+        """Steps of all phases together."""
+        return len(self.phases()) * self.train.steps
 
     def model_levels(self) -> tuple[int, ...]:
         """The pyramid's levels that the model has, from 1 = coarsest."""

@@ -79,8 +79,8 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
         processes.first_does(lambda: _remove_evaluations(config, workdir))
     processes.first_does(lambda: write_config(config, workdir))
     phases = config.phases()
-    if done >= len(phases) * config.train.steps:
-        log.info("trained already: step %d of %d", done, len(phases) * config.train.steps)
+    if done >= config.last_step:
+        log.info("trained already: step %d of %d", done, config.last_step)
         return True
     warn_of_sides(config.augmentation, data.classes[1:])
     mesh = training_mesh(config)
@@ -97,8 +97,10 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
 def _remove_evaluations(config: RunConfig, workdir: Path) -> None:
     """Removes the results of an earlier training, whose checkpoints somebody has removed: they are another model's."""
     folders = [workdir, workdir / VALIDATION, *workdir.glob("on_*")]
-    if config.data.folds and config.data.fold >= 0 and (workdir / VALIDATION / "evaluation.json").exists():
-        folders.append(workdir.parent)  # the table of all folds has these scores too
+    if config.data.folds and config.data.fold >= 0:
+        folders += workdir.parent.glob("on_*")  # of the ensemble, of which this fold was a member
+        if (workdir / VALIDATION / "evaluation.json").exists():
+            folders.append(workdir.parent)  # the table of all folds has these scores too
     with writing(workdir):
         for folder in folders:
             for name in ("evaluation.json", "table.md", "table.csv"):

@@ -14,6 +14,13 @@ def activate(logits: jax.Array, activation: str) -> jax.Array:
     return jax.nn.softmax(logits) if activation == "softmax" else jax.nn.sigmoid(logits)
 
 
+def logits_of(maps: jax.Array, activation: str) -> jax.Array:
+    """Logits [..., K] of which `activate` makes these maps, to the precision of float32."""
+    smallest = jnp.finfo(jnp.float32).tiny
+    logits = jnp.log(jnp.maximum(maps, smallest))
+    return logits if activation == "softmax" else logits - jnp.log(jnp.maximum(1 - maps, smallest))
+
+
 def last_region(inside: jax.Array) -> jax.Array:
     """Writes regions that may overlap into one map, each over those before it, as nnU-Net does.
 

@@ -118,7 +118,9 @@ class Pyramid(nnx.Module):
             logits.append(self.level(level, image, maps))
         return tuple(logits)
 
-    def level(self, level: int, image: jax.Array, maps: jax.Array | None) -> jax.Array:
+    def level(
+        self, level: int, image: jax.Array, maps: jax.Array | None, *, scaling: jax.Array | None = None
+    ) -> jax.Array:
         """Logits of one level.
 
         Args:
@@ -127,13 +129,15 @@ class Pyramid(nnx.Module):
           maps: the coarser level's maps over the same region with a halo of one coarse voxel,
             [B, D/2 + 2, H/2 + 2, W/2 + 2, K]; the size itself along an axis that the level does not halve. None at
             level 1.
+          scaling: [5, C], how the stored values are normalised, see `ImageSpec.scaling`; None means as `config.image`
+            says.
 
         Returns:
           [B, D, H, W, K], float32.
         """
         x = image.astype(jnp.float32)
         if self.config.image.ct:
-            low, gain, offset, bottom, top = self.config.image.scaling()
+            low, gain, offset, bottom, top = self.config.image.scaling() if scaling is None else scaling
             x = jnp.clip((x - low) * gain + offset, bottom, top)
         if level > 1 and self.config.context != "none":
             assert maps is not None, "levels after the first need the maps of the level before"

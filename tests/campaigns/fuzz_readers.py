@@ -209,8 +209,8 @@ def write_model_file(folder: Path) -> None:
     import jax
 
     from autocontext_jax.images.spec import CT
+    from autocontext_jax.inference.description import ClassDescription, Description, NetworkDescription, Tiling
     from autocontext_jax.inference.model import Model
-    from autocontext_jax.inference.model_file import ClassDescription, Description, NetworkDescription, Tiling
     from autocontext_jax.inference.tiling import PredictorConfig
     from autocontext_jax.models.pyramid import PyramidConfig, make_pyramid
     from autocontext_jax.models.unet import UNet
@@ -232,7 +232,7 @@ def write_model_file(folder: Path) -> None:
     pyramid = make_pyramid(UNet, description.network.alone(), description.full_pyramid, seed=0)
     with jax.disable_jit():
         pyramid = inference_model(*nnx.split(pyramid, nnx.Param, ...))
-    Model(description, pyramid, PredictorConfig((8,))).save(folder / "small.autocontext")
+    Model(description, [pyramid], PredictorConfig((8,))).save(folder / "small.autocontext")
     with zipfile.ZipFile(folder / "small.autocontext") as archive:
         archive.extractall(folder / "parts")
 
