@@ -126,8 +126,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Predicts and scores the scans that a run has held out, and writes its tables.
 
-    Of a cross-validation these are the validation cases of the folds that are trained to their end. With `root` the
-    ensemble of these folds is scored on another data set.
+    Of a cross-validation these are the validation cases of the folds that are trained to their end. Once all are, the
+    ensemble of the folds is scored on labelled test cases too, into the folder `test`. With `root` it is scored on
+    another data set alone.
 
     Args:
       workdir: the run folder.

@@ -181,8 +181,8 @@ def test_the_folder_of_all_folds_is_the_ensemble_of_their_models(whole, phantoms
     windows = [member.image.channels[0].window for member in together.description.members]
     assert windows == [fold.description.image.channels[0].window for fold in folds]
     scores = together.description.evaluation
-    assert scores["cases_are"] == "5 cases, each scored by the model of the fold that was not trained on it"
-    assert scores["dice"]["liver"]["avg"] == evaluation(whole)["summary"]["level_1"]["liver"]["dice"]["avg"]
+    assert scores["cases_are"] == "1 test case, predicted by the ensemble of fold_0, fold_1"
+    assert scores["dice"]["liver"]["avg"] == evaluation(whole / "test")["summary"]["level_1"]["liver"]["dice"]["avg"]
     assert dataclasses.replace(together.description, evaluation={}) == expected.description
     scan = next((phantoms / "imagesTs").glob("*.nii.gz"))
     mask, maps = (sitk.GetArrayFromImage(made) for made in together.predict(scan, probabilities=True, progress=False))
@@ -196,10 +196,17 @@ def test_the_folder_of_all_folds_is_the_ensemble_of_their_models(whole, phantoms
     assert run("predict", config, Paths(whole, source=phantoms / "imagesTs", target=tmp_path / "masks"))
     (written,) = (tmp_path / "masks").glob("*")
     np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(written)), mask)
+    scored = whole / "test" / "predictions" / written.name
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(scored)), mask)
 
 
 def test_a_table_of_other_models_is_not_the_evaluation_of_the_ensemble(whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(workdir / "test")
+    scores = ac.load(workdir).description.evaluation
+    sentence = "5 cases, each scored by the model of the fold that was not trained on it"
+    assert scores["cases_are"] == f"{sentence}: scores of the members, not of the ensemble"
+    assert scores["dice"]["liver"]["avg"] == evaluation(whole)["summary"]["level_1"]["liver"]["dice"]["avg"]
     assert ac.load(workdir, margin=4).description.evaluation == {}  # they would predict otherwise
     table = evaluation(workdir)
     table["cases"]["phantom_000"]["level_1"]["liver"]["dice"] = 0.5
@@ -215,6 +222,12 @@ def test_one_fold_is_used_by_its_number(whole, phantoms, tmp_path):
 
 def test_an_ensemble_is_scored_on_another_data_set(whole, phantoms, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
+    before = times(workdir)
+    assert ac.evaluate(workdir, tolerance=20.0) == evaluation(workdir)
+    after = times(workdir)  # no case is scored again
+    assert [path for path in before if after[path] != before[path] and path.name == "evaluation.json"] == [
+        workdir / "evaluation.json"
+    ]
     result = ac.evaluate(workdir, root=str(phantoms))
     assert result["cases_are"] == "6 labelled cases of data, predicted by the ensemble of fold_0, fold_1"
     assert result["settings"]["step"] == {"fold_0": 4, "fold_1": 4}

@@ -40,7 +40,7 @@ def model_card(description: Description) -> str:
         f"## Input\n\n{_channels(description)}\n\nResolution: {grids}.",
         "## Classes\n\n" + _classes(description),
         "## Training\n\n" + _listed(description.training) + _members(description),
-        "## Evaluation\n\n" + (_evaluation(description) or "It was not evaluated."),
+        "## Evaluation\n\n" + (_evaluation(description.evaluation) or "It was not evaluated."),
         f"## Limits\n\n{LIMITS}",
         f"## License\n\n{description.license or 'Nobody has said under which license these weights may be used.'}",
     ]
@@ -101,13 +101,11 @@ def _members(description: Description) -> str:
     return f"\n\nThe maps of the members are averaged at each level.\n\n{table}"
 
 
-def _evaluation(description: Description) -> str:
-    result = description.evaluation
+def _evaluation(result: Mapping[str, Any]) -> str:
     if not result:
         return ""
     rows = ["| class | Dice (%), average ± std | cases | missed in |", "| --- | ---: | ---: | ---: |"]
     for name, dice in result["dice"].items():
         number = "–" if dice["avg"] is None else f"{100 * dice['avg']:.1f} ± {100 * dice['std']:.1f}"
         rows.append(f"| {name} | {number} | {dice['cases']} | {dice['missed']} |")
-    of = "\n\nThese are scores of the members, each alone, not of the ensemble." if description.members else ""
-    return f"{result['cases_are']}.\n\n" + "\n".join(rows) + of
+    return f"{result['cases_are']}.\n\n" + "\n".join(rows)

@@ -1,7 +1,6 @@
 """What a model file says of the run that it is from."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from autocontext_jax.evaluation.pictures import class_color
 from autocontext_jax.evaluation.report import read_evaluation
 from autocontext_jax.inference.description import ClassDescription, Description, NetworkDescription, Tiling
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import VALIDATION
+from autocontext_jax.jobs.run_folder import TEST, VALIDATION
 from autocontext_jax.runtime import package_version
 
 
@@ -93,7 +92,7 @@ def _evaluation(config: RunConfig, workdir: Path, step: int) -> dict[str, Any]:
     return _evaluation_in(workdir, config, step) or _evaluation_in(workdir / VALIDATION, config, step)
 
 
-def _evaluation_in(folder: Path, config: RunConfig, step: int) -> dict[str, Any]:
+def _evaluation_in(folder: Path, config: RunConfig, step: int | dict[str, int]) -> dict[str, Any]:
     tiling = {name: getattr(config.predict, name) for name in ("margin", "crop_to_body", "flip")}
     tiling["tile"] = [*config.predict.tile]  # as JSON has it
     try:
@@ -106,14 +105,18 @@ def _evaluation_in(folder: Path, config: RunConfig, step: int) -> dict[str, Any]
         return {}  # none, or not whole: an evaluation that is written meanwhile
 
 
-def cross_validated(config: RunConfig, workdir: Path, steps: Mapping[str, int]) -> dict[str, Any]:
-    """Dice of the finest level in the table of a cross-validation, if it is of these models; else {}.
+def evaluation_of_folds(config: RunConfig, workdir: Path, steps: dict[str, int]) -> dict[str, Any]:
+    """Dice of the finest level that the ensemble of a cross-validation has on test cases, or else its members.
+
+    The members' is in the table of all folds. {} if neither is of these models.
 
     Args:
       config: how all folds predict.
       workdir: of all folds.
       steps: of each fold's checkpoint, by the name of its folder.
     """
+    if of_ensemble := _evaluation_in(workdir / TEST, config, steps):
+        return of_ensemble
     try:
         result = read_evaluation(workdir)
         if {f"fold_{number}" for number in result["folds"].values()} != set(steps):
@@ -123,7 +126,7 @@ def cross_validated(config: RunConfig, workdir: Path, steps: Mapping[str, int]) 
             scored = read_evaluation(own)["cases"]
             if not _evaluation_in(own, config, step) or scored != {case: result["cases"][case] for case in scored}:
                 return {}
-        return _dice(result)
+        return _dice(result | {"cases_are": f"{result['cases_are']}: scores of the members, not of the ensemble"})
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -28,7 +28,7 @@ from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.restore import chosen_step, restore_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import VALIDATION, RunData, known_split, read_data
+from autocontext_jax.jobs.run_folder import TEST, VALIDATION, RunData, known_split, read_data
 from autocontext_jax.jobs.scan_pipeline import in_stages
 from autocontext_jax.sections import as_dict
 
@@ -73,6 +73,20 @@ def evaluate_validation(
     """`evaluate` of a run's validation cases, also where there are test cases, into its folder `validation`."""
     cases, cases_are = data.held_out(best=config.predict.checkpoint == "best")
     return _score_own(config, workdir, data, extensions, cases, workdir / VALIDATION, cases_are)
+
+
+def evaluate_test(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions = NO_EXTENSIONS) -> bool:
+    """`evaluate` of the test cases of a cross-validation by the ensemble of its folds, into its folder `test`."""
+
+    def cases_are(number: int) -> str:
+        return counted(number, "test case")
+
+    return _score_own(config, workdir, data, extensions, data.test, workdir / TEST, cases_are)
+
+
+def is_tested(config: RunConfig, workdir: Path, data: RunData) -> bool:
+    """Whether the evaluation that `evaluate_test` would make is there already."""
+    return _is_of(config, workdir, data.test, workdir / TEST)
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:

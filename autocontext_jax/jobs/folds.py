@@ -27,7 +27,7 @@ from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.evaluation import report
 from autocontext_jax.files import write_json, write_whole, writing
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
-from autocontext_jax.jobs.evaluate import evaluate_validation, is_validated
+from autocontext_jax.jobs.evaluate import evaluate_test, evaluate_validation, is_tested, is_validated
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.plan import make_plan
@@ -129,6 +129,8 @@ def cross_validate(mode: str, config: RunConfig, workdir: Path, extensions: Exte
 def evaluate_folds(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
     """Scores the validation cases of every fold that is trained, unless that was done, and writes the table.
 
+    Once all folds are trained, labelled test cases are scored too, by the ensemble of the folds.
+
     Returns:
       False if scans or labels could not be read.
 
@@ -145,6 +147,8 @@ def evaluate_folds(config: RunConfig, workdir: Path, extensions: Extensions) -> 
     for run in trained:
         good &= _validate(run, extensions)
     _write_table(config, workdir, data, folds, extensions)
+    if data.test and len(trained) == len(runs) and not is_tested(config, workdir, data):
+        good &= evaluate_test(config, workdir, data, extensions)
     return good
 
 

@@ -18,7 +18,7 @@ from autocontext_jax.images.spec import ImageSpec
 from autocontext_jax.inference.ensemble import ensemble
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs.config_files import read_config
-from autocontext_jax.jobs.describe import cross_validated, describe
+from autocontext_jax.jobs.describe import describe, evaluation_of_folds
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import known_split, read_fingerprint
@@ -78,10 +78,7 @@ def restore_model(
 
 
 def _restore_ensemble(config: RunConfig, workdir: Path, extensions: Extensions) -> tuple[Model, dict[str, int]]:
-    numbers = [number for number in range(config.data.folds) if _is_trained(workdir / f"fold_{number}")]
-    numbers = processes.gather(numbers)[0]  # a fold may come to its end meanwhile
-    if not numbers:
-        raise UserError(f"no fold of {workdir} is trained to its end: train there first (--mode train)")
+    numbers = _trained_folds(config, workdir)
     if missing := [str(number) for number in range(config.data.folds) if number not in numbers]:
         log.warning(
             "%s: the ensemble has %d of %d folds; not trained to their end: %s",
@@ -94,8 +91,21 @@ def _restore_ensemble(config: RunConfig, workdir: Path, extensions: Extensions) 
         steps[f"fold_{number}"] = step
     if len(set(steps.values())) > 1:
         log.warning("%s: the checkpoints of the folds are of different steps: %s", workdir, steps)
-    evaluation = cross_validated(config, workdir, steps) if len(steps) > 1 else {}
+    evaluation = evaluation_of_folds(config, workdir, steps) if len(steps) > 1 else {}
     return ensemble(models, name=workdir.resolve().name, evaluation=evaluation), steps
+
+
+def _trained_folds(config: RunConfig, workdir: Path) -> list[int]:
+    """Numbers of the folds of a cross-validation that are trained to their end.
+
+    Raises:
+      UserError: none is.
+    """
+    numbers = [number for number in range(config.data.folds) if _is_trained(workdir / f"fold_{number}")]
+    numbers = processes.gather(numbers)[0]  # a fold may come to its end meanwhile
+    if not numbers:
+        raise UserError(f"no fold of {workdir} is trained to its end: train there first (--mode train)")
+    return numbers
 
 
 def _restore_fold(config: RunConfig, workdir: Path, number: int, extensions: Extensions) -> tuple[Model, int]:
@@ -113,12 +123,21 @@ def _is_trained(folder: Path) -> bool:
     return saved is not None and done >= saved.last_step
 
 
-def chosen_step(config: RunConfig, workdir: Path) -> int:
+def chosen_step(config: RunConfig, workdir: Path) -> int | dict[str, int]:
     """The step of the checkpoint that `predict.checkpoint` chooses. Nothing in the run folder is changed.
+
+    Of a cross-validation it is that of each fold that is trained to its end, by the name of its folder.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
+    if config.data.holds_folds:
+        folders = [workdir / f"fold_{number}" for number in _trained_folds(config, workdir)]
+        return {folder.name: _step_in(folder, config) for folder in folders}
+    return _step_in(workdir, config)
+
+
+def _step_in(workdir: Path, config: RunConfig) -> int:
 
     def choose() -> int:
         with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:

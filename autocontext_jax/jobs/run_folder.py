@@ -38,6 +38,7 @@ from autocontext_jax.training.phases import MODES
 log = logging.getLogger(__name__)
 
 VALIDATION = "validation"  # the folder of a fold's evaluation, as nnU-Net calls it
+TEST = "test"  # the folder of the evaluation of test cases by an ensemble of folds
 
 
 @dataclasses.dataclass(frozen=True)

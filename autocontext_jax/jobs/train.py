@@ -26,7 +26,7 @@ from autocontext_jax.jobs.config_files import check_same_run, read_config, write
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import VALIDATION, RunData
+from autocontext_jax.jobs.run_folder import TEST, VALIDATION, RunData
 from autocontext_jax.jobs.signals import StopSignal
 from autocontext_jax.planning.laterality import find_laterality
 from autocontext_jax.training.checkpoints import Checkpoints
@@ -98,7 +98,7 @@ def _remove_evaluations(config: RunConfig, workdir: Path) -> None:
     """Removes the results of an earlier training, whose checkpoints somebody has removed: they are another model's."""
     folders = [workdir, workdir / VALIDATION, *workdir.glob("on_*")]
     if config.data.folds and config.data.fold >= 0:
-        folders += workdir.parent.glob("on_*")  # of the ensemble, of which this fold was a member
+        folders += [workdir.parent / TEST, *workdir.parent.glob("on_*")]  # of the ensemble with the earlier training
         if (workdir / VALIDATION / "evaluation.json").exists():
             folders.append(workdir.parent)  # the table of all folds has these scores too
     with writing(workdir):
