@@ -40,8 +40,9 @@ def prepared_cases(data: str, factors: tuple[float, ...], folder: Path) -> list[
     """The cases of a prepared store; a data set's folder, or `phantoms`, is prepared in `folder` first."""
     # Here, as it needs SimpleITK, which not every machine with an accelerator has.
     from autocontext_jax.data.phantom.dataset import PhantomConfig
+    from autocontext_jax.jobs.data_config import DataConfig
     from autocontext_jax.jobs.prepare import prepare
-    from autocontext_jax.jobs.run_config import DataConfig, RunConfig
+    from autocontext_jax.jobs.run_config import RunConfig
 
     levels = LevelGrids(tuple(map(float, factors)))
     if data == "phantoms":

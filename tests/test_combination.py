@@ -11,7 +11,7 @@ from autocontext_jax.data.label_maps import read_label_map
 from autocontext_jax.data.labels import FileLabels, LabelSpec
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
-from autocontext_jax.jobs.run_config import DataConfig
+from autocontext_jax.jobs.data_config import DataConfig
 
 SIZE = (4, 5, 6)
 

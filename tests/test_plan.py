@@ -39,6 +39,7 @@ from autocontext_jax.jobs.run_folder import open_data, read_fingerprint
 from autocontext_jax.planning.compiled import TrainingStep
 from autocontext_jax.planning.measured import measure_step
 from autocontext_jax.planning.step_size import Measured
+from autocontext_jax.sections import as_dict, flat_keys
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly", "prepared_here")
 
@@ -379,3 +380,31 @@ def test_what_cannot_be_planned_is_said_in_one_line(phantoms, tmp_path, quick, m
     monkeypatch.setattr(job, "measure_step", lambda step, device: Measured(1.0, 2.0**40))
     expected = "the smallest training step needs 1024.0 GiB; expected at most"
     refused(lambda: planned(automatic(phantoms), tmp_path / "large"), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "planned_value"),
+    [
+        ({"predict__flip": True}, "augmentation.flip", "x"),
+        ({"loss__level_weights": (1.0,)}, "levels.factors", (1.0,)),
+        ({"loader__patch_size": (20,)}, "model.depth", 3),
+        ({"loader__patch_size": (12,)}, "model.depth", 2),
+        ({"predict__tile": (12,)}, "model.depth", 3),
+    ],
+)
+def test_keys_are_compared_with_those_that_are_planned(phantoms, tmp_path, quick, given, key, planned_value):
+    """By themselves they contradict the defaults, such as `model.depth` 4."""
+    alone = {name.replace("__", "."): value for name, value in given.items()}
+    refused(lambda: config_from_flat(from_config_dict(default_config()), alone), f"config key {next(iter(alone))} is")
+    made = planned(automatic(phantoms, plan__minutes=10.0, **given), tmp_path)
+    flat = flat_keys(as_dict(made))
+    assert flat[key] == planned_value
+    assert {name: flat[name] for name in alone} == alone
+
+
+def test_keys_that_contradict_what_is_planned_are_refused(phantoms, tmp_path, quick):
+    config = automatic(phantoms, plan__minutes=10.0, loss__level_weights=(1.0, 1.0, 1.0))
+    refused(
+        lambda: planned(config, tmp_path),
+        "config key loss.level_weights is (1.0, 1.0, 1.0); expected one number a level, 1 in all",
+    )

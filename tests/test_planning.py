@@ -262,6 +262,7 @@ def test_every_topic_makes_valid_keys():
         topics.choose_augmentation(choices, ct_image(), made)
         topics.choose_sampling(choices, made)
         topics.choose_loss(choices, survey, made)
+        topics.choose_norm(choices)
         topics.choose_optimizer(choices, 16)
         topics.choose_steps(choices, 7, "so many")
         values = {key: choice.value for key, choice in choices.made.items()}

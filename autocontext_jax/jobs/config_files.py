@@ -167,7 +167,9 @@ def for_inference(given: RunConfig, saved: RunConfig, workdir: Path) -> RunConfi
             continue
         if key.startswith(INFERENCE) and (key, value) not in (("data.root", ""), ("data.outside_paths", False)):
             _set(values, key, value)
-    return config_from_dict(values)
+    config = config_from_dict(values)
+    config.check_sections()
+    return config
 
 
 def _differences(config: RunConfig, saved: RunConfig, counts: Any) -> list[str]:

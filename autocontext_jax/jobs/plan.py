@@ -93,9 +93,15 @@ def given_keys(config: RunConfig) -> dict[str, Any]:
 
 
 def apply_plan(plan: Plan, config: RunConfig) -> RunConfig:
-    """The configuration with the values of a plan, but for keys that are given."""
+    """The configuration with the values of a plan, but for keys that are given.
+
+    Raises:
+      UserError: a given key contradicts another, or what was planned.
+    """
     given = given_keys(config)
-    return config_from_flat(config, {key: value for key, value in plan.values.items() if key not in given})
+    planned = config_from_flat(config, {key: value for key, value in plan.values.items() if key not in given})
+    planned.check_sections()
+    return planned
 
 
 def read_plan(workdir: Path) -> Plan | None:
@@ -195,6 +201,7 @@ def _plan(
     topics.choose_augmentation(choices, data.image, made)
     topics.choose_sampling(choices, made)
     topics.choose_loss(choices, found, made)
+    topics.choose_norm(choices)
     topics.choose_optimizer(choices, channels_and_batch(size)[0])
     if config.plan.minutes:
         steps = max(1, int(60 * minutes / measured.seconds))

@@ -144,6 +144,12 @@ def _always_there(survey: Survey) -> bool:
     return all(each.cases == survey.label_maps for each in survey.classes)
 
 
+def choose_norm(choices: Choices) -> None:
+    """The normalisation, as `benchmarks/normalization.py` measured it."""
+    reason = "With few patches a step it found more in whole scans than instance and group norm did."
+    choices.choose("model.norm", "batch", reason)
+
+
 def choose_optimizer(choices: Choices, channels: int) -> None:
     """Adam and its schedule, whatever the number of steps."""
     rate = 1e-3 if channels >= 32 else 2e-3
