@@ -37,7 +37,8 @@ def load(path: str | Path, *, networks: Named | None = None, **options: Any) -> 
     """The trained model of a model file or of a run folder.
 
     Args:
-      path: of the file NAME.autocontext, or of the folder; of a cross-validation it is the ensemble of its folds.
+      path: of the file NAME.autocontext, or of the folder. That of a cross-validation is the ensemble of the folds that
+        are trained to their end.
       networks: classes of networks from outside the package, by the name that the model has for them. A model file
         names its network; it is never imported.
       options: what prediction changes: `tile`, `margin`, `memory`, `crop_to_body` and `flip` as in

@@ -16,7 +16,9 @@ MODES = ["all", "plan", "prepare", "train", "evaluate", "predict", "report", "ex
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment's file, such as configs/quickstart.py.")
 WORKDIR = flags.DEFINE_string("workdir", "", "The run folder: checkpoints, logs, predictions, tables.")
 MODE = flags.DEFINE_enum("mode", "all", MODES, "What to do, see above.")
-MODEL = flags.DEFINE_string("model", "", "With --mode predict: a model file, or a run folder (of folds: all of them).")
+MODEL = flags.DEFINE_string(
+    "model", "", "With --mode predict: a model file, or a run folder; of a cross-validation all its folds."
+)
 INPUT = flags.DEFINE_string("input", "", "With --mode predict: a scan, a DICOM folder or a folder of scans.")
 OUTPUT = flags.DEFINE_string(
     "output", "", "With --mode predict: the mask or a folder for masks. With export: the file."

@@ -130,8 +130,9 @@ def ours(flags: argparse.Namespace, keys: list[str], workdir: Path) -> dict[str,
     def steps_that_fit() -> int:
         timed = 200
         seconds = job("train", "timed", f"--config.train.steps={timed}")
-        logged = [json.loads(text) for text in (workdir / "timed" / "metrics.jsonl").read_bytes().splitlines()]
-        batch = json.loads((workdir / "timed" / "config.json").read_bytes())["config"]["loader"]["batch_size"]
+        run = next((workdir / "timed").glob("fold_*"), workdir / "timed")
+        logged = [json.loads(text) for text in (run / "metrics.jsonl").read_bytes().splitlines()]
+        batch = json.loads((run / "config.json").read_bytes())["config"]["loader"]["batch_size"]
         step = batch / float(np.median([row["patches_per_second"] for row in logged[1:]]))
         # A twentieth is left for noise and for the nine validations on the way: the timed run had only the last.
         return max(1, int(0.95 * (60 * flags.minutes - (seconds - timed * step)) / step))

@@ -1,7 +1,7 @@
 """How many pyramid patches a second does the jitted training step make on the devices here?
 
     python benchmarks/train_step.py [--width 32] [--edge 64] [--batch 1,2,3,6] [--dtype float32|bfloat16] [--levels 2]
-        [--data phantoms] [--peers] [--steps 10] [--rounds 3] [--device cpu]
+        [--depth 4] [--data phantoms] [--peers] [--steps 10] [--rounds 3] [--device cpu]
 
 The step is the real one (forward, total Dice loss, gradients, Adam) on one synthetic batch; every combination of the
 comma-separated sizes is a row. Compilation is timed apart. FLOPs are counted by hand: two for each weight of a
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("width", "32"), ("edge", "64"), ("batch", "3")):
         parser.add_argument(f"--{name}", type=_numbers, default=default)
-    for name, number in (("levels", 2), ("classes", 8), ("steps", 10), ("rounds", 3)):
+    for name, number in (("levels", 2), ("depth", 4), ("classes", 8), ("steps", 10), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--data", default="", help="a data set, a prepared store of as many levels, or `phantoms`")
@@ -83,7 +83,7 @@ def measure(
     """One row of the table."""
     classes = len(cases[0].labels) if cases else flags.classes
     program = compile_training_step(
-        width=width, edge=edge, batch=batch, dtype=flags.dtype, levels=flags.levels, classes=classes
+        width=width, edge=edge, batch=batch, dtype=flags.dtype, depth=flags.depth, levels=flags.levels, classes=classes
     )
     rivals = None
     if peers:

@@ -32,7 +32,7 @@ def rows(script: str, flags: str) -> list[dict]:
 
 def test_train_step(tmp_path):
     write_dataset(tmp_path, training=2, test=0, size=(16, 24, 24), spacing=(12.0, 12.0, 12.0), seed=0)
-    (row,) = rows("train_step.py", f"--width 2 --edge 16 --batch 1 --steps 1 --rounds 1 --data {tmp_path}")
+    (row,) = rows("train_step.py", f"--width 2 --edge 16 --depth 2 --batch 1 --steps 1 --rounds 1 --data {tmp_path}")
     assert row.keys() >= {"patches/s", "GFLOP/s", "peak GB", "compile s", "feed"}
 
 

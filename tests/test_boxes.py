@@ -38,6 +38,8 @@ from autocontext_jax.inference.tiling import PredictorConfig, crop, gaussian
 from autocontext_jax.models import onednn
 from autocontext_jax.models.pyramid import PyramidConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def counts_of(box) -> list[int]:
     """Tiles along each axis."""

@@ -18,6 +18,7 @@ from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.evaluation import surface_meshes
 from autocontext_jax.jobs import folds
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, read_config, write_config
+from autocontext_jax.jobs.evaluate import remove_evaluations
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig
@@ -205,7 +206,7 @@ def test_a_table_of_other_models_is_not_the_evaluation_of_the_ensemble(whole, tm
     shutil.rmtree(workdir / "test")
     scores = ac.load(workdir).description.evaluation
     sentence = "5 cases, each scored by the model of the fold that was not trained on it"
-    assert scores["cases_are"] == f"{sentence}: scores of the members, not of the ensemble"
+    assert scores["cases_are"] == f"{sentence}; these are scores of the members, not of the ensemble"
     assert scores["dice"]["liver"]["avg"] == evaluation(whole)["summary"]["level_1"]["liver"]["dice"]["avg"]
     assert ac.load(workdir, margin=4).description.evaluation == {}  # they would predict otherwise
     table = evaluation(workdir)
@@ -218,6 +219,35 @@ def test_one_fold_is_used_by_its_number(whole, phantoms, tmp_path):
     run("export", small(phantoms, 1), Paths(whole, target=tmp_path / "one.autocontext"))
     found, expected = ac.load(tmp_path / "one.autocontext").description, ac.load(whole / "fold_1").description
     assert (found.members, found.training) == ((), expected.training)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    assert run("evaluate", small(phantoms, 1, evaluate={"root": str(phantoms)}), Paths(workdir))
+    assert "predicted" not in evaluation(workdir / "fold_1" / "on_data")["cases_are"]
+    assert not (workdir / "on_data").exists()
+    scan = phantoms / "imagesTs" / "phantom_005_0000.nii.gz"
+    assert run("predict", small(phantoms, 1), Paths(whole, source=scan, target=tmp_path / "mask.nii.gz"))
+    mask = sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "mask.nii.gz"))
+    alone = ac.load(whole / "fold_1").predict(scan, progress=False)
+    np.testing.assert_array_equal(mask, sitk.GetArrayFromImage(alone))
+
+
+def test_a_fold_that_is_trained_anew_takes_the_scores_of_its_ensembles_away(whole, phantoms, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(workdir / "test", workdir / "on_other")
+    scores = evaluation(workdir / "on_other")
+    scores["settings"]["step"] = {"fold_0": 4}
+    (workdir / "on_other" / "evaluation.json").write_text(json.dumps(scores))
+    remove_evaluations(small(phantoms, 1), workdir / "fold_1")
+    assert not (workdir / "test" / "evaluation.json").exists()
+    assert not (workdir / "evaluation.json").exists()
+    assert evaluation(workdir / "on_other") == scores  # of an ensemble without it
+
+
+def test_test_cases_that_could_not_be_read_are_tried_again(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    scores = evaluation(workdir / "test")
+    (workdir / "test" / "evaluation.json").write_text(json.dumps(scores | {"cases": {}}))
+    ac.evaluate(workdir, tolerance=20.0)
+    assert evaluation(workdir / "test") == scores
 
 
 def test_an_ensemble_is_scored_on_another_data_set(whole, phantoms, tmp_path):

@@ -216,7 +216,7 @@ def test_what_once_failed_is_refused(tmp_path, name):
 @pytest.mark.parametrize("name", READERS)
 def test_a_short_campaign(tmp_path, name):
     row, failures = fuzz.fuzz(
-        name, 4 if name == "checkpoint" else 50 if name.startswith("DICOM") else 150, seed=7, folder=tmp_path
+        name, 3 if name == "checkpoint" else 30 if name.startswith("DICOM") else 80, seed=7, folder=tmp_path
     )
     assert not failures
     assert row["failed"] == 0

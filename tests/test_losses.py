@@ -13,6 +13,8 @@ from autocontext_jax.training.losses import (
     total_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def random_pair(seed: int, *shape: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)

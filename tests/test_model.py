@@ -18,6 +18,8 @@ import autocontext_jax as ac
 from autocontext_jax.errors import UserError
 from autocontext_jax.images import scans
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture
 def file(tmp_path) -> Path:

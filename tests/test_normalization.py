@@ -10,6 +10,8 @@ from autocontext_jax.geometry import CUBES, SLICE_BY_SLICE
 from autocontext_jax.models.blocks import NetworkConfig, make_norm
 from autocontext_jax.models.normalization import EPSILON, BatchNormReLU, group_size, norm_relu
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 CHANNELS = 12
 
 

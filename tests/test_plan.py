@@ -121,6 +121,7 @@ def test_a_folder_is_enough_and_the_job_ends_in_time(phantoms, tmp_path, caplog)
     assert run("train", again, Paths(workdir))
     assert "trained already" in caplog.text
     assert read_plan(workdir) == plan
+    refused(lambda: ac.load(workdir, tile=31), "config key predict.tile is (31, 31, 31)")
     used = config_from_flat(from_config_dict(default_config()), {"plan.automatic": True})
     assert for_inference(used, config, workdir) == config
     # What is named counts, though it is the default.
@@ -402,7 +403,23 @@ def test_keys_are_compared_with_those_that_are_planned(phantoms, tmp_path, quick
     assert {name: flat[name] for name in alone} == alone
 
 
+def test_folds_are_timed_too(phantoms, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr("autocontext_jax.jobs.folds.train", lambda *arguments: False)  # as if a signal ended it
+    small = {key.replace(".", "__"): value for key, value in SMALL.items()}
+    assert run("all", automatic(phantoms, plan__minutes=10.0, data__folds=2, **small), Paths(tmp_path))
+    assert read_plan(tmp_path).timed
+
+
 def test_keys_that_contradict_what_is_planned_are_refused(phantoms, tmp_path, quick):
+    for given, message in (
+        (
+            {"loss__level_weights": (1.0,), "levels__factors": (2.0, 1.0)},
+            "(1.0,); expected one number a level, 2 in all",
+        ),
+        ({"predict__flip": True, "plan__keep": ("augmentation.flip",)}, "expected augmentation.flip to name axes"),
+    ):
+        refused(lambda given=given: planned(automatic(phantoms, plan__minutes=10.0, **given), tmp_path), message)
+        assert not (tmp_path / "plan.py").exists()
     config = automatic(phantoms, plan__minutes=10.0, loss__level_weights=(1.0, 1.0, 1.0))
     refused(
         lambda: planned(config, tmp_path),

@@ -27,6 +27,8 @@ from autocontext_jax.planning.costs import (
     roofline_seconds,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 GPU = """HloModule jit_step, is_scheduled=true
 
 %fused (p0: bf16[4,10], p1: f32[10]) -> bf16[2,10] {

@@ -126,7 +126,9 @@ def evaluation_of_folds(config: RunConfig, workdir: Path, steps: dict[str, int])
             scored = read_evaluation(own)["cases"]
             if not _evaluation_in(own, config, step) or scored != {case: result["cases"][case] for case in scored}:
                 return {}
-        return _dice(result | {"cases_are": f"{result['cases_are']}: scores of the members, not of the ensemble"})
+        return _dice(
+            result | {"cases_are": f"{result['cases_are']}; these are scores of the members, not of the ensemble"}
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -7,7 +7,7 @@ know fewer or more of them: what it does not annotate is left out, what the chec
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from autocontext_jax.images import scans
 from autocontext_jax.images.formats import PICTURES, mask_suffix
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked_by_first
-from autocontext_jax.jobs.restore import chosen_step, restore_model
+from autocontext_jax.jobs.restore import chosen_step, chosen_steps, restore_ensemble, restore_model
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import TEST, VALIDATION, RunData, known_split, read_data
 from autocontext_jax.jobs.scan_pipeline import in_stages
 from autocontext_jax.sections import as_dict
 
 log = logging.getLogger(__name__)
+Step = int | dict[str, int]  # of a checkpoint; of an ensemble those of its folds
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its stored label map
 
 
@@ -57,8 +58,7 @@ def evaluate(config: RunConfig, workdir: Path, extensions: Extensions = NO_EXTEN
 def evaluate_run(config: RunConfig, workdir: Path, data: RunData, extensions: Extensions = NO_EXTENSIONS) -> bool:
     """`evaluate` of a run's own cases: its labelled test cases; without any, its validation cases."""
     cases, cases_are = data.scored(best=config.predict.checkpoint == "best")
-    if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:
-        log.warning("%s: test cases without a label are not scored: %s", data.dataset.place, ", ".join(unlabelled))
+    _name_unlabelled(data)
     if not cases:
         raise UserError(
             f"data set {data.dataset.place} has no labelled test case and no validation case; expected at least one "
@@ -81,31 +81,42 @@ def evaluate_test(config: RunConfig, workdir: Path, data: RunData, extensions: E
     def cases_are(number: int) -> str:
         return counted(number, "test case")
 
-    return _score_own(config, workdir, data, extensions, data.test, workdir / TEST, cases_are)
+    _name_unlabelled(data)
+    return _score_own(config, workdir, data, extensions, data.test, workdir / TEST, cases_are, ensemble=True)
+
+
+def _name_unlabelled(data: RunData) -> None:
+    if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:
+        log.warning("%s: test cases without a label are not scored: %s", data.dataset.place, ", ".join(unlabelled))
 
 
 def is_tested(config: RunConfig, workdir: Path, data: RunData) -> bool:
-    """Whether the evaluation that `evaluate_test` would make is there already."""
-    return _is_of(config, workdir, data.test, workdir / TEST)
+    """Whether the evaluation that `evaluate_test` would make is there already, and has every case."""
+    folder = workdir / TEST
+    return _is_of(folder, config, data.test, lambda: chosen_steps(config, workdir)) and (
+        len(report.read_cases(folder / "evaluation.json")) == len(data.test)
+    )
 
 
 def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
     """Whether the evaluation that `evaluate_run` would make is there already."""
     cases, _ = data.scored()
-    return _is_of(config, workdir, cases, workdir)
+    return _is_of(workdir, config, cases, lambda: chosen_step(config, workdir))
 
 
 def is_validated(config: RunConfig, workdir: Path, data: RunData) -> bool:
     """Whether the evaluation that `evaluate_validation` would make is there already."""
-    return _is_of(config, workdir, data.validation, workdir / VALIDATION)
+    return _is_of(workdir / VALIDATION, config, data.validation, lambda: chosen_step(config, workdir))
 
 
-def _is_of(config: RunConfig, workdir: Path, cases: Sequence[Case], folder: Path) -> bool:
+def _is_of(folder: Path, config: RunConfig, cases: Sequence[Case], chosen: Callable[[], Step]) -> bool:
     """Whether a folder holds an evaluation of these cases by the checkpoint and under the settings of now."""
-    if not (folder / "evaluation.json").exists():
+    path = folder / "evaluation.json"
+    if not processes.gather(path.exists())[0]:
         return False
-    settings = report.read_evaluation(folder).get("settings")
-    return settings == _settings(config, chosen_step(config, workdir), cases)
+    expected = _settings(config, chosen(), cases)
+    # Another job may begin to replace it.
+    return processes.gather(path.exists() and report.read_evaluation(folder).get("settings") == expected)[0]
 
 
 def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
@@ -131,7 +142,7 @@ def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions
     with locked_by_first(workdir, "evaluation"):
         return _score(
             config, workdir, split, extensions, cases, folder, labels=labels, channels=dataset.channels,
-            cases_are=cases_are,
+            cases_are=cases_are, ensemble=config.data.holds_folds,
         )  # fmt: skip
 
 
@@ -163,16 +174,19 @@ def _score_own(
     cases: Sequence[Case],
     folder: Path,
     cases_are: Callable[[int], str],
+    *,
+    ensemble: bool = False,
 ) -> bool:
     """`_score` of cases of the run's own data set; one evaluation of a run is made at a time."""
     own, channels = LabelMapping.same(data.labels), data.dataset.channels
     with locked_by_first(workdir, "evaluation"):
         return _score(
-            config, workdir, data.split, extensions, cases, folder, labels=own, channels=channels, cases_are=cases_are
-        )
+            config, workdir, data.split, extensions, cases, folder, labels=own, channels=channels, cases_are=cases_are,
+            ensemble=ensemble,
+        )  # fmt: skip
 
 
-def _settings(config: RunConfig, step: int | dict[str, int], cases: Sequence[Case]) -> dict[str, Any]:
+def _settings(config: RunConfig, step: Step, cases: Sequence[Case]) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, as JSON."""
     predict = {key: value for key, value in as_dict(config.predict).items() if key != "memory"}
     evaluated = {case.name: " ".join([case.checksum, *(case.annotated or ())]) for case in cases}
@@ -199,6 +213,7 @@ def _score(
     labels: LabelMapping,
     channels: Sequence[str],
     cases_are: Callable[[int], str],
+    ensemble: bool,
 ) -> bool:
     """`evaluate` for these cases, into `folder`.
 
@@ -212,8 +227,12 @@ def _score(
       labels: of the cases.
       channels: of the cases.
       cases_are: from the number of scored cases, what `report.evaluation` takes.
+      ensemble: whether the run folder is that of a cross-validation, whose folds predict together.
     """
-    model, step = restore_model(config, workdir, split, extensions)
+    model, step = (
+        restore_ensemble(config, workdir, extensions) if ensemble else restore_model(config, workdir, split, extensions)
+    )
+    by = f", predicted by {'the ensemble of ' * (len(step) > 1)}{', '.join(step)}" if isinstance(step, dict) else ""
     trained_on = tuple(channel.name for channel in model.description.image.channels)
     if channels != trained_on and sorted(channels) == sorted(trained_on):
         raise UserError(
@@ -276,7 +295,6 @@ def _score(
     def write() -> None:
         names = [f"level_{level}" for level in levels]
         pairs = [(finer, coarser) for coarser, finer in itertools.pairwise(names)]
-        by = f", predicted by the ensemble of {', '.join(step)}" if isinstance(step, dict) else ""
         result = report.evaluation(
             results, labels.annotated, cases_are=cases_are(len(results)) + by, tolerance=tolerance, pairs=pairs,
             extra_metrics=list(extra),
@@ -291,6 +309,28 @@ def _score(
     if bad:
         log.error("%d of %d scans could not be scored", len(bad), len(cases))
     return not bad
+
+
+def remove_evaluations(config: RunConfig, workdir: Path) -> None:
+    """Removes the results of an earlier training, whose checkpoints somebody has removed: they are another model's."""
+    folders = [workdir, workdir / VALIDATION, *workdir.glob("on_*")]
+    if config.data.folds and config.data.fold >= 0:
+        both = workdir.parent
+        folders += [each for each in (both / TEST, *both.glob("on_*")) if workdir.name in _folds_of(each)]
+        if (workdir / VALIDATION / "evaluation.json").exists():
+            folders.append(both)  # the table of all folds has these scores too
+    with writing(workdir):
+        for folder in folders:
+            for name in ("evaluation.json", "table.md", "table.csv"):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _folds_of(folder: Path) -> Collection[str]:
+    """The folds whose ensemble an evaluation is of; none if it is not of an ensemble."""
+    if not (folder / "evaluation.json").exists():
+        return ()
+    step = report.read_evaluation(folder).get("settings", {}).get("step")
+    return step if isinstance(step, dict) else ()
 
 
 def _make_room(folder: Path, levels: Sequence[int]) -> None:

@@ -4,6 +4,7 @@
     WORKDIR/prepared/            every case, prepared once for all folds
     WORKDIR/fold_0/, ...         a run folder each; `validation/` in it has the scores of its validation cases
     WORKDIR/evaluation.json      every case once; and table.md, table.csv
+    WORKDIR/test/                the scores of test cases, predicted by the ensemble of the folds
 
 The folds share what decides the grids of the levels and how cases are stored: the median spacing, and whether the
 background is cut out, are those of the cases of all folds. They would otherwise differ a little from fold to fold, the
@@ -32,7 +33,7 @@ from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.plan import make_plan
 from autocontext_jax.jobs.prepare import learn, prepare_cases
-from autocontext_jax.jobs.restore import is_trained
+from autocontext_jax.jobs.restore import is_trained, trained_folds
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import (
     VALIDATION,
@@ -139,15 +140,11 @@ def evaluate_folds(config: RunConfig, workdir: Path, extensions: Extensions) -> 
     """
     data = processes.agree(lambda: read_data(config, workdir))
     folds = processes.agree(lambda: _checked_folds(config, data, workdir))
-    runs = [_run(config, workdir, data, folds, number) for number in range(len(folds))]
-    trained = [run for run in runs if is_trained(run.config, run.folder)]
-    if not trained:
-        raise UserError(f"no fold of {workdir} is trained to its end: train there first (--mode train)")
-    good = True
-    for run in trained:
-        good &= _validate(run, extensions)
+    trained, good = trained_folds(config, workdir), True
+    for number in trained:
+        good &= _validate(_run(config, workdir, data, folds, number), extensions)
     _write_table(config, workdir, data, folds, extensions)
-    if data.test and len(trained) == len(runs) and not is_tested(config, workdir, data):
+    if data.test and len(trained) == len(folds) and not is_tested(config, workdir, data):
         good &= evaluate_test(config, workdir, data, extensions)
     return good
 

@@ -75,6 +75,7 @@ def make_plan(config: RunConfig, workdir: Path, data: RunData, extensions: Exten
         if known is None or known.made_from != made_from:
             log.info("%s", survey_table(found))
             made = dataclasses.replace(_plan(config, data, found, extensions, given, runs), made_from=made_from)
+            apply_plan(made, config)  # before it is written: what is set may contradict it
             write_plan(made, workdir)
             log.info("plan:\n%s", plan_table(made))
 
@@ -178,6 +179,7 @@ def _plan(
     def measure(size: Size) -> Measured | None:
         trial = _with_size(Choices(given), found, size, geometry(size.edge))
         planned = config_from_flat(config, {"model.dtype": dtype, **{k: c.value for k, c in trial.made.items()}})
+        planned.check_levels()
         measured = measure_step(_step(planned, data, extensions), jax.local_devices()[0])
         shown = "more memory than there is" if measured is None else (
             f"{measured.seconds:.2g} s, {measured.bytes / 2**30:.2g} GiB")  # fmt: skip

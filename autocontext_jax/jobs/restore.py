@@ -56,12 +56,8 @@ def make_model(config: RunConfig, grids: LevelGrids, labels: LabelSpec, image: I
     )
 
 
-def restore_model(
-    config: RunConfig, workdir: Path, split: Split, extensions: Extensions
-) -> tuple[Model, int | dict[str, int]]:
+def restore_model(config: RunConfig, workdir: Path, split: Split, extensions: Extensions) -> tuple[Model, int]:
     """The trained model of a run folder, and the step of its checkpoint. Nothing in the folder is changed.
-
-    Of a cross-validation it is the ensemble of the folds that are trained to their end, and the step of each.
 
     Args:
       config: the run's own, see `config_files.for_inference`.
@@ -70,15 +66,23 @@ def restore_model(
       extensions: networks from outside the package.
 
     Raises:
-      UserError: there is no checkpoint, it is damaged, or there are too few devices; no fold is trained to its end.
+      UserError: there is no checkpoint, it is damaged, or there are too few devices.
     """
-    if config.data.holds_folds:
-        return _restore_ensemble(config, workdir, extensions)
     return processes.agree(lambda: _restore_model(config, workdir, split, extensions))
 
 
-def _restore_ensemble(config: RunConfig, workdir: Path, extensions: Extensions) -> tuple[Model, dict[str, int]]:
-    numbers = _trained_folds(config, workdir)
+def restore_ensemble(config: RunConfig, workdir: Path, extensions: Extensions) -> tuple[Model, dict[str, int]]:
+    """The ensemble of the folds that are trained to their end, and the step of each by the name of its folder.
+
+    Args:
+      config: of all folds, see `config_files.for_inference`.
+      workdir: of all folds; nothing in it is changed.
+      extensions: networks from outside the package.
+
+    Raises:
+      UserError: no fold is trained to its end; as `restore_model`.
+    """
+    numbers = trained_folds(config, workdir)
     if missing := [str(number) for number in range(config.data.folds) if number not in numbers]:
         log.warning(
             "%s: the ensemble has %d of %d folds; not trained to their end: %s",
@@ -89,20 +93,19 @@ def _restore_ensemble(config: RunConfig, workdir: Path, extensions: Extensions) 
         model, step = processes.agree(lambda number=number: _restore_fold(config, workdir, number, extensions))  # type: ignore[misc]
         models.append(model)
         steps[f"fold_{number}"] = step
-    if len(set(steps.values())) > 1:
-        log.warning("%s: the checkpoints of the folds are of different steps: %s", workdir, steps)
+    if config.predict.checkpoint == "latest" and len(set(steps.values())) > 1:
+        log.warning("%s: the folds were trained for different numbers of steps: %s", workdir, steps)
     evaluation = evaluation_of_folds(config, workdir, steps) if len(steps) > 1 else {}
     return ensemble(models, name=workdir.resolve().name, evaluation=evaluation), steps
 
 
-def _trained_folds(config: RunConfig, workdir: Path) -> list[int]:
+def trained_folds(config: RunConfig, workdir: Path) -> list[int]:
     """Numbers of the folds of a cross-validation that are trained to their end.
 
     Raises:
       UserError: none is.
     """
-    numbers = [number for number in range(config.data.folds) if _is_trained(workdir / f"fold_{number}")]
-    numbers = processes.gather(numbers)[0]  # a fold may come to its end meanwhile
+    numbers = [number for number in range(config.data.folds) if is_trained(config, workdir / f"fold_{number}")]
     if not numbers:
         raise UserError(f"no fold of {workdir} is trained to its end: train there first (--mode train)")
     return numbers
@@ -112,38 +115,30 @@ def _restore_fold(config: RunConfig, workdir: Path, number: int, extensions: Ext
     """The model of a fold, which predicts as `config` says, and the step of its checkpoint."""
     folder = workdir / f"fold_{number}"
     saved = read_config(folder)
-    assert saved is not None, "a fold that is trained has one"
+    if saved is None:
+        raise UserError(f"{folder} has no config.json: train that fold again, --config.data.fold={number}")
     own = dataclasses.replace(saved, predict=config.predict, export=config.export)
     return _restore_model(own, folder, known_split(folder), extensions)
 
 
-def _is_trained(folder: Path) -> bool:
-    """Whether a run is trained to the end that its own configuration names."""
-    saved, done = processes.agree(lambda: read_config(folder)), latest_step(folder)
-    return saved is not None and done >= saved.last_step
-
-
-def chosen_step(config: RunConfig, workdir: Path) -> int | dict[str, int]:
+def chosen_step(config: RunConfig, workdir: Path) -> int:
     """The step of the checkpoint that `predict.checkpoint` chooses. Nothing in the run folder is changed.
-
-    Of a cross-validation it is that of each fold that is trained to its end, by the name of its folder.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
-    if config.data.holds_folds:
-        folders = [workdir / f"fold_{number}" for number in _trained_folds(config, workdir)]
-        return {folder.name: _step_in(folder, config) for folder in folders}
-    return _step_in(workdir, config)
-
-
-def _step_in(workdir: Path, config: RunConfig) -> int:
 
     def choose() -> int:
         with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
             return _chosen_step(config, workdir, checkpoints)
 
     return processes.agree(choose)
+
+
+def chosen_steps(config: RunConfig, workdir: Path) -> dict[str, int]:
+    """`chosen_step` of each fold that is trained to its end, by the name of its folder."""
+    folders = [workdir / f"fold_{number}" for number in trained_folds(config, workdir)]
+    return {folder.name: chosen_step(config, folder) for folder in folders}
 
 
 def latest_step(workdir: Path) -> int:
@@ -155,7 +150,7 @@ def latest_step(workdir: Path) -> int:
         with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
             return checkpoints.latest or 0
 
-    return processes.agree(look)
+    return processes.gather(processes.agree(look))[0]  # a run that trains may save one meanwhile
 
 
 def is_trained(config: RunConfig, workdir: Path) -> bool:

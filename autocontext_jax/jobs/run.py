@@ -87,7 +87,7 @@ def run(mode: str, config: RunConfig, paths: Paths, extensions: Extensions = NO_
 
 
 def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
-    """The model of a run folder or of a model file; of a cross-validation the ensemble of its folds.
+    """The model of a run folder or of a model file; of a cross-validation the ensemble of its trained folds.
 
     Args:
       config: of the run and of what inference changes; of a model file only the section `predict`.
@@ -101,11 +101,13 @@ def load(config: RunConfig, paths: Paths, extensions: Extensions) -> Model:
         path = paths.model
         options = {name: value for name, value in as_dict(config.predict).items() if name != "checkpoint"}
         return processes.agree(lambda: _from_file(path, config, extensions, options))
-    from autocontext_jax.jobs.restore import restore_model
+    from autocontext_jax.jobs.restore import restore_ensemble, restore_model
     from autocontext_jax.jobs.run_folder import known_split
 
     workdir = _chosen(config, paths.workdir)
     config = for_inference(config, _saved(workdir), workdir)
+    if config.data.holds_folds:
+        return restore_ensemble(config, workdir, extensions)[0]
     split = processes.agree(lambda: known_split(workdir))
     return restore_model(config, workdir, split, extensions)[0]
 
@@ -226,12 +228,12 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
             paths.target,
             paths.series,
         )
-    workdir = _chosen(config, paths.workdir)
     if mode == "export":
         from autocontext_jax.jobs.export import export
 
-        export(lambda: load(config, paths, extensions), workdir, paths.target)
+        export(lambda: load(config, paths, extensions), _chosen(config, paths.workdir), paths.target)
         return True
+    workdir = _chosen(config, paths.workdir) if config.evaluate.root else paths.workdir
     config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":
         if config.data.holds_folds and not config.evaluate.root:

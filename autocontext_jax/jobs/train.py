@@ -21,12 +21,12 @@ from autocontext_jax.data.loader import Loader
 from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError, some
 from autocontext_jax.evaluation import pictures
-from autocontext_jax.files import writing
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
+from autocontext_jax.jobs.evaluate import remove_evaluations
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import TEST, VALIDATION, RunData
+from autocontext_jax.jobs.run_folder import RunData
 from autocontext_jax.jobs.signals import StopSignal
 from autocontext_jax.planning.laterality import find_laterality
 from autocontext_jax.training.checkpoints import Checkpoints
@@ -76,7 +76,7 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
         if changed := _changed_schedule(config, saved, done):
             log.warning("%s", changed)
     if not done:
-        processes.first_does(lambda: _remove_evaluations(config, workdir))
+        processes.first_does(lambda: remove_evaluations(config, workdir))
     processes.first_does(lambda: write_config(config, workdir))
     phases = config.phases()
     if done >= config.last_step:
@@ -92,19 +92,6 @@ def _train(config: RunConfig, workdir: Path, data: RunData, extensions: Extensio
             for number, phase in enumerate(phases)
             if (checkpoints.latest or 0) < (number + 1) * config.train.steps
         )
-
-
-def _remove_evaluations(config: RunConfig, workdir: Path) -> None:
-    """Removes the results of an earlier training, whose checkpoints somebody has removed: they are another model's."""
-    folders = [workdir, workdir / VALIDATION, *workdir.glob("on_*")]
-    if config.data.folds and config.data.fold >= 0:
-        folders += [workdir.parent / TEST, *workdir.parent.glob("on_*")]  # of the ensemble with the earlier training
-        if (workdir / VALIDATION / "evaluation.json").exists():
-            folders.append(workdir.parent)  # the table of all folds has these scores too
-    with writing(workdir):
-        for folder in folders:
-            for name in ("evaluation.json", "table.md", "table.csv"):
-                (folder / name).unlink(missing_ok=True)
 
 
 def warn_of_sides(augmentation: AugmentationConfig, classes: Sequence[str]) -> None:

@@ -146,7 +146,7 @@ def _always_there(survey: Survey) -> bool:
 
 def choose_norm(choices: Choices) -> None:
     """The normalisation, as `benchmarks/normalization.py` measured it."""
-    reason = "With few patches a step it found more in whole scans than instance and group norm did."
+    reason = "With few patches a step, batch norm had a higher Dice in whole scans than instance and group norm."
     choices.choose("model.norm", "batch", reason)
 
 
