@@ -18,7 +18,7 @@ from autocontext_jax.data.phantom.dataset import write_dataset
 from autocontext_jax.evaluation import surface_meshes
 from autocontext_jax.jobs import folds
 from autocontext_jax.jobs.config_files import default_config, from_config_dict, read_config, write_config
-from autocontext_jax.jobs.evaluate import remove_evaluations
+from autocontext_jax.jobs.evaluations import remove_evaluations
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.run import Paths, run
 from autocontext_jax.jobs.run_config import RunConfig

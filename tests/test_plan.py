@@ -410,6 +410,21 @@ def test_folds_are_timed_too(phantoms, tmp_path, quick, monkeypatch):
     assert read_plan(tmp_path).timed
 
 
+def test_weights_of_levels_may_be_those_of_the_plan_alone(tmp_path, monkeypatch):
+    """The sizes that are tried on the way have other numbers of levels."""
+    tried, root = [], tmp_path / "data"
+    write_dataset(root, training=3, test=0, size=(80, 80, 80), spacing=(4.0, 4.0, 4.0), seed=0)
+
+    def measure(step: TrainingStep, device: object) -> Measured:
+        tried.append(step.loss.level_weights)
+        return Measured(1e-7 * np.prod(step.patch_size), 1e3)
+
+    monkeypatch.setattr(job, "measure_step", measure)
+    config = automatic(root, plan__minutes=10.0, loss__level_weights=(1.0,))
+    assert planned(config, tmp_path).loss.level_weights == (1.0,)
+    assert len({len(weights) for weights in tried}) > 1
+
+
 def test_keys_that_contradict_what_is_planned_are_refused(phantoms, tmp_path, quick):
     for given, message in (
         (

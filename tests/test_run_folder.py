@@ -21,7 +21,8 @@ from autocontext_jax.images import scans
 from autocontext_jax.inference.model import Model
 from autocontext_jax.jobs import train as training
 from autocontext_jax.jobs.config_files import config_from_flat, default_config, from_config_dict, write_config
-from autocontext_jax.jobs.evaluate import _settings, evaluation_folder
+from autocontext_jax.jobs.evaluate import evaluation_folder
+from autocontext_jax.jobs.evaluations import settings_of
 from autocontext_jax.jobs.experiment import side_by_side
 from autocontext_jax.jobs.lock import locked
 from autocontext_jax.jobs.prepare import prepare
@@ -433,7 +434,7 @@ def test_a_training_that_begins_anew_removes_the_results_of_another_model(root, 
 def test_a_file_that_cannot_be_read_does_not_stop_the_scores_of_another_data_set(tmp_path):
     """What is written of its cases is known without reading them."""
     config = config_from_flat(RunConfig(), {"evaluate.root": str(tmp_path)})
-    settings = _settings(config, 1, [Case("a", (tmp_path / "none.nii.gz",), tmp_path / "none.nii.gz")])
+    settings = settings_of(config, 1, [Case("a", (tmp_path / "none.nii.gz",), tmp_path / "none.nii.gz")])
     assert (settings["cases"], settings["root"]) == ({"a": ""}, str(tmp_path.resolve()))
 
 

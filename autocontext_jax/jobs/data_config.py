@@ -24,7 +24,7 @@ class DataConfig:
       folds: folds of a cross-validation, drawn as nnU-Net draws them, in place of that share; each is a run in a
         folder `fold_N` of the run folder, see `jobs/folds.py`; 0 for none.
       splits: a file of folds (nnU-Net's splits_final.json) to take instead of drawing them.
-      fold: number of the one fold to train or to use, from 0; -1 trains every fold, and predicts with all of them.
+      fold: number of the one fold to train, to predict with or to export, from 0; -1 means every fold.
       new_cases: what becomes of cases that were added to the data set after the run began: `ignore` names them and
         leaves them out; `train` takes them into training. They never join the validation or test cases.
       normalization: of each channel, where its name in dataset.json does not choose well: `CT`, `zscore`,

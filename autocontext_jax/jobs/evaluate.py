@@ -5,11 +5,9 @@ know fewer or more of them: what it does not annotate is left out, what the chec
 """
 
 import itertools
-import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -24,16 +22,15 @@ from autocontext_jax.evaluation.label_mapping import LabelMapping, label_mapping
 from autocontext_jax.files import writing
 from autocontext_jax.images import scans
 from autocontext_jax.images.formats import PICTURES, mask_suffix
+from autocontext_jax.jobs.evaluations import settings_of
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.lock import locked_by_first
-from autocontext_jax.jobs.restore import chosen_step, chosen_steps, restore_ensemble, restore_model
+from autocontext_jax.jobs.restore import restore_ensemble, restore_model
 from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import TEST, VALIDATION, RunData, known_split, read_data
 from autocontext_jax.jobs.scan_pipeline import in_stages
-from autocontext_jax.sections import as_dict
 
 log = logging.getLogger(__name__)
-Step = int | dict[str, int]  # of a checkpoint; of an ensemble those of its folds
 Labelled = tuple[scans.Scan, np.ndarray]  # a scan and its stored label map
 
 
@@ -88,35 +85,6 @@ def evaluate_test(config: RunConfig, workdir: Path, data: RunData, extensions: E
 def _name_unlabelled(data: RunData) -> None:
     if unlabelled := [case.name for case in data.split.of("test", data.dataset) if case.label is None]:
         log.warning("%s: test cases without a label are not scored: %s", data.dataset.place, ", ".join(unlabelled))
-
-
-def is_tested(config: RunConfig, workdir: Path, data: RunData) -> bool:
-    """Whether the evaluation that `evaluate_test` would make is there already, and has every case."""
-    folder = workdir / TEST
-    return _is_of(folder, config, data.test, lambda: chosen_steps(config, workdir)) and (
-        len(report.read_cases(folder / "evaluation.json")) == len(data.test)
-    )
-
-
-def is_evaluated(config: RunConfig, workdir: Path, data: RunData) -> bool:
-    """Whether the evaluation that `evaluate_run` would make is there already."""
-    cases, _ = data.scored()
-    return _is_of(workdir, config, cases, lambda: chosen_step(config, workdir))
-
-
-def is_validated(config: RunConfig, workdir: Path, data: RunData) -> bool:
-    """Whether the evaluation that `evaluate_validation` would make is there already."""
-    return _is_of(workdir / VALIDATION, config, data.validation, lambda: chosen_step(config, workdir))
-
-
-def _is_of(folder: Path, config: RunConfig, cases: Sequence[Case], chosen: Callable[[], Step]) -> bool:
-    """Whether a folder holds an evaluation of these cases by the checkpoint and under the settings of now."""
-    path = folder / "evaluation.json"
-    if not processes.gather(path.exists())[0]:
-        return False
-    expected = _settings(config, chosen(), cases)
-    # Another job may begin to replace it.
-    return processes.gather(path.exists() and report.read_evaluation(folder).get("settings") == expected)[0]
 
 
 def _evaluate_elsewhere(config: RunConfig, workdir: Path, extensions: Extensions) -> bool:
@@ -184,22 +152,6 @@ def _score_own(
             config, workdir, data.split, extensions, cases, folder, labels=own, channels=channels, cases_are=cases_are,
             ensemble=ensemble,
         )  # fmt: skip
-
-
-def _settings(config: RunConfig, step: Step, cases: Sequence[Case]) -> dict[str, Any]:
-    """What the numbers of an evaluation depend on, as JSON."""
-    predict = {key: value for key, value in as_dict(config.predict).items() if key != "memory"}
-    evaluated = {case.name: " ".join([case.checksum, *(case.annotated or ())]) for case in cases}
-    settings: dict[str, Any] = {
-        "step": step,
-        "predict": predict,
-        "tolerance": config.evaluate.tolerance,
-        "cases": evaluated,
-    }
-    settings["metrics"] = config.evaluate.metrics
-    if config.evaluate.root:
-        settings["root"] = str(Path(config.evaluate.root).expanduser().resolve())
-    return json.loads(json.dumps(settings))
 
 
 def _score(
@@ -299,7 +251,7 @@ def _score(
             results, labels.annotated, cases_are=cases_are(len(results)) + by, tolerance=tolerance, pairs=pairs,
             extra_metrics=list(extra),
         )  # fmt: skip
-        report.write(result | {"settings": _settings(config, step, cases)}, folder)
+        report.write(result | {"settings": settings_of(config, step, cases)}, folder)
         print(report.table(result))
 
     if results:
@@ -309,28 +261,6 @@ def _score(
     if bad:
         log.error("%d of %d scans could not be scored", len(bad), len(cases))
     return not bad
-
-
-def remove_evaluations(config: RunConfig, workdir: Path) -> None:
-    """Removes the results of an earlier training, whose checkpoints somebody has removed: they are another model's."""
-    folders = [workdir, workdir / VALIDATION, *workdir.glob("on_*")]
-    if config.data.folds and config.data.fold >= 0:
-        both = workdir.parent
-        folders += [each for each in (both / TEST, *both.glob("on_*")) if workdir.name in _folds_of(each)]
-        if (workdir / VALIDATION / "evaluation.json").exists():
-            folders.append(both)  # the table of all folds has these scores too
-    with writing(workdir):
-        for folder in folders:
-            for name in ("evaluation.json", "table.md", "table.csv"):
-                (folder / name).unlink(missing_ok=True)
-
-
-def _folds_of(folder: Path) -> Collection[str]:
-    """The folds whose ensemble an evaluation is of; none if it is not of an ensemble."""
-    if not (folder / "evaluation.json").exists():
-        return ()
-    step = report.read_evaluation(folder).get("settings", {}).get("step")
-    return step if isinstance(step, dict) else ()
 
 
 def _make_room(folder: Path, levels: Sequence[int]) -> None:

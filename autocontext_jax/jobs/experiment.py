@@ -12,7 +12,8 @@ from autocontext_jax.errors import UserError
 from autocontext_jax.evaluation import report
 from autocontext_jax.files import write_json, writing
 from autocontext_jax.jobs.config_files import write_config
-from autocontext_jax.jobs.evaluate import evaluate_run, is_evaluated
+from autocontext_jax.jobs.evaluate import evaluate_run
+from autocontext_jax.jobs.evaluations import is_evaluated
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.prepare import prepare
 from autocontext_jax.jobs.run_config import RunConfig
@@ -59,7 +60,7 @@ def experiment(config: RunConfig, workdir: Path, extensions: Extensions) -> bool
         if not train(run, folder, data, extensions):
             return True  # a signal ended it; what was done is saved
         result = folder / "evaluation.json"
-        if not (is_evaluated(run, folder, data) and len(report.read_cases(result)) == len(scored)):
+        if not is_evaluated(run, folder, data):
             good &= evaluate_run(run, folder, data, extensions)
         if not result.exists():
             return False  # no scan could be scored; each has been named

@@ -28,7 +28,8 @@ from autocontext_jax.errors import UserError, counted, some
 from autocontext_jax.evaluation import report
 from autocontext_jax.files import write_json, write_whole, writing
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
-from autocontext_jax.jobs.evaluate import evaluate_test, evaluate_validation, is_tested, is_validated
+from autocontext_jax.jobs.evaluate import evaluate_test, evaluate_validation
+from autocontext_jax.jobs.evaluations import is_tested, is_validated
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.lock import locked_by_first
 from autocontext_jax.jobs.plan import make_plan
@@ -268,16 +269,12 @@ def _validate(run: _Run, extensions: Extensions) -> bool:
     if not run.data.validation:
         log.warning("%s has no validation case: nothing of it is scored", run.folder)
         return True
-    if _is_validated(run) and len(_scores(run)) == len(run.data.validation):
+    if is_validated(run.config, run.folder, run.data, whole=True):
         return True
     return evaluate_validation(run.config, run.folder, run.data, extensions)
 
 
 # ---- the table of all
-
-
-def _is_validated(run: _Run) -> bool:
-    return is_validated(run.config, run.folder, run.data)
 
 
 def _scores(run: _Run) -> dict[str, dict[str, Any]]:
@@ -301,7 +298,8 @@ def _write_table(
         missing = []
         for number, fold in enumerate(folds):
             run = _run(config, workdir, data, folds, number)
-            if fold.validation and is_trained(run.config, run.folder) and _is_validated(run):
+            trained = is_trained(run.config, run.folder)
+            if fold.validation and trained and is_validated(run.config, run.folder, run.data):
                 found = _scores(run)
                 cases |= found
                 fold_of |= dict.fromkeys(found, number)

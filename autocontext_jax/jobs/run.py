@@ -233,7 +233,8 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
 
         export(lambda: load(config, paths, extensions), _chosen(config, paths.workdir), paths.target)
         return True
-    workdir = _chosen(config, paths.workdir) if config.evaluate.root else paths.workdir
+    elsewhere = mode == "evaluate" and config.evaluate.root
+    workdir = _chosen(config, paths.workdir) if elsewhere else paths.workdir
     config = for_inference(config, _saved(workdir), workdir)
     if mode == "evaluate":
         if config.data.holds_folds and not config.evaluate.root:

@@ -178,15 +178,11 @@ class RunConfig:
           UserError: sizes that do not halve as often as they must; keys that contradict each other.
         """
         self._check_sizes()
-        self.check_levels()
         if self.predict.flip and not self.augmentation.flip:
             raise UserError(
                 "config key predict.flip is True; expected augmentation.flip to name axes with it: the network must "
                 "have learned from mirrored patches"
             )
-
-    def check_levels(self) -> None:
-        """What the number of levels and of dimensions requires; errors as `check_sections`."""
         if "z" in self.augmentation.flip and self.levels.spatial_dims == 2:
             raise UserError(
                 f"config key augmentation.flip is {self.augmentation.flip!r}; expected axes without z, since "

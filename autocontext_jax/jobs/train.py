@@ -22,7 +22,7 @@ from autocontext_jax.data.store.reader import PreparedCase
 from autocontext_jax.errors import UserError, some
 from autocontext_jax.evaluation import pictures
 from autocontext_jax.jobs.config_files import check_same_run, read_config, write_config
-from autocontext_jax.jobs.evaluate import remove_evaluations
+from autocontext_jax.jobs.evaluations import remove_evaluations
 from autocontext_jax.jobs.extensions import NO_EXTENSIONS, Extensions
 from autocontext_jax.jobs.restore import make_model
 from autocontext_jax.jobs.run_config import RunConfig
