@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from autocontext_jax.errors import counted
 from autocontext_jax.inference.description import Description
 
 USE = """```python
@@ -30,7 +31,8 @@ def model_card(description: Description) -> str:
         if levels.unit == "mm"
         else f"{', '.join(f'{factor:g}' for factor in levels.factors)} of the scan's voxels for a voxel of each level"
     )
-    pyramid = f"of {len(levels.factors)} {description.network.name} networks with auto-context"
+    networks = counted(len(levels.factors), f"{description.network.name} network")
+    pyramid = f"of {networks} with auto-context"
     members = len(description.members)
     what = f"An ensemble of {members} pyramids, each {pyramid}" if members else f"A pyramid {pyramid}"
     parts = [
