@@ -41,6 +41,11 @@ class Model:
     Attributes:
       description: classes, network, levels, and how it was trained and scored.
       tiling: how scans are divided into tiles.
+
+    Args:
+      description: see above.
+      pyramids: one in inference mode, or the members of an ensemble in the order of `description.members`.
+      config: becomes `tiling`.
     """
 
     def __init__(self, description: Description, pyramids: Sequence[Pyramid], config: PredictorConfig):

@@ -168,7 +168,7 @@ def for_inference(given: RunConfig, saved: RunConfig, workdir: Path) -> RunConfi
         if key.startswith(INFERENCE) and (key, value) not in (("data.root", ""), ("data.outside_paths", False)):
             _set(values, key, value)
     config = config_from_dict(values)
-    config.check_sections()
+    config.check_sections()  # a planned configuration does not check itself
     return config
 
 

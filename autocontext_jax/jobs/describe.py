@@ -13,7 +13,7 @@ from autocontext_jax.evaluation.pictures import class_color
 from autocontext_jax.evaluation.report import read_evaluation
 from autocontext_jax.inference.description import ClassDescription, Description, NetworkDescription, Tiling
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import TEST, VALIDATION
+from autocontext_jax.jobs.run_folder import TEST, VALIDATION, fold_folder
 from autocontext_jax.runtime import package_version
 
 
@@ -106,9 +106,9 @@ def _evaluation_in(folder: Path, config: RunConfig, step: int | dict[str, int]) 
 
 
 def evaluation_of_folds(config: RunConfig, workdir: Path, steps: dict[str, int]) -> dict[str, Any]:
-    """Dice of the finest level that the ensemble of a cross-validation has on test cases, or else its members.
+    """Dice of the finest level of a cross-validation's ensemble on test cases; without it that of its members.
 
-    The members' is in the table of all folds. {} if neither is of these models.
+    Each member is scored on the validation cases of its fold. {} if neither evaluation is of these models.
 
     Args:
       config: how all folds predict.
@@ -119,7 +119,7 @@ def evaluation_of_folds(config: RunConfig, workdir: Path, steps: dict[str, int])
         return of_ensemble
     try:
         result = read_evaluation(workdir)
-        if {f"fold_{number}" for number in result["folds"].values()} != set(steps):
+        if {fold_folder(workdir, number).name for number in result["folds"].values()} != set(steps):
             return {}
         for name, step in steps.items():
             own = workdir / name / VALIDATION

@@ -39,6 +39,7 @@ from autocontext_jax.jobs.run_config import RunConfig
 from autocontext_jax.jobs.run_folder import (
     VALIDATION,
     RunData,
+    fold_folder,
     has_begun,
     open_data,
     read_data,
@@ -218,7 +219,7 @@ def _run(config: RunConfig, workdir: Path, data: RunData, folds: Sequence[Fold],
     Raises:
       UserError: it was begun with other cases.
     """
-    folder, fold, named = workdir / f"fold_{number}", folds[number], _named(folds)
+    folder, fold, named = fold_folder(workdir, number), folds[number], _named(folds)
 
     def side(name: str, before: str) -> str:
         if name in fold.validation:

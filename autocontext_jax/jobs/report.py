@@ -14,7 +14,7 @@ from autocontext_jax.evaluation.report import beside_published, read_evaluation
 from autocontext_jax.images import scans
 from autocontext_jax.images.formats import mask_suffix
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import VALIDATION, RunData, read_data
+from autocontext_jax.jobs.run_folder import VALIDATION, RunData, fold_folder, read_data
 from autocontext_jax.training.phases import MODES
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def report(config: RunConfig, workdir: Path) -> None:
     result = _read(workdir)
     modes = [mode for mode in MODES if (workdir / mode / "evaluation.json").exists()]
     run = workdir / modes[0] if modes else workdir
-    folds = {case: f"fold_{number}" for case, number in result.get("folds", {}).items()}
+    folds = {case: fold_folder(workdir, number).name for case, number in result.get("folds", {}).items()}
     curves, runs = {}, modes or sorted(set(folds.values()))
     for name, folder in {name: workdir / name for name in runs}.items() if runs else [("", workdir)]:
         curves[name] = [json.loads(line) for line in _found(folder / "metrics.jsonl").read_bytes().splitlines()]

@@ -21,7 +21,7 @@ from autocontext_jax.jobs.config_files import read_config
 from autocontext_jax.jobs.describe import describe, evaluation_of_folds
 from autocontext_jax.jobs.extensions import Extensions
 from autocontext_jax.jobs.run_config import RunConfig
-from autocontext_jax.jobs.run_folder import known_split, read_fingerprint
+from autocontext_jax.jobs.run_folder import fold_folder, known_split, read_fingerprint
 from autocontext_jax.models.pyramid import Pyramid, make_pyramid
 from autocontext_jax.training.checkpoints import Checkpoints
 from autocontext_jax.training.sharding import make_mesh, replicated
@@ -92,7 +92,7 @@ def restore_ensemble(config: RunConfig, workdir: Path, extensions: Extensions) -
     for number in numbers:
         model, step = processes.agree(lambda number=number: _restore_fold(config, workdir, number, extensions))  # type: ignore[misc]
         models.append(model)
-        steps[f"fold_{number}"] = step
+        steps[fold_folder(workdir, number).name] = step
     if config.predict.checkpoint == "latest" and len(set(steps.values())) > 1:
         log.warning("%s: the folds were trained for different numbers of steps: %s", workdir, steps)
     evaluation = evaluation_of_folds(config, workdir, steps) if len(steps) > 1 else {}
@@ -105,7 +105,7 @@ def trained_folds(config: RunConfig, workdir: Path) -> list[int]:
     Raises:
       UserError: none is.
     """
-    numbers = [number for number in range(config.data.folds) if is_trained(config, workdir / f"fold_{number}")]
+    numbers = [number for number in range(config.data.folds) if is_trained(config, fold_folder(workdir, number))]
     if not numbers:
         raise UserError(f"no fold of {workdir} is trained to its end: train there first (--mode train)")
     return numbers
@@ -113,7 +113,7 @@ def trained_folds(config: RunConfig, workdir: Path) -> list[int]:
 
 def _restore_fold(config: RunConfig, workdir: Path, number: int, extensions: Extensions) -> tuple[Model, int]:
     """The model of a fold, which predicts as `config` says, and the step of its checkpoint."""
-    folder = workdir / f"fold_{number}"
+    folder = fold_folder(workdir, number)
     saved = read_config(folder)
     if saved is None:
         raise UserError(f"{folder} has no config.json: train that fold again, --config.data.fold={number}")
@@ -137,7 +137,7 @@ def chosen_step(config: RunConfig, workdir: Path) -> int:
 
 def chosen_steps(config: RunConfig, workdir: Path) -> dict[str, int]:
     """`chosen_step` of each fold that is trained to its end, by the name of its folder."""
-    folders = [workdir / f"fold_{number}" for number in trained_folds(config, workdir)]
+    folders = [fold_folder(workdir, number) for number in trained_folds(config, workdir)]
     return {folder.name: chosen_step(config, folder) for folder in folders}
 
 

@@ -252,8 +252,10 @@ def _use(mode: str, config: RunConfig, paths: Paths, extensions: Extensions) -> 
 
 def _chosen(config: RunConfig, workdir: Path) -> Path:
     """The run folder to use: of a cross-validation that of a fold, if the configuration names one."""
+    from autocontext_jax.jobs.run_folder import fold_folder
+
     one = _saved(workdir).data.holds_folds and config.data.fold >= 0
-    return workdir / f"fold_{config.data.fold}" if one else workdir
+    return fold_folder(workdir, config.data.fold) if one else workdir
 
 
 def _saved(workdir: Path) -> RunConfig:

@@ -41,6 +41,11 @@ VALIDATION = "validation"  # the folder of a fold's evaluation, as nnU-Net calls
 TEST = "test"  # the folder of the evaluation of test cases by an ensemble of folds
 
 
+def fold_folder(workdir: Path, number: int) -> Path:
+    """The run folder of a fold, in that of its cross-validation."""
+    return workdir / f"fold_{number}"
+
+
 @dataclasses.dataclass(frozen=True)
 class RunData:
     """The data of a run.
