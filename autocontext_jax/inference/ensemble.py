@@ -17,7 +17,7 @@ from autocontext_jax.sections import as_dict, flat_keys
 def ensemble(models: Sequence[Model], *, name: str = "", evaluation: dict[str, Any] | None = None) -> Model:
     """One model whose maps are the average of those of several, at each level.
 
-    With five models a scan takes five times as long. `Model.save` writes all into one model file.
+    A scan takes nearly as many times longer as there are models. `Model.save` writes all into one model file.
 
     Args:
       models: of the same classes, network, levels, channels and tiling. How they normalise CT may differ. Each member
